@@ -1,0 +1,67 @@
+"""Rerank documents with a cross-encoder from any number of threads: a pool of worker processes, each with its own
+model.
+
+    from mp_rerank import RerankerPool
+
+    with RerankerPool() as pool:
+        for result in pool.rerank("how do birds fly?", ["Wings give lift.", "Bread is baked."]):
+            print(result.relevance_score, result.document)
+
+Names are imported when they are first used: every worker process imports this package on its way to its own module, and
+must not meet anything heavy before its threads are set.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from mp_rerank.config import ModelSpec, PoolConfig
+    from mp_rerank.errors import (
+        ModelLoadError,
+        PoolClosedError,
+        PoolOverloadedError,
+        RequestTimeoutError,
+        RerankError,
+        ScoringError,
+        WorkerCrashedError,
+    )
+    from mp_rerank.pool import RerankerPool
+    from mp_rerank.results import PoolMemory, PoolStats, RerankResult, WorkerInfo, WorkerMemory
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "ModelLoadError",
+    "ModelSpec",
+    "PoolClosedError",
+    "PoolConfig",
+    "PoolMemory",
+    "PoolOverloadedError",
+    "PoolStats",
+    "RequestTimeoutError",
+    "RerankError",
+    "RerankResult",
+    "RerankerPool",
+    "ScoringError",
+    "WorkerCrashedError",
+    "WorkerInfo",
+    "WorkerMemory",
+]
+
+_MODULES = ("errors", "config", "results", "pool")
+
+
+def __getattr__(name: str) -> Any:
+    if name in __all__:
+        for module in _MODULES:
+            found = import_module(f"mp_rerank.{module}")
+            if name in found.__all__:
+                globals()[name] = getattr(found, name)
+                return globals()[name]
+    raise AttributeError(f"module 'mp_rerank' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,475 @@
+"""The slots that serve one model, and the queue before them: what is sent where, and what is done when a worker dies.
+
+Runs on the dispatcher's thread alone. Time comes in as ``now`` (monotonic seconds); what a slot has to say comes in
+through ``handle``.
+
+A death is acted on once everything about it is known: the process has ended, and each slice it had has come back
+broken. The first of those slices was running and is the suspect; the others merely wait again.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import signal
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from concurrent.futures import BrokenExecutor
+from typing import Literal
+
+import numpy as np
+import psutil
+
+from mp_rerank.batching import RequestQueue, Slice, Suspect
+from mp_rerank.config import ModelSpec, PoolConfig
+from mp_rerank.errors import ModelLoadError, RequestTimeoutError, RerankError, ScoringError, WorkerCrashedError
+from mp_rerank.launch import GRACE_SECONDS, Worker
+from mp_rerank.plan import Seat
+from mp_rerank.request import Request
+from mp_rerank.results import PoolStats, WorkerInfo
+from mp_rerank.slot import Described, Exited, Report, SliceEnded, Slot, SlotState
+from mp_rerank.worker import WorkerFacts
+
+__all__ = ["Crew", "Outcome"]
+
+Outcome = Literal["completed", "failed", "cancelled", "timed_out"]
+
+logger = logging.getLogger(__name__)
+
+CPU_BATCH_TOKENS = 1024
+GPU_BATCH_TOKENS = 16_384
+BATCHES_A_SLICE = 2
+# Below this a slice costs more to send than to score sooner on another worker.
+MIN_SLICE_TOKENS = 128
+# A slice is called hung only far beyond what the worker's speed promises: speed varies with length and with neighbours.
+HANG_MARGIN = 10.0
+MAX_BACKOFF_SECONDS = 30.0
+# Largest difference, relative and absolute, between two workers' scores of the canary.
+CANARY_TOLERANCE = 1e-5
+CANARY_TOLERANCE_MIXED = 5e-2  # of other devices, or in 16 bits
+
+
+class Crew:
+    """Workers with one model between them.
+
+    Args:
+        spec: the model; a crew never changes it.
+        seats: one slot each.
+        config: the bounds.
+        notify: given each report of each slot, on any thread; it must come back through ``handle``.
+        on_done: told of each request that is finished, and how.
+        counts: counters to count in; the dispatcher's, since a pool outlives its crews.
+
+    Attributes:
+        failure: why no slot is left, once none is.
+    """
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        seats: Sequence[Seat],
+        config: PoolConfig,
+        notify: Callable[[Report], None],
+        on_done: Callable[[Request, Outcome], None],
+        counts: PoolStats,
+    ) -> None:
+        self.spec = spec
+        self.config = config
+        self.queue = RequestQueue()
+        self.slots = [Slot(index, seat, notify) for index, seat in enumerate(seats)]
+        self.failure: RerankError | None = None
+        self.facts: WorkerFacts | None = None  # of the first worker that was ready; the others must agree with it
+        self._canary_device = ""
+        self._on_done = on_done
+        self._counts = counts
+        self._leaving: list[Worker] = []
+        self._started = False
+
+    def __repr__(self) -> str:
+        states = Counter(slot.state.value for slot in self.slots)
+        return f"<Crew of {self.spec.name}: {', '.join(f'{n} {state}' for state, n in states.items())}; {self.queue}>"
+
+    @property
+    def ready(self) -> bool:
+        """Whether every slot has a worker with a proved model."""
+        return all(slot.state is SlotState.READY for slot in self.slots)
+
+    @property
+    def drained(self) -> bool:
+        """Whether no request is left."""
+        return not self.queue.live
+
+    def start(self, now: float) -> None:
+        """Launch the first workers: all at once, or one to fetch a hub's model and then the others, from its cache."""
+        for slot in self.slots if self.spec.local else self.slots[:1]:
+            self._launch(slot, now)
+
+    def submit(self, request: Request) -> None:
+        """Take over ``request``."""
+        if self.failure is not None:
+            self._fail(request, self.failure)
+        else:
+            self.queue.add(request)
+
+    def cancel(self, request: Request) -> bool:
+        """Drop a request whose future was cancelled; whether it was one of this crew's."""
+        if request.number not in self.queue.live:
+            return False
+        self.queue.drop(request)
+        request.done = True
+        request.future.set_running_or_notify_cancel()
+        self._on_done(request, "cancelled")
+        return True
+
+    def handle(self, report: Report, now: float) -> None:
+        """Act on what a slot reported."""
+        slot = report.slot
+        if isinstance(report, SliceEnded):
+            if report.generation == slot.generation:
+                self._slice_ended(slot, report, now)
+        elif report.generation != slot.generation or slot.worker is None or slot.state is SlotState.CLOSED:
+            return  # of a worker already let go
+        elif isinstance(report, Described):
+            self._described(slot, report.outcome, now)
+        else:
+            self._exited(slot, report, now)
+
+    def tick(self, now: float) -> None:
+        """Do what is due: deadlines, restarts, workers that hang."""
+        for request in self.queue.expire(now):
+            self._time_out(request)
+        for slot in self.slots:
+            if slot.restart_at is not None and slot.restart_at <= now:
+                self._launch(slot, now)
+            limit = self._limit(slot)
+            if limit is not None and now >= limit and not slot.hung:
+                self._kill_hung(slot, now)
+
+    def wake_at(self) -> float | None:
+        """When ``tick`` has something to do next, if nothing is reported before."""
+        times = [self.queue.next_deadline()]
+        for slot in self.slots:
+            times += [slot.restart_at, None if slot.hung else self._limit(slot)]
+        return min((t for t in times if t is not None), default=None)
+
+    def dispatch(self, now: float) -> None:
+        """Send slices while pairs wait and slots have room; every slot gets its first before any gets its second."""
+        while self.queue.waiting_tokens:
+            room = [slot for slot in self.slots if slot.has_room]
+            if not room:
+                return
+            slot = min(room, key=lambda slot: len(slot.outstanding))
+            batch_tokens = self._batch_tokens(slot)
+            budget = self.config.slice_tokens or batch_tokens * BATCHES_A_SLICE
+            if not slot.outstanding:
+                idle = sum(not slot.outstanding for slot in room)
+                budget = min(budget, max(MIN_SLICE_TOKENS, math.ceil(self.queue.waiting_tokens / idle)))
+            piece = self.queue.take(budget)
+            if piece is None:
+                return
+            slot.send(piece, now)
+
+    def fail_all(self, error: RerankError) -> None:
+        """Fail every request that is left."""
+        for request in list(self.queue.live.values()):
+            self.queue.drop(request)
+            self._fail(request, error)
+
+    def close(self, *, kill: bool) -> None:
+        """End the workers, at once or after what they run; ``join`` waits for it."""
+        for slot in self.slots:
+            slot.state = SlotState.CLOSED
+            slot.restart_at = None
+            if slot.worker is not None:
+                self._leaving.append(slot.worker)
+                slot.worker.retire()
+                if kill:
+                    slot.worker.kill()
+
+    @property
+    def alive(self) -> bool:
+        """Whether a worker that was told to leave has not ended yet."""
+        return any(leaving.alive for leaving in self._leaving)
+
+    def join(self) -> None:
+        """Wait until every worker has ended, killing those that outstay the grace."""
+        deadline = time.monotonic() + GRACE_SECONDS
+        for leaving in self._leaving:
+            leaving.join(max(0.0, deadline - time.monotonic()))
+        for leaving in self._leaving:
+            if leaving.alive:
+                leaving.kill()
+                leaving.join(GRACE_SECONDS)
+
+    def workers(self) -> list[WorkerInfo]:
+        """Each slot, as callers see it."""
+        return [slot.info() for slot in self.slots]
+
+    def _batch_tokens(self, slot: Slot) -> int:
+        return self.config.batch_tokens or (CPU_BATCH_TOKENS if slot.seat.device == "cpu" else GPU_BATCH_TOKENS)
+
+    # Starting.
+
+    def _launch(self, slot: Slot, now: float) -> None:
+        if slot.generation:
+            slot.state = SlotState.RESTARTING
+            self._counts.restarts += 1
+        # A hub that has given the model once is not asked again: it may be down by then.
+        offline = not self.spec.local and self.facts is not None
+        try:
+            slot.launch(self.spec, self.config, self._batch_tokens(slot), offline=offline, now=now)
+        except OSError as error:
+            logger.warning("worker %d on %s could not be launched: %s", slot.index, slot.seat.device, error)
+            self._count_crash(slot, f"could not be launched: {error}", now)
+
+    def _described(self, slot: Slot, outcome: WorkerFacts | BaseException, now: float) -> None:
+        if isinstance(outcome, WorkerFacts):
+            difference = self._differs(slot, outcome)
+            if difference is None:
+                slot.facts = outcome
+                slot.tokens_per_second = outcome.tokens_per_second
+                slot.state = SlotState.READY
+                if self.facts is None:
+                    self.facts, self._canary_device = outcome, slot.seat.device
+                    for other in self.slots:
+                        if other.generation == 0:
+                            self._launch(other, now)
+                self._started = self._started or self.ready
+                logger.debug("%r is ready: %s", slot, outcome)
+                return
+            outcome = difference
+        if not isinstance(outcome, ModelLoadError):
+            outcome = ModelLoadError(
+                f"{self.spec.name} could not be loaded on {slot.seat.device}: {outcome!r}",
+                model=self.spec.name,
+                device=slot.seat.device,
+                cause=repr(outcome),
+            )
+        self._end_worker(slot)
+        if self._started:
+            logger.warning("worker %d: %s", slot.index, outcome)
+            self._count_crash(slot, str(outcome), now, outcome)
+        else:
+            self._give_up(slot, outcome)
+
+    def _differs(self, slot: Slot, facts: WorkerFacts) -> ModelLoadError | None:
+        """The error for a worker whose model is not that of the others."""
+        if self.facts is None:
+            return None
+        alike = slot.seat.device == self._canary_device and facts.dtype in ("", "float32", "float64")
+        tolerance = CANARY_TOLERANCE if alike else CANARY_TOLERANCE_MIXED
+        if facts.num_labels == self.facts.num_labels and np.allclose(
+            facts.canary, self.facts.canary, rtol=tolerance, atol=tolerance
+        ):
+            return None
+        cause = (
+            f"its canary pairs score {facts.canary}, another worker's {self.facts.canary}: they do not hold the "
+            "same model (a checkpoint without a trained head is given a random one in each process)"
+        )
+        return ModelLoadError(
+            f"{self.spec.name} on {slot.seat.device}: {cause}",
+            model=self.spec.name,
+            device=slot.seat.device,
+            cause=cause,
+        )
+
+    # Scoring.
+
+    def _slice_ended(self, slot: Slot, report: SliceEnded, now: float) -> None:
+        piece, outcome = report.piece, report.outcome
+        slot.outstanding.remove(piece)
+        if isinstance(outcome, BrokenExecutor):
+            slot.lost.append(piece)
+            if slot.state in (SlotState.READY, SlotState.DRAINING):
+                slot.state = SlotState.RESTARTING
+            self._settle(slot, now)
+            return
+        if isinstance(outcome, BaseException):
+            slot.since = now
+            slot.crashes = 0
+            self._blame_raised(slot, self.queue.raised(piece), outcome)
+        else:
+            assert not isinstance(outcome, WorkerFacts)
+            slot.took(piece, outcome.seconds, now)
+            scores = np.frombuffer(outcome.scores, dtype=np.float32)
+            if outcome.num_labels is not None:
+                scores = scores.reshape(-1, outcome.num_labels)
+            self._count_slice(piece, outcome.seconds)
+            for request in self.queue.fill(piece, scores):
+                self._counts.split_requests += request.slices > 1
+                request.resolve()
+                self._on_done(request, "completed")
+        if slot.state is SlotState.READY and self._worn(slot):
+            slot.state = SlotState.DRAINING
+        if slot.state is SlotState.DRAINING and not slot.outstanding:
+            self._counts.recycled += 1
+            self._end_worker(slot)
+            self._launch(slot, now)
+
+    def _count_slice(self, piece: Slice, seconds: float) -> None:
+        self._counts.slices += 1
+        self._counts.gathered_slices += len(piece.parts) > 1
+        self._counts.scored_pairs += len(piece)
+        self._counts.scored_tokens += piece.tokens
+        self._counts.busy_seconds += seconds
+
+    def _blame_raised(self, slot: Slot, suspect: Suspect | None, error: BaseException) -> None:
+        if suspect is None:
+            return
+        cause = error.cause if isinstance(error, ScoringError) else repr(error)
+        self.queue.drop(suspect.request)
+        self._fail(
+            suspect.request,
+            ScoringError(
+                f"document {suspect.index} could not be scored on {slot.seat.device}: {cause}",
+                device=slot.seat.device,
+                document_index=suspect.index,
+                cause=cause,
+                details=error.details if isinstance(error, ScoringError) else "",
+            ),
+        )
+
+    def _time_out(self, request: Request) -> None:
+        if request.partial:
+            request.resolve()
+        else:
+            scored = len(request.pairs) - request.missing
+            request.fail(
+                RequestTimeoutError(
+                    f"{scored} of {len(request.pairs)} documents were scored within {request.timeout:g} s",
+                    timeout=request.timeout or 0.0,
+                    scored=scored,
+                    total=len(request.pairs),
+                )
+            )
+        self._on_done(request, "timed_out")
+
+    def _fail(self, request: Request, error: RerankError) -> None:
+        request.fail(error)
+        self._on_done(request, "failed")
+
+    # Recycling, hanging, dying.
+
+    def _worn(self, slot: Slot) -> bool:
+        """Whether the slot's worker has done its share, and no other is away: they are replaced one at a time."""
+        slices, memory = self.config.max_slices_per_worker, self.config.max_memory_per_worker
+        if slices is None and memory is None:
+            return False
+        if any(other.state not in (SlotState.READY, SlotState.FAILED) for other in self.slots):
+            return False
+        if slices is not None and slot.scored_slices >= slices:
+            return True
+        assert slot.worker is not None
+        try:
+            return memory is not None and psutil.Process(slot.worker.pid).memory_info().rss > memory
+        except psutil.Error:
+            return False
+
+    def _limit(self, slot: Slot) -> float | None:
+        """When the slot's worker counts as hung."""
+        if self.config.isolation == "thread":
+            return None
+        if slot.loading:
+            return None if self.config.start_timeout is None else slot.since + self.config.start_timeout
+        if not slot.outstanding or self.config.hang_timeout is None:
+            return None
+        expected = slot.outstanding[0].tokens / max(slot.tokens_per_second, 1e-6)
+        return slot.since + self.config.hang_timeout + HANG_MARGIN * expected
+
+    def _kill_hung(self, slot: Slot, now: float) -> None:
+        doing = "loading its model" if slot.loading else f"scoring {len(slot.outstanding[0])} pairs"
+        logger.warning(
+            "worker %d on %s has been %s for %.1f s: killed", slot.index, slot.seat.device, doing, now - slot.since
+        )
+        slot.hung = True
+        assert slot.worker is not None
+        slot.worker.kill()
+
+    def _exited(self, slot: Slot, report: Exited, now: float) -> None:
+        slot.ended = True
+        slot.exit_code = report.exit_code
+        if slot.state in (SlotState.READY, SlotState.DRAINING):
+            slot.state = SlotState.RESTARTING
+        self._settle(slot, now)
+
+    def _settle(self, slot: Slot, now: float) -> None:
+        """Act on a death, once its process has ended and its slices are back."""
+        if not slot.ended or slot.outstanding or slot.state is SlotState.CLOSED:
+            return
+        device = slot.seat.device
+        how = "hung and was killed" if slot.hung else f"died with {_exit_in_words(slot.exit_code)}"
+        logger.warning("worker %d on %s %s", slot.index, slot.seat.device, how)
+        self._counts.crashes += 1
+        lost, slot.lost = slot.lost, []
+        for piece in reversed(lost[1:]):
+            self.queue.put_back(piece)
+        suspect = self.queue.crashed(lost[0], self.config.max_attempts) if lost else None
+        if suspect is not None:
+            self.queue.drop(suspect.request)
+            self._fail(
+                suspect.request,
+                WorkerCrashedError(
+                    f"document {suspect.index} ended {suspect.attempts} workers; the last, on {device}, {how}",
+                    device=slot.seat.device,
+                    exit_code=slot.exit_code,
+                    attempts=suspect.attempts,
+                    document_index=suspect.index,
+                ),
+            )
+            if self._counts.slices:
+                # The deaths are explained, and the model is known to score: they say nothing against the seats.
+                for other in self.slots:
+                    other.crashes = 0
+        self._end_worker(slot)
+        self._count_crash(slot, how, now)
+
+    def _count_crash(self, slot: Slot, how: str, now: float, error: RerankError | None = None) -> None:
+        """Restart at once, after a back-off, or not any more."""
+        device = slot.seat.device
+        slot.crashes += 1
+        slot.worker = None
+        if slot.crashes > self.config.max_restarts:
+            self._give_up(
+                slot,
+                error
+                or WorkerCrashedError(
+                    f"{slot.crashes} workers in a row ended on {device}, nothing scored between; the last {how}",
+                    device=slot.seat.device,
+                    exit_code=slot.exit_code,
+                    attempts=slot.crashes,
+                ),
+            )
+            return
+        slot.state = SlotState.RESTARTING if self._started else SlotState.STARTING
+        delay = 0.0
+        if slot.crashes > 1:
+            delay = min(MAX_BACKOFF_SECONDS, self.config.restart_backoff * 2.0 ** (slot.crashes - 2))
+        slot.restart_at = now + delay
+
+    def _give_up(self, slot: Slot, error: RerankError) -> None:
+        slot.state = SlotState.FAILED
+        slot.restart_at = None
+        logger.error("worker %d on %s is given up: %s", slot.index, slot.seat.device, error)
+        if not self._started or all(other.state is SlotState.FAILED for other in self.slots):
+            self.failure = error
+            self.fail_all(error)
+
+    def _end_worker(self, slot: Slot) -> None:
+        """Let go of the slot's worker; what it says from here on is stale."""
+        if slot.worker is not None:
+            self._leaving = [leaving for leaving in self._leaving if leaving.alive]
+            self._leaving.append(slot.worker)
+            slot.worker.retire()
+            slot.worker = None
+
+
+def _exit_in_words(exit_code: int | None) -> str:
+    if exit_code is None:
+        return "an unknown exit code"
+    if exit_code < 0:
+        try:
+            return f"{signal.Signals(-exit_code).name} (exit code {exit_code})"
+        except ValueError:
+            pass
+    return f"exit code {exit_code}"

@@ -1,0 +1,334 @@
+"""The one thread that owns everything that changes: requests, queues, slots.
+
+    agent       pool.submit: validate, admit, inbox.put(Submit)                          -> Future
+    dispatcher  crew.submit -> queue.add;  crew.dispatch: queue.take -> slot.send        one executor.submit
+    worker      worker.score(pairs)                                                      -> scores as float32 bytes
+    executor    done-callback: inbox.put(Reported(crew, SliceEnded(slot, generation, ...)))
+    dispatcher  crew.handle: fill in the scores, resolve what is complete, dispatch again
+
+Every other thread only puts messages into the inbox, so nothing here needs a lock. In particular the executors'
+done-callbacks do no more: submitting from one deadlocks in a broken executor (Python 3.12, 3.13). The inbox is a
+``SimpleQueue`` because a finalizer may put into it at any point of any thread.
+
+There are no timers: the loop wakes for a message, or for the next thing its crews say is due.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import os
+import queue
+import signal
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from mp_rerank.admission import Admission
+from mp_rerank.config import ModelSpec, PoolConfig
+from mp_rerank.crew import Crew, Outcome
+from mp_rerank.errors import PoolClosedError, RerankError
+from mp_rerank.plan import Seat
+from mp_rerank.request import Request
+from mp_rerank.results import PoolStats, WorkerInfo
+from mp_rerank.slot import Report
+from mp_rerank.worker import WorkerFacts
+
+__all__ = ["Dispatcher"]
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class _Submit:
+    request: Request
+
+
+@dataclass(frozen=True)
+class _Cancel:
+    request: Request
+
+
+@dataclass(frozen=True)
+class _Reported:
+    crew: Crew
+    report: Report
+
+
+@dataclass(frozen=True)
+class _Ask:
+    question: Callable[[], Any]
+    answer: Future[Any]
+
+
+@dataclass(frozen=True)
+class _Reload:
+    spec: ModelSpec
+    done: Future[None]
+
+
+@dataclass(frozen=True)
+class _Close:
+    drain: bool
+
+
+_Message = _Submit | _Cancel | _Reported | _Ask | _Reload | _Close
+
+
+class Dispatcher:
+    """The loop and its thread.
+
+    Args:
+        spec, seats, config: for the first crew; a reload makes another crew on the same seats.
+
+    Attributes:
+        started: resolved once every worker is ready; holds the error if one cannot be.
+        facts: what the workers of the present model say of it, once ``started`` is resolved.
+        admission: callers pass it before they submit; the dispatcher gives their places back.
+    """
+
+    def __init__(self, spec: ModelSpec, seats: Sequence[Seat], config: PoolConfig) -> None:
+        self.config = config
+        self.seats = seats
+        self.admission = Admission(config.max_pending_pairs, config.max_pending_tokens, config.overload)
+        self.started: Future[None] = Future()
+        self.facts: WorkerFacts | None = None
+        self._inbox: queue.SimpleQueue[_Message] = queue.SimpleQueue()
+        self._counts = PoolStats()
+        self._pending = 0
+        self._crew = self._make_crew(spec)
+        self._retiring: list[Crew] = []  # reloaded away, finishing what they had begun
+        self._dismissed: list[Crew] = []  # let go, their workers perhaps not ended yet
+        self._incoming: tuple[Crew, Future[None]] | None = None  # being loaded by a reload
+        self._closing: _Close | None = None
+        self._finished = False
+        self._thread = threading.Thread(target=self._run, name="mp_rerank-dispatcher", daemon=True)
+        self._owner = os.getpid()
+
+    def __repr__(self) -> str:
+        return repr(self._crew)
+
+    # What other threads call.
+
+    def start(self) -> None:
+        """Start the thread, which starts the workers."""
+        self._thread.start()
+
+    def submit(self, request: Request) -> None:
+        """Queue ``request``, which has been admitted."""
+        request.future.add_internal_callback(partial(self._on_future_done, request))
+        self._put(_Submit(request))
+
+    def ask(self, question: Callable[[], Any]) -> Any:
+        """The answer to ``question``, asked on the dispatcher's thread, or on this one once that has ended."""
+        answer: Future[Any] = Future()
+        self._put(_Ask(question, answer))
+        return answer.result()
+
+    def stats(self) -> PoolStats:
+        """A copy of the counters."""
+
+        def snapshot() -> PoolStats:
+            return dataclasses.replace(self._counts, pending_requests=self._pending, pending_pairs=self.admission.pairs)
+
+        stats: PoolStats = self.ask(snapshot)
+        return stats
+
+    def workers(self) -> list[WorkerInfo]:
+        """Each seat of the present model's crew."""
+        workers: list[WorkerInfo] = self.ask(lambda: self._crew.workers())
+        return workers
+
+    def reload(self, spec: ModelSpec) -> Future[None]:
+        """Replace the model; the future is done once new requests go to it, and fails if it could not be loaded."""
+        done: Future[None] = Future()
+        self._put(_Reload(spec, done))
+        return done
+
+    def close(self, *, drain: bool) -> None:
+        """End the loop: after what is pending, or at once. Returns at once; ``join`` waits."""
+        self._put(_Close(drain))
+
+    def join(self, timeout: float | None = None) -> bool:
+        """Wait for the thread, unless this is it or it belongs to another process; whether it has ended."""
+        if self._thread.ident is None or os.getpid() != self._owner or threading.current_thread() is self._thread:
+            return True
+        self._thread.join(timeout)
+        return not self._thread.is_alive()
+
+    def _put(self, message: _Message) -> None:
+        self._inbox.put(message)
+        # The loop sets _finished and then empties the inbox; so either it has seen this message or we see the flag.
+        if self._finished:
+            self._turn_away()
+
+    def _on_future_done(self, request: Request, future: Future[Any]) -> None:
+        if future.cancelled():
+            self._put(_Cancel(request))
+
+    # The loop.
+
+    def _run(self) -> None:
+        if hasattr(signal, "pthread_sigmask"):
+            # Workers inherit the mask of the thread that starts them: Ctrl-C never reaches one, not even while its
+            # interpreter is starting. This thread needs no signal; Python handles them on the main one.
+            signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        error = PoolClosedError("the pool was closed")
+        try:
+            self._crew.start(time.monotonic())
+            while self._step():
+                pass
+        except BaseException as bug:
+            logger.exception("the dispatcher failed")
+            error = PoolClosedError(f"the pool's dispatcher failed: {bug!r}")
+        finally:
+            self._end(error)
+
+    def _step(self) -> bool:
+        """Wait for something to do, do all of it; whether to go on."""
+        self._receive()
+        now = time.monotonic()
+        for crew in self._crews():
+            crew.tick(now)
+        self._change_crews()
+        for crew in self._crews():
+            crew.dispatch(now)
+        if self._closing is None:
+            return True
+        return self._closing.drain and not all(crew.drained for crew in self._crews())
+
+    def _receive(self) -> None:
+        """Handle the next message, waiting for it until something is due, and all that are there behind it."""
+        due = min((t for crew in self._crews() if (t := crew.wake_at()) is not None), default=None)
+        try:
+            message = self._inbox.get(timeout=None if due is None else max(0.0, due - time.monotonic()))
+            while True:
+                self._handle(message)
+                message = self._inbox.get_nowait()
+        except queue.Empty:
+            pass
+
+    def _handle(self, message: _Message) -> None:
+        if isinstance(message, _Reported):
+            message.crew.handle(message.report, time.monotonic())
+        elif isinstance(message, _Submit):
+            self._counts.submitted += 1
+            self._pending += 1
+            if self._closing is not None:
+                message.request.fail(PoolClosedError("the pool is closed"))
+                self._on_done(message.request, "failed")
+            else:
+                self._crew.submit(message.request)
+        elif isinstance(message, _Cancel):
+            any(crew.cancel(message.request) for crew in self._crews())
+        elif isinstance(message, _Ask):
+            _answer(message)
+        elif isinstance(message, _Reload):
+            self._begin_reload(message)
+        else:
+            # A second close may turn draining into not draining; not the other way round.
+            if self._closing is None or self._closing.drain:
+                self._closing = message
+            self.admission.close()
+
+    def _change_crews(self) -> None:
+        """Resolve ``started``, switch to a reloaded model, let go of a drained one."""
+        if not self.started.done():
+            if self._crew.failure is not None:
+                self.started.set_exception(self._crew.failure)
+            elif self._crew.ready:
+                self.facts = self._crew.facts
+                self.started.set_result(None)
+        if self._incoming is not None:
+            crew, done = self._incoming
+            if crew.failure is not None:
+                self._incoming = None
+                self._dismiss(crew)
+                done.set_exception(crew.failure)
+            elif crew.ready:
+                # Whatever has begun with the old model ends with it; the rest, and all that follows, gets the new.
+                self._incoming = None
+                old, self._crew = self._crew, crew
+                self._retiring.append(old)
+                for request in old.queue.drop_untouched():
+                    crew.submit(request)
+                self.facts = crew.facts
+                self._counts.reloads += 1
+                done.set_result(None)
+        for crew in [crew for crew in self._retiring if crew.drained]:
+            self._retiring.remove(crew)
+            self._dismiss(crew)
+
+    def _begin_reload(self, message: _Reload) -> None:
+        if self._closing is not None:
+            message.done.set_exception(PoolClosedError("the pool is closed"))
+        elif self._incoming is not None:
+            message.done.set_exception(RerankError("a reload is already under way"))
+        else:
+            crew = self._make_crew(message.spec)
+            self._incoming = (crew, message.done)
+            crew.start(time.monotonic())
+
+    def _end(self, error: PoolClosedError) -> None:
+        """Leave nothing behind: no request unanswered, no worker, no caller waiting."""
+        self.admission.close()
+        drained = self._closing is not None and self._closing.drain
+        crews = self._crews()
+        for crew in crews:
+            crew.fail_all(error)
+        for crew in crews:
+            crew.close(kill=not drained)
+        for crew in (*crews, *self._dismissed):
+            crew.join()
+        if not self.started.done():
+            self.started.set_exception(error)
+        if self._incoming is not None:
+            self._incoming[1].set_exception(error)
+        self._finished = True
+        self._turn_away()
+
+    def _turn_away(self) -> None:
+        """Answer what reached the inbox after the loop ended; any thread may."""
+        while True:
+            try:
+                message = self._inbox.get_nowait()
+            except queue.Empty:
+                return
+            if isinstance(message, _Submit):
+                message.request.fail(PoolClosedError("the pool is closed"))
+                self.admission.release(len(message.request.pairs), message.request.total_tokens)
+            elif isinstance(message, _Ask):
+                _answer(message)
+            elif isinstance(message, _Reload):
+                message.done.set_exception(PoolClosedError("the pool is closed"))
+
+    def _crews(self) -> list[Crew]:
+        incoming = [] if self._incoming is None else [self._incoming[0]]
+        return [self._crew, *self._retiring, *incoming]
+
+    def _make_crew(self, spec: ModelSpec) -> Crew:
+        def notify(report: Report) -> None:
+            self._put(_Reported(crew, report))
+
+        crew = Crew(spec, self.seats, self.config, notify, self._on_done, self._counts)
+        return crew
+
+    def _dismiss(self, crew: Crew) -> None:
+        self._dismissed = [gone for gone in self._dismissed if gone.alive] + [crew]
+        crew.close(kill=False)
+
+    def _on_done(self, request: Request, outcome: Outcome) -> None:
+        self._pending -= 1
+        self.admission.release(len(request.pairs), request.total_tokens)
+        setattr(self._counts, outcome, getattr(self._counts, outcome) + 1)
+
+
+def _answer(message: _Ask) -> None:
+    try:
+        message.answer.set_result(message.question())
+    except BaseException as error:
+        message.answer.set_exception(error)

@@ -1,0 +1,84 @@
+"""A worker's words reach the parent's ``logging``; nothing a worker does reaches the terminal.
+
+One pipe for each worker process: a shared queue's lock could die with a worker and silence the others. The child turns
+log records, warnings and prints into small JSON messages; the parent hands them to the logger ``mp_rerank.worker`` with
+the worker's name as the record's ``processName``, and in front of the message.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+from multiprocessing.connection import Connection
+
+__all__ = ["WORKER_LOGGER", "redirect_output", "repeat_logs"]
+
+WORKER_LOGGER = "mp_rerank.worker"
+
+
+class _Sender(logging.Handler):
+    """Child side: a record becomes ``[level, logger, text]`` in the pipe."""
+
+    def __init__(self, connection: Connection) -> None:
+        super().__init__()
+        self.connection = connection
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            text = self.format(record)
+            self.connection.send_bytes(json.dumps([record.levelno, record.name, text]).encode())
+        except Exception:  # the parent is gone, or the record is broken: neither may stop scoring
+            pass
+
+
+class _Lines:
+    """Child side: a text stream whose complete lines are logged."""
+
+    encoding = "utf-8"
+
+    def __init__(self, logger: logging.Logger) -> None:
+        self.logger = logger
+        self.rest = ""
+
+    def write(self, text: str) -> int:
+        *lines, self.rest = (self.rest + text).split("\n")
+        for line in lines:
+            if line.strip():
+                self.logger.info("%s", line.rstrip())
+        return len(text)
+
+    def flush(self) -> None:
+        pass
+
+    def isatty(self) -> bool:
+        return False
+
+
+def redirect_output(connection: Connection, level: int) -> None:
+    """In a fresh worker process: send everything said from here on through ``connection``, from ``level`` up."""
+    root = logging.getLogger()
+    root.handlers[:] = [_Sender(connection)]
+    root.setLevel(level)
+    logging.captureWarnings(True)
+    sys.stdout = sys.stderr = _Lines(logging.getLogger("output"))
+    # What native code writes goes past sys.stderr.
+    nothing = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nothing, 1)
+    os.dup2(nothing, 2)
+    os.close(nothing)
+
+
+def repeat_logs(connection: Connection, name: str) -> None:
+    """In the parent, on a thread of its own: repeat what worker ``name`` says, until its end of the pipe is closed."""
+    logger = logging.getLogger(WORKER_LOGGER)
+    while True:
+        try:
+            level, source, text = json.loads(connection.recv_bytes())
+        except (EOFError, OSError, ValueError):  # closed, or cut off in the middle by the worker's death
+            return
+        if logger.isEnabledFor(level):
+            record = logger.makeRecord(logger.name, level, source, 0, "%s: %s: %s", (name, source, text), None)
+            record.processName = name
+            logger.handle(record)

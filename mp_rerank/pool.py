@@ -1,0 +1,537 @@
+"""`RerankerPool`: what callers hold. It validates, admits, and hands requests to the dispatcher."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import threading
+import time
+import weakref
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future
+from functools import partial
+from typing import Any, Literal, SupportsIndex, cast
+
+import numpy as np
+import numpy.typing as npt
+import psutil
+
+from mp_rerank.config import BUILTIN, ModelSpec, PoolConfig
+from mp_rerank.dispatcher import Dispatcher
+from mp_rerank.errors import PoolClosedError
+from mp_rerank.launch import check_may_spawn
+from mp_rerank.plan import Plan, make_plan
+from mp_rerank.request import Pair, PoolFuture, Request, Scores
+from mp_rerank.results import PoolMemory, PoolStats, RerankResult, WorkerInfo, WorkerMemory
+from mp_rerank.tokens import estimate_pair, estimate_text
+
+__all__ = ["RerankerPool"]
+
+MAX_PRIORITY = 8
+
+OnTimeout = Literal["raise", "partial"]
+
+
+class RerankerPool:
+    """A pool of workers, each with its own model on its own device, for any number of threads.
+
+        with RerankerPool("cross-encoder/ms-marco-MiniLM-L6-v2") as pool:
+            future = pool.submit("how do birds fly?", documents, top_n=5)
+            for result in future.result():
+                print(result.relevance_score, result.document)
+
+    Workers start with ``start()``, on entering ``with``, or with the first request. They end with ``close()``, on
+    leaving ``with``, when the pool is garbage-collected, when the interpreter exits, and when this process dies of
+    whatever. Every method may be called from any thread.
+
+    Args:
+        model: ``"builtin"``, a hub name, the path of a local folder, or a ``ModelSpec``.
+        devices: ``"auto"``, a device, or a list of them; see ``PoolConfig``, whose every field is a keyword here.
+        workers: workers in all; ``None``: one a GPU, or what the cores and the memory allow.
+        threads_per_worker: compute threads of each; ``None`` shares the cores out.
+        options: the other fields of ``PoolConfig``.
+
+    Raises:
+        TypeError, ValueError: naming the argument and its value.
+    """
+
+    def __init__(
+        self,
+        model: str | ModelSpec = BUILTIN,
+        *,
+        devices: str | Sequence[str] = "auto",
+        workers: int | None = None,
+        threads_per_worker: int | None = None,
+        **options: Any,
+    ) -> None:
+        self.spec = _spec(model)
+        options.update(devices=devices, workers=workers, threads_per_worker=threads_per_worker)
+        self.config = PoolConfig.of(options)
+        self._owner = os.getpid()
+        self._lock = threading.Lock()
+        self._closed = False
+        self._dispatcher: Dispatcher | None = None
+        self._plan: Plan | None = None
+
+    def __repr__(self) -> str:
+        dispatcher = self._dispatcher
+        state = "closed" if self._closed else "not started" if dispatcher is None else repr(dispatcher)
+        return f"<RerankerPool {self.spec.name!r}: {state}>"
+
+    # Life.
+
+    def start(self) -> RerankerPool:
+        """Start the workers and wait until each has loaded and proved its model. Does nothing on a started pool.
+
+        Raises:
+            ModelLoadError: a worker could not load the model, naming model, device and cause.
+            WorkerCrashedError: a worker died again and again while it was loading.
+            PoolClosedError: the pool is closed.
+            RuntimeError: no process may be started here: see ``check_may_spawn``.
+        """
+        self._check_open()
+        dispatcher = self._dispatcher
+        if dispatcher is None:
+            with self._lock:
+                self._check_open()
+                if self._dispatcher is None:
+                    if self.config.isolation == "process":
+                        check_may_spawn()
+                    self._plan = make_plan(self.config, self.spec)
+                    self._dispatcher = Dispatcher(self.spec, self._plan.seats, self.config)
+                    weakref.finalize(self, self._dispatcher.close, drain=True).atexit = False
+                    _leave_with_interpreter(self._dispatcher)
+                    self._dispatcher.start()
+                dispatcher = self._dispatcher
+        try:
+            dispatcher.started.result()
+        except BaseException:
+            dispatcher.close(drain=False)
+            dispatcher.join()
+            raise
+        return self
+
+    def close(self, *, drain: bool = True, timeout: float | None = None) -> None:
+        """Take no more requests, end the workers, and wait until they are gone. Does nothing on a closed pool.
+
+        Args:
+            drain: finish what is pending first; otherwise it fails with ``PoolClosedError`` and workers are killed.
+            timeout: seconds to drain for, after which what is left fails as with ``drain=False``; ``None``: no limit.
+        """
+        with self._lock:
+            self._closed = True
+            dispatcher = self._dispatcher
+        if dispatcher is None or os.getpid() != self._owner:
+            return
+        dispatcher.close(drain=drain)
+        try:
+            if not dispatcher.join(timeout):
+                dispatcher.close(drain=False)
+                dispatcher.join()
+        except BaseException:  # Ctrl-C while draining
+            dispatcher.close(drain=False)
+            dispatcher.join()
+            raise
+
+    def __enter__(self) -> RerankerPool:
+        return self.start()
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        self.close(drain=kind is None)
+
+    def reload(self, model: str | ModelSpec) -> None:
+        """Replace the model without a pause: load it in new workers, switch to them, let the old ones finish and leave.
+
+        Returns once new requests go to the new model. A request is scored wholly by one of the two. Until the old
+        workers have left, both models are in memory.
+
+        Raises:
+            ModelLoadError: it could not be loaded; the pool goes on with the old one.
+            RerankError: another reload is under way.
+        """
+        spec = _spec(model)
+        spec.check_exists()
+        dispatcher = self._running()
+        dispatcher.reload(spec).result()
+        self.spec = spec
+
+    # Work.
+
+    def submit(
+        self,
+        query: str,
+        documents: Iterable[str],
+        *,
+        top_n: int | None = None,
+        timeout: float | None = None,
+        priority: int = 0,
+        on_timeout: OnTimeout = "raise",
+    ) -> Future[list[RerankResult]]:
+        """Rank ``documents`` by relevance to ``query``.
+
+        Args:
+            query: the query.
+            documents: the documents, any number of them; not one string.
+            top_n: how many of the best to return; ``None``: all.
+            timeout: seconds from now until the request expires; what is not scored then is dropped.
+            priority: from -8 to 8; each step doubles the request's share of the workers, and none starves the others.
+            on_timeout: ``"raise"`` RequestTimeoutError, or ``"partial"``: the ranking of what is scored by then,
+                followed by the rest with a ``relevance_score`` of ``None``.
+
+        Returns:
+            A future of the results, best first; equal scores in the order submitted. ``cancel()`` works until it is
+            done, and its done-callbacks run on threads of their own. It may hold RequestTimeoutError, ScoringError,
+            WorkerCrashedError or PoolClosedError.
+
+        Raises:
+            TypeError, ValueError: naming the argument; also for a model of several labels, which ranks nothing.
+            PoolClosedError, PoolOverloadedError: the request was not taken.
+            ModelLoadError: from ``start``, if this is the first request.
+        """
+        text = _text("query", query)
+        kept = _documents(documents)
+        _check_top_n(top_n)
+        pairs = [(text, _text("documents", document, i)) for i, document in enumerate(kept)]
+        return self._submit(pairs, partial(_rank, kept, top_n), timeout, priority, on_timeout, ranking=True)
+
+    def submit_pairs(
+        self,
+        pairs: Iterable[Sequence[str]],
+        *,
+        timeout: float | None = None,
+        priority: int = 0,
+        on_timeout: OnTimeout = "raise",
+    ) -> Future[Scores]:
+        """Score ``(query, document)`` pairs, as ``CrossEncoder.predict`` does.
+
+        Args:
+            pairs: the pairs, in any mixture of queries.
+            timeout, priority, on_timeout: as for ``submit``; a partial result has NaN where there is no score.
+
+        Returns:
+            A future of float32 scores in the order of ``pairs``: shape (n,), or (n, num_labels) if there are several.
+
+        Raises:
+            As ``submit``.
+        """
+        if isinstance(pairs, str) or not isinstance(pairs, Iterable):
+            raise TypeError(f"pairs: a sequence of (query, document) is needed, not {_shown(pairs)}")
+        texts = []
+        for i, pair in enumerate(pairs):
+            if isinstance(pair, str) or not isinstance(pair, Sequence) or len(pair) != 2:
+                raise TypeError(f"pairs[{i}]: a (query, document) is needed, not {_shown(pair)}")
+            texts.append((_text("pairs", pair[0], i), _text("pairs", pair[1], i)))
+        return self._submit(texts, _all_scores, timeout, priority, on_timeout, ranking=False)
+
+    def rerank(self, query: str, documents: Iterable[str], **options: Any) -> list[RerankResult]:
+        """``submit(...).result()``: rank and wait. Interrupted, it cancels the request."""
+        future = self.submit(query, documents, **options)
+        try:
+            return future.result()
+        finally:
+            future.cancel()  # of a finished one: nothing
+
+    async def arerank(self, query: str, documents: Iterable[str], **options: Any) -> list[RerankResult]:
+        """``submit`` for asyncio: the loop goes on meanwhile, even while the pool starts or is full.
+
+        Cancelling the task cancels the request.
+        """
+        kept = _documents(documents)
+        call = partial(self.submit, query, kept, **options)
+        if not self._may_block(query, kept):
+            return await asyncio.wrap_future(call())
+        submitting = asyncio.ensure_future(asyncio.to_thread(call))
+        try:
+            future = await asyncio.shield(submitting)
+        except asyncio.CancelledError:
+            submitting.add_done_callback(_cancel_submitted)
+            raise
+        return await asyncio.wrap_future(future)
+
+    def predict(
+        self,
+        inputs: Sequence[Sequence[str]] | Sequence[str] | None = None,
+        *,
+        sentences: Sequence[Sequence[str]] | Sequence[str] | None = None,
+        batch_size: int = 32,
+        show_progress_bar: bool | None = None,
+        activation_fn: Callable[..., Any] | None = None,
+        apply_softmax: bool | None = False,
+        convert_to_numpy: bool = True,
+        convert_to_tensor: bool = False,
+    ) -> Any:
+        """``CrossEncoder.predict``: scores of one pair or of a list of them, and wait.
+
+        Args:
+            inputs: pairs, or one pair; ``sentences`` is its name in sentence-transformers before 6.
+            batch_size: accepted; workers batch by tokens.
+            show_progress_bar: accepted; nothing is shown.
+            activation_fn: must be ``None``: it belongs to the model here (``ModelSpec.activation``).
+            apply_softmax: with several labels, make each pair's scores sum to 1.
+            convert_to_numpy, convert_to_tensor: what to return; tensors import torch into this process.
+
+        Returns:
+            A float32 array of shape (n,) or (n, num_labels), or without the first dimension for one pair; or a tensor,
+            or a list of tensors, as ``CrossEncoder`` would.
+        """
+        del batch_size, show_progress_bar
+        if activation_fn is not None:
+            raise ValueError(
+                "activation_fn: a pool's activation is its model's: RerankerPool(ModelSpec(..., activation=...))"
+            )
+        given = inputs if inputs is not None else sentences
+        if given is None or isinstance(given, str):
+            raise TypeError(f"inputs: pairs of (query, document) are needed, not {_shown(given)}")
+        single = len(given) > 0 and isinstance(given[0], str)
+        pairs = cast("Sequence[Sequence[str]]", [given] if single else given)
+        scores = self.submit_pairs(pairs).result()
+        if apply_softmax and scores.ndim > 1:
+            powers = np.exp(scores - scores.max(axis=1, keepdims=True))
+            scores = powers / powers.sum(axis=1, keepdims=True)
+        result: Any = scores
+        if convert_to_tensor or not convert_to_numpy:
+            import torch
+
+            result = torch.from_numpy(scores.copy())
+            if not convert_to_tensor:
+                result = list(result)
+        return result[0] if single else result
+
+    def rank(
+        self,
+        query: str,
+        documents: Sequence[str],
+        top_k: int | None = None,
+        return_documents: bool = False,
+        *,
+        batch_size: int = 32,
+        show_progress_bar: bool | None = None,
+        activation_fn: Callable[..., Any] | None = None,
+    ) -> list[dict[str, Any]]:
+        """``CrossEncoder.rank``: dicts of ``corpus_id``, ``score`` and, if asked for, ``text``, best first.
+
+        ``batch_size``, ``show_progress_bar`` and ``activation_fn`` are as for ``predict``.
+        """
+        del batch_size, show_progress_bar
+        if activation_fn is not None:
+            raise ValueError(
+                "activation_fn: a pool's activation is its model's: RerankerPool(ModelSpec(..., activation=...))"
+            )
+        ranked = self.rerank(query, documents, top_n=top_k)
+        results: list[dict[str, Any]] = [{"corpus_id": r.index, "score": r.relevance_score} for r in ranked]
+        if return_documents:
+            for result, r in zip(results, ranked, strict=True):
+                result["text"] = r.document
+        return results
+
+    # Looking in.
+
+    def stats(self) -> PoolStats:
+        """Counters since the start, and what is pending; zeros before the start, the last state after the close."""
+        dispatcher = self._dispatcher
+        return PoolStats() if dispatcher is None else dispatcher.stats()
+
+    def workers(self) -> list[WorkerInfo]:
+        """Each seat and the worker in it; none before the start."""
+        dispatcher = self._dispatcher
+        return [] if dispatcher is None else dispatcher.workers()
+
+    def memory(self) -> PoolMemory:
+        """RSS, USS and PSS of the parent and of each worker now alive, and the bytes of each worker's weights."""
+        workers = []
+        for info in self.workers():
+            if info.pid is not None:
+                try:
+                    workers.append(_memory(info.pid, info.weights_bytes))
+                except psutil.NoSuchProcess:  # it died since
+                    pass
+        return PoolMemory(_memory(os.getpid(), 0), tuple(workers))
+
+    @property
+    def plan(self) -> Plan:
+        """The seats, and why there are so many."""
+        return self._plan or make_plan(self.config, self.spec)
+
+    # Within.
+
+    def _check_open(self) -> None:
+        if os.getpid() != self._owner:
+            raise PoolClosedError(f"this pool belongs to process {self._owner}; a fork of it needs a pool of its own")
+        if self._closed:
+            raise PoolClosedError("the pool is closed")
+
+    def _running(self) -> Dispatcher:
+        self._check_open()
+        dispatcher = self._dispatcher
+        if dispatcher is None or dispatcher.facts is None:
+            self.start()
+            dispatcher = self._dispatcher
+            assert dispatcher is not None
+        return dispatcher
+
+    def _may_block(self, query: str, documents: Sequence[str]) -> bool:
+        dispatcher = self._dispatcher
+        if dispatcher is None or dispatcher.facts is None:
+            return True
+        tokens = sum(len(document) for document in documents if isinstance(document, str))
+        return dispatcher.admission.would_wait(len(documents), tokens)
+
+    def _submit(
+        self,
+        pairs: list[Pair],
+        finish: Callable[[Scores, npt.NDArray[np.bool_]], Any],
+        timeout: float | None,
+        priority: int,
+        on_timeout: OnTimeout,
+        *,
+        ranking: bool,
+    ) -> Future[Any]:
+        deadline = _deadline(timeout)
+        _check_priority(priority)
+        if on_timeout not in ("raise", "partial"):
+            raise ValueError(f"on_timeout: 'raise' or 'partial' is needed, not {on_timeout!r}")
+        dispatcher = self._running()
+        facts = dispatcher.facts
+        assert facts is not None
+        if ranking and facts.num_labels != 1:
+            raise ValueError(
+                f"{self.spec.name} gives {facts.num_labels} scores a pair, and ranking needs one: use submit_pairs"
+            )
+        if not pairs:
+            nothing = PoolFuture()
+            shape = (0,) if facts.num_labels == 1 else (0, facts.num_labels)
+            nothing.set_result(finish(np.zeros(shape, dtype=np.float32), np.zeros(0, dtype=np.bool_)))
+            return nothing
+        request = Request(
+            pairs,
+            _lengths(pairs, facts.max_length),
+            finish,
+            priority=priority,
+            deadline=deadline,
+            timeout=timeout,
+            partial=on_timeout == "partial",
+        )
+        dispatcher.admission.admit(len(pairs), request.total_tokens, deadline, timeout)
+        dispatcher.submit(request)
+        return request.future
+
+
+def _spec(model: str | ModelSpec) -> ModelSpec:
+    spec = model if isinstance(model, ModelSpec) else ModelSpec(model)
+    spec.check_exists()
+    return spec
+
+
+def _text(name: str, value: object, index: int | None = None) -> str:
+    """``value`` as an exact ``str``: a subclass could bring anything along when it is pickled."""
+    if type(value) is str:
+        return value
+    if isinstance(value, str):
+        return str.__str__(value)
+    where = name if index is None else f"{name}[{index}]"
+    raise TypeError(f"{where}: a string is needed, not {_shown(value)}")
+
+
+def _documents(documents: Iterable[str]) -> list[str]:
+    if isinstance(documents, (str, bytes)) or not isinstance(documents, Iterable):
+        raise TypeError(f"documents: a sequence of strings is needed, not {_shown(documents)}")
+    return list(documents)
+
+
+def _shown(value: object) -> str:
+    text = repr(value)
+    return f"{type(value).__name__} {text[:60]}{'…' if len(text) > 60 else ''}"
+
+
+def _check_top_n(top_n: int | None) -> None:
+    if top_n is None:
+        return
+    if not isinstance(top_n, int) or isinstance(top_n, bool):
+        raise TypeError(f"top_n: a whole number or None is needed, not {top_n!r}")
+    if top_n < 0:
+        raise ValueError(f"top_n: at least 0 is needed, not {top_n}")
+
+
+def _check_priority(priority: SupportsIndex) -> None:
+    if not isinstance(priority, int) or isinstance(priority, bool):
+        raise TypeError(f"priority: a whole number is needed, not {priority!r}")
+    if abs(priority) > MAX_PRIORITY:
+        raise ValueError(f"priority: from {-MAX_PRIORITY} to {MAX_PRIORITY} is needed, not {priority}")
+
+
+def _deadline(timeout: float | None) -> float | None:
+    if timeout is None:
+        return None
+    if not isinstance(timeout, (int, float)) or isinstance(timeout, bool):
+        raise TypeError(f"timeout: seconds or None are needed, not {timeout!r}")
+    if not timeout > 0:
+        raise ValueError(f"timeout: more than 0 seconds are needed, not {timeout}")
+    return time.monotonic() + timeout
+
+
+def _lengths(pairs: Sequence[Pair], max_length: int | None) -> list[int]:
+    """Estimated tokens of each pair. Most requests have one query: it is measured once."""
+    queries: dict[str, int] = {}
+    lengths = []
+    for query, document in pairs:
+        tokens = queries.get(query)
+        if tokens is None:
+            tokens = queries[query] = estimate_text(query)
+        lengths.append(estimate_pair(tokens, document, max_length))
+    return lengths
+
+
+def _rank(
+    documents: Sequence[str], top_n: int | None, scores: Scores, scored: npt.NDArray[np.bool_]
+) -> list[RerankResult]:
+    order = np.argsort(-scores, kind="stable")[:top_n]  # NaN, and so what is unscored, comes last
+    values = scores.tolist()
+    if scored.all():
+        return [RerankResult(i, values[i], documents[i]) for i in order.tolist()]
+    return [RerankResult(i, values[i] if scored[i] else None, documents[i]) for i in order.tolist()]
+
+
+def _all_scores(scores: Scores, scored: npt.NDArray[np.bool_]) -> Scores:
+    return scores
+
+
+def _cancel_submitted(submitting: asyncio.Future[Future[Any]]) -> None:
+    if not submitting.cancelled() and submitting.exception() is None:
+        submitting.result().cancel()
+
+
+def _memory(pid: int, weights_bytes: int) -> WorkerMemory:
+    process = psutil.Process(pid)
+    try:
+        full = process.memory_full_info()
+        return WorkerMemory(pid, full.rss, full.uss, getattr(full, "pss", None), weights_bytes)
+    except psutil.AccessDenied:
+        return WorkerMemory(pid, process.memory_info().rss, None, None, weights_bytes)
+
+
+# Every dispatcher of this process that may still be running.
+_dispatchers: weakref.WeakSet[Dispatcher] = weakref.WeakSet()
+
+
+def _leave_with_interpreter(dispatcher: Dispatcher) -> None:
+    """Close ``dispatcher`` when the interpreter exits, or refuse if it is exiting already."""
+    global _registered
+    if not _registered:
+        try:
+            # Before concurrent.futures' own hook, which would wait for running slices: hooks run last in, first out,
+            # and this is the only place that comes before it. atexit is too late: its threads have been joined by then.
+            threading._register_atexit(_close_all)  # type: ignore[attr-defined]
+        except RuntimeError as error:
+            raise PoolClosedError(f"the interpreter is exiting: {error}") from None
+        _registered = True
+    _dispatchers.add(dispatcher)
+
+
+_registered = False
+
+
+def _close_all() -> None:
+    for dispatcher in list(_dispatchers):
+        dispatcher.close(drain=False)
+    for dispatcher in list(_dispatchers):
+        dispatcher.join(timeout=30.0)

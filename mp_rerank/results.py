@@ -1,0 +1,122 @@
+"""What the pool gives back: rankings, and pictures of itself."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+__all__ = ["PoolMemory", "PoolStats", "RerankResult", "WorkerInfo", "WorkerMemory"]
+
+
+@dataclass(frozen=True, slots=True)
+class RerankResult:
+    """One ranked document.
+
+    Attributes:
+        index: its position among the documents submitted.
+        relevance_score: the model's score after its activation, as ``CrossEncoder.predict`` gives it (float32 widened
+            to float); ``None`` only in a partial ranking (``on_timeout="partial"``), for a document not scored in time.
+        document: the document as it was submitted.
+    """
+
+    index: int
+    relevance_score: float | None
+    document: str
+
+
+@dataclass(frozen=True)
+class WorkerInfo:
+    """One seat of the pool and the worker in it.
+
+    Attributes:
+        slot: the seat's number, from 0.
+        state: ``starting``, ``ready``, ``draining``, ``restarting``, ``failed`` or ``closed``.
+        generation: how many workers have had this seat; 1 is the first.
+        device: the seat's device; its workers never leave it.
+        threads: compute threads of the worker.
+        pid: the worker's process (the caller's own under ``isolation="thread"``); ``None`` before it has started.
+        dtype: the dtype of the weights; two joined by ``+`` where the architecture itself mixes them.
+        load_seconds: imports and loading, in the worker.
+        weights_bytes: size of parameters and buffers.
+        num_labels: scores per pair.
+        max_length: tokens a pair is truncated to; ``None`` where the model does not say.
+        canary: the scores of the canary pairs; equal on every worker of a pool.
+        tokens_per_second: estimated tokens scored per second, as last measured in this worker.
+    """
+
+    slot: int
+    state: str
+    generation: int
+    device: str
+    threads: int
+    pid: int | None = None
+    dtype: str = ""
+    load_seconds: float = 0.0
+    weights_bytes: int = 0
+    num_labels: int = 1
+    max_length: int | None = None
+    canary: tuple[float, ...] = ()
+    tokens_per_second: float = 0.0
+
+
+@dataclass
+class PoolStats:
+    """Counters since the pool's start, and what is pending now; a copy, taken at one moment.
+
+    Attributes:
+        submitted, completed, failed, cancelled, timed_out: requests, by outcome; ``timed_out`` counts partial results
+        too. pending_requests, pending_pairs: admitted and not finished; pairs neither scored nor dropped.
+        scored_pairs, scored_tokens: pairs (and their estimated tokens) scored.
+        slices: pieces of work sent to workers and scored.
+        gathered_slices: those of them holding pairs of more than one request.
+        split_requests: requests whose pairs went out in more than one slice.
+        busy_seconds: time workers spent scoring, summed over workers.
+        crashes: workers that died or were killed for hanging.
+        restarts: workers started to replace another (after a crash, a recycling or a reload).
+        recycled: workers replaced on reaching ``max_slices_per_worker`` or ``max_memory_per_worker``.
+        reloads: models swapped in by ``reload``.
+    """
+
+    submitted: int = 0
+    completed: int = 0
+    failed: int = 0
+    cancelled: int = 0
+    timed_out: int = 0
+    pending_requests: int = 0
+    pending_pairs: int = 0
+    scored_pairs: int = 0
+    scored_tokens: int = 0
+    slices: int = 0
+    gathered_slices: int = 0
+    split_requests: int = 0
+    busy_seconds: float = 0.0
+    crashes: int = 0
+    restarts: int = 0
+    recycled: int = 0
+    reloads: int = 0
+
+
+@dataclass(frozen=True)
+class WorkerMemory:
+    """Memory of one process, in bytes, as psutil reads it.
+
+    Attributes:
+        pid: the process.
+        rss: resident set size, shared pages included.
+        uss: pages of this process alone; ``None`` where the platform or the permissions do not give it.
+        pss: ``uss`` plus this process's part of shared pages (Linux only, else ``None``).
+        weights_bytes: size of the model's parameters and buffers in it (0 for the parent).
+    """
+
+    pid: int
+    rss: int
+    uss: int | None
+    pss: int | None
+    weights_bytes: int
+
+
+@dataclass(frozen=True)
+class PoolMemory:
+    """Memory of the parent process and of each worker alive at the moment of asking."""
+
+    parent: WorkerMemory
+    workers: tuple[WorkerMemory, ...]

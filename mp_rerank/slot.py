@@ -1,0 +1,223 @@
+"""One seat of the pool: a device, and the worker that has the seat now.
+
+A slot outlives its workers and counts them as generations. Nothing here decides: the crew says what to launch, send and
+end; the slot does it and reports what comes of it through ``notify``, from whichever thread learns it. A report names
+its generation, so that the last words of a dead worker are not taken for its successor's.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import BrokenExecutor, Future
+from dataclasses import dataclass
+from typing import TypeVar
+
+from mp_rerank import worker
+from mp_rerank.batching import Slice
+from mp_rerank.config import ModelSpec, PoolConfig
+from mp_rerank.launch import ProcessWorker, ThreadWorker, Worker
+from mp_rerank.plan import Seat
+from mp_rerank.results import WorkerInfo
+
+__all__ = ["Described", "Exited", "Report", "SliceEnded", "Slot", "SlotState"]
+
+_T = TypeVar("_T")
+
+# One slice running and one waiting, so that a worker never idles for want of the dispatcher.
+SLICES_A_SLOT = 2
+# Weight of the newest slice in a worker's measured speed.
+SPEED_SMOOTHING = 0.2
+
+
+class SlotState(enum.Enum):
+    """Where a slot is in its life."""
+
+    STARTING = "starting"  # its first worker is loading, or has yet to be launched
+    READY = "ready"
+    DRAINING = "draining"  # its worker finishes what it has and is then replaced
+    RESTARTING = "restarting"  # a later worker is loading, or waits for its back-off
+    FAILED = "failed"  # given up
+    CLOSED = "closed"
+
+
+@dataclass(frozen=True)
+class Described:
+    """A worker has loaded its model, or could not."""
+
+    slot: Slot
+    generation: int
+    outcome: worker.WorkerFacts | BaseException
+
+
+@dataclass(frozen=True)
+class SliceEnded:
+    """A slice came back scored, or with the error that ended it."""
+
+    slot: Slot
+    generation: int
+    piece: Slice
+    outcome: worker.Scored | BaseException
+
+
+@dataclass(frozen=True)
+class Exited:
+    """A worker process has ended; negative exit codes are signals."""
+
+    slot: Slot
+    generation: int
+    exit_code: int | None
+
+
+Report = Described | SliceEnded | Exited
+
+
+class Slot:
+    """A seat and its present worker. The dispatcher's thread alone calls it and reads it.
+
+    Attributes:
+        outstanding: the slices its worker has: the first is running.
+        lost: slices of a worker that died, in the order they were sent.
+        since: when the worker began what it is doing: loading, or the first of ``outstanding``.
+        crashes: deaths in a row, nothing scored between.
+        restart_at: when to launch again, while there is no worker.
+        exit_code: of the worker that ended, from its report until the next launch.
+        ended: whether the present generation's worker is known to have ended.
+        hung: whether it was killed for taking too long.
+    """
+
+    def __init__(self, index: int, seat: Seat, notify: Callable[[Report], None]) -> None:
+        self.index = index
+        self.seat = seat
+        self.notify = notify
+        self.state = SlotState.STARTING
+        self.generation = 0
+        self.worker: Worker | None = None
+        self.facts: worker.WorkerFacts | None = None
+        self.outstanding: deque[Slice] = deque()
+        self.lost: list[Slice] = []
+        self.since = 0.0
+        self.crashes = 0
+        self.restart_at: float | None = None
+        self.exit_code: int | None = None
+        self.ended = False
+        self.hung = False
+        self.scored_slices = 0
+        self.tokens_per_second = 0.0
+
+    def __repr__(self) -> str:
+        return f"<Slot {self.index}: {self.state.value} on {self.seat.device}, generation {self.generation}>"
+
+    @property
+    def has_room(self) -> bool:
+        """Whether it would take another slice."""
+        return self.state is SlotState.READY and len(self.outstanding) < SLICES_A_SLOT
+
+    @property
+    def loading(self) -> bool:
+        """Whether its worker has been launched and has not described itself yet."""
+        return self.state in (SlotState.STARTING, SlotState.RESTARTING) and self.worker is not None and not self.ended
+
+    def launch(self, spec: ModelSpec, config: PoolConfig, batch_tokens: int, *, offline: bool, now: float) -> None:
+        """Start the next generation. Raises ``OSError`` where the system would start no process."""
+        self.generation += 1
+        self.worker = None
+        self.facts = None
+        self.restart_at = None
+        self.exit_code = None
+        self.ended = False
+        self.hung = False
+        self.scored_slices = 0
+        self.tokens_per_second = 0.0
+        self.since = now
+        name = f"mp_rerank-{self.index}.{self.generation}"
+        generation = self.generation
+        launched: Worker
+        if config.isolation == "thread":
+            launched = ThreadWorker(name, spec, self.seat.device, config.threads_per_worker, batch_tokens)
+        else:
+            launched = ProcessWorker(
+                name,
+                spec,
+                self.seat.device,
+                self.seat.threads,
+                batch_tokens,
+                offline=offline,
+                on_exit=lambda code: self.notify(Exited(self, generation, code)),
+            )
+
+        self.worker = launched
+
+        def described(future: Future[worker.WorkerFacts]) -> None:
+            outcome = _outcome(future)
+            if not isinstance(outcome, BrokenExecutor):  # then Exited is on its way, and knows more
+                self.notify(Described(self, generation, outcome))
+
+        launched.described.add_done_callback(described)
+
+    def send(self, piece: Slice, now: float) -> None:
+        """Give ``piece`` to the worker."""
+        assert self.worker is not None
+        if not self.outstanding:
+            self.since = now
+        self.outstanding.append(piece)
+        generation = self.generation
+        try:
+            future = self.worker.executor.submit(worker.score, piece.pairs)
+        except RuntimeError as error:  # broken or shut down a moment ago; reported like any other end
+            self.notify(
+                SliceEnded(self, generation, piece, error if isinstance(error, BrokenExecutor) else BrokenExecutor())
+            )
+            return
+
+        def ended(future: Future[worker.Scored]) -> None:
+            outcome = _outcome(future)
+            self.notify(SliceEnded(self, generation, piece, outcome))
+
+        future.add_done_callback(ended)
+
+    def took(self, piece: Slice, seconds: float, now: float) -> None:
+        """Note that ``piece`` came back scored after ``seconds`` in the worker."""
+        self.since = now
+        self.crashes = 0
+        self.scored_slices += 1
+        speed = piece.tokens / max(seconds, 1e-6)
+        self.tokens_per_second += SPEED_SMOOTHING * (speed - self.tokens_per_second)
+
+    def info(self) -> WorkerInfo:
+        """The slot as callers see it."""
+        facts = self.facts
+        shown = WorkerInfo(
+            slot=self.index,
+            state=self.state.value,
+            generation=self.generation,
+            device=self.seat.device,
+            threads=self.seat.threads,
+            pid=self.worker.pid if self.worker is not None and not self.ended else None,
+        )
+        if facts is None:
+            return shown
+        return WorkerInfo(
+            slot=shown.slot,
+            state=shown.state,
+            generation=shown.generation,
+            device=shown.device,
+            threads=shown.threads,
+            pid=shown.pid,
+            dtype=facts.dtype,
+            load_seconds=facts.load_seconds,
+            weights_bytes=facts.weights_bytes,
+            num_labels=facts.num_labels,
+            max_length=facts.max_length,
+            canary=facts.canary,
+            tokens_per_second=self.tokens_per_second,
+        )
+
+
+def _outcome(future: Future[_T]) -> _T | BaseException:
+    """What ``future`` holds; a cancelled one was dropped by a shutdown, like a broken one."""
+    if future.cancelled():
+        return BrokenExecutor("the worker was told to leave")
+    error = future.exception()
+    return error if error is not None else future.result()

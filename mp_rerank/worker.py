@@ -1,0 +1,232 @@
+"""The child's side of the pool: what runs in a worker, in the order it runs.
+
+    initialize_process(...)   once, before anything heavy is imported: threads, signals, logs, the watch over the parent
+    initialize(...)           once: loads the model and proves it; keeps the outcome, since an executor would swallow it
+    describe()                the first call: that outcome, as facts or as ModelLoadError
+    score(pairs)              every other call
+
+The state is thread-local: a worker is one thread, the only one of its process or one of the caller's
+(``isolation="thread"``), and this module serves both. Exceptions leave it as this package's own, holding text.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import pickle
+import signal
+import threading
+import time
+import traceback
+from collections.abc import Sequence
+from dataclasses import dataclass
+from multiprocessing import parent_process
+from multiprocessing.connection import Connection
+from typing import Any, NoReturn, Protocol
+
+from mp_rerank.config import ModelSpec
+from mp_rerank.errors import ModelLoadError, ScoringError
+from mp_rerank.logs import redirect_output
+from mp_rerank.tokens import estimate_pair, estimate_text
+
+__all__ = ["Scored", "WorkerFacts", "describe", "in_worker_process", "initialize", "initialize_process", "score"]
+
+Pairs = Sequence[tuple[str, str]]
+
+# Libraries read these once, when they are first imported.
+THREAD_VARIABLES = (
+    "OMP_NUM_THREADS",
+    "MKL_NUM_THREADS",
+    "OPENBLAS_NUM_THREADS",
+    "VECLIB_MAXIMUM_THREADS",
+    "NUMEXPR_NUM_THREADS",
+    "RAYON_NUM_THREADS",  # the tokenizer's
+)
+QUIET_VARIABLES = {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "TQDM_DISABLE": "1"}
+
+# Scored by every worker after loading: two workers that disagree on it do not hold the same model. The long one makes
+# the first measure of speed less of a guess.
+CANARY = [
+    ("How many people live in Berlin?", "Berlin had a population of 3,520,031 registered inhabitants."),
+    ("How many people live in Berlin?", "Berlin is well known for its museums. " * 20),
+]
+
+# A second model loading in another thread is the very race this package is about.
+_one_load_at_a_time = threading.Lock()
+_state = threading.local()
+_process_is_worker = False
+
+
+class Scorer(Protocol):
+    """What a loaded model must do: scores of shape (n,) or (n, num_labels) for n pairs."""
+
+    def predict(self, pairs: list[tuple[str, str]]) -> Any: ...
+
+
+@dataclass(frozen=True)
+class WorkerFacts:
+    """What a worker says of itself once its model is loaded and proved."""
+
+    pid: int
+    dtype: str
+    load_seconds: float
+    weights_bytes: int
+    num_labels: int
+    max_length: int | None
+    canary: tuple[float, ...]
+    tokens_per_second: float
+
+
+@dataclass(frozen=True)
+class Scored:
+    """A slice's scores: float32 bytes (a pickle of bytes needs no numpy and no torch), and what they cost."""
+
+    scores: bytes
+    num_labels: int | None  # None: one score a pair, shape (n,)
+    seconds: float
+
+
+def in_worker_process() -> bool:
+    """Whether this process is a worker of some pool: a pool inside one would be a process storm."""
+    return _process_is_worker
+
+
+def initialize_process(
+    spec: bytes, device: str, threads: int, batch_tokens: int, logs: Connection, log_level: int, offline: bool
+) -> None:
+    """The initializer of a worker process. ``spec`` is a pickled ``ModelSpec``: unpickling it may import anything."""
+    global _process_is_worker
+    _process_is_worker = True
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    threading.Thread(target=_leave_with_parent, name="parent-watch", daemon=True).start()
+    os.environ.update(dict.fromkeys(THREAD_VARIABLES, str(threads)), **QUIET_VARIABLES)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false" if threads == 1 else "true")
+    if offline:
+        os.environ["HF_HUB_OFFLINE"] = "1"
+    redirect_output(logs, log_level)
+    initialize(spec, device, threads, batch_tokens)
+
+
+def initialize(spec: bytes, device: str, threads: int | None, batch_tokens: int) -> None:
+    """Load the model onto ``device`` and prove it; ``threads=None`` leaves the process's thread settings alone.
+
+    Never raises: an exception here would reach the parent as a bare ``BrokenProcessPool``. ``describe`` tells.
+    """
+    _state.device = device
+    _state.outcome = None
+    model = "the model"
+    try:
+        with _one_load_at_a_time:
+            start = time.perf_counter()
+            unpickled: ModelSpec = pickle.loads(spec)
+            model = unpickled.name if unpickled.loader is None else str(unpickled.loader)
+            _state.scorer, facts = _load(unpickled, device, threads, batch_tokens)
+            load_seconds = time.perf_counter() - start
+        canary, tokens_per_second = _sing(_state.scorer)
+        _state.outcome = WorkerFacts(
+            pid=os.getpid(),
+            load_seconds=load_seconds,
+            num_labels=len(canary) // len(CANARY),
+            canary=canary,
+            tokens_per_second=tokens_per_second,
+            **facts,
+        )
+    except BaseException as error:
+        _state.outcome = ModelLoadError(
+            f"{model} could not be loaded on {device}: {_in_words(error)}",
+            model=model,
+            device=device,
+            cause=_in_words(error),
+            details=traceback.format_exc(),
+        )
+
+
+def describe() -> WorkerFacts:
+    """The facts of this worker; raises the ``ModelLoadError`` that loading ended in."""
+    if isinstance(_state.outcome, ModelLoadError):
+        logging.getLogger(__name__).debug("%s", _state.outcome.details)
+        raise _state.outcome
+    facts: WorkerFacts = _state.outcome
+    return facts
+
+
+def score(pairs: Pairs) -> Scored:
+    """Scores of ``pairs`` in their order. Raises ``ScoringError`` with whatever the model raised, as text."""
+    start = time.perf_counter()
+    try:
+        scores, num_labels = _predict(_state.scorer, pairs)
+    except BaseException as error:
+        raise ScoringError(
+            f"the model raised {_in_words(error)}",
+            device=_state.device,
+            cause=_in_words(error),
+            details=traceback.format_exc(),
+        ) from None
+    return Scored(scores, num_labels, time.perf_counter() - start)
+
+
+def _load(spec: ModelSpec, device: str, threads: int | None, batch_tokens: int) -> tuple[Scorer, dict[str, Any]]:
+    """The scorer and its share of the facts."""
+    loaded: Any = None
+    if spec.loader is not None:
+        module, _, name = spec.loader.partition(":")  # type: ignore[union-attr]
+        loader: Any = __import__(module, fromlist=["_"])
+        for part in name.split("."):
+            loader = getattr(loader, part)
+        loaded = loader(spec, device)
+        if not hasattr(loaded, "parameters"):  # no torch module: nothing to prove, and torch stays unimported
+            if not callable(getattr(loaded, "predict", None)):
+                raise TypeError(f"the loader returned {type(loaded).__name__}, which has no predict(pairs)")
+            facts = {"dtype": "", "weights_bytes": 0, "max_length": spec.max_length}
+            return loaded, facts
+    from mp_rerank.engine import Engine
+
+    engine = Engine(spec, device, threads, batch_tokens, loaded)
+    return engine, engine.facts()
+
+
+def _sing(scorer: Scorer) -> tuple[tuple[float, ...], float]:
+    """The canary's scores, flat, and the estimated tokens a second they were scored at."""
+    import numpy as np
+
+    tokens = sum(estimate_pair(estimate_text(query), document, None) for query, document in CANARY)
+    start = time.perf_counter()
+    scores, _ = _predict(scorer, CANARY)
+    seconds = time.perf_counter() - start
+    canary = tuple(np.frombuffer(scores, dtype=np.float32).tolist())
+    if not np.isfinite(canary).all():
+        raise ValueError(f"the canary pairs score {canary}: not finite")
+    return canary, tokens / max(seconds, 1e-9)
+
+
+def _predict(scorer: Scorer, pairs: Pairs) -> tuple[bytes, int | None]:
+    import numpy as np
+
+    scores = np.asarray(scorer.predict(list(pairs)), dtype=np.float32)
+    if scores.ndim not in (1, 2) or len(scores) != len(pairs):
+        raise ValueError(f"scores of shape {scores.shape} for {len(pairs)} pairs")
+    return scores.tobytes(), None if scores.ndim == 1 else scores.shape[1]
+
+
+def _in_words(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+
+
+def _leave_with_parent() -> NoReturn:
+    """End this process when the parent ends, however that ends, and whatever this process is doing."""
+    import psutil
+
+    parent = parent_process()
+    assert parent is not None
+    assert parent.pid is not None
+    try:
+        watched = psutil.Process(parent.pid)
+        # The join wakes at once when the parent dies. A fork of the parent holds the pipe behind it open, so look at
+        # the process itself now and then; is_running compares creation times, and a zombie is as good as gone.
+        while watched.is_running() and watched.status() != psutil.STATUS_ZOMBIE:
+            parent.join(timeout=1.0)
+            if not parent.is_alive():
+                break
+    except psutil.Error:
+        pass
+    os._exit(1)

@@ -1,0 +1,104 @@
+"""What every test gets: pools of the fake model, and the certainty that nothing is left behind."""
+
+from __future__ import annotations
+
+import gc
+import os
+import threading
+from collections.abc import Callable, Iterator
+from io import FileIO
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from mp_rerank import ModelSpec, RerankerPool
+
+FAKE = ModelSpec("fake", loader="fakes:load")
+
+# Long enough for a loaded machine, short enough that a hang is a failed test.
+PATIENCE = 60.0
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--cross-encoder-device",
+        default=os.environ.get("TEST_CROSS_ENCODER_DEVICE", "cpu"),
+        help="device of the real models' pools, and of the CrossEncoder they are held against",
+    )
+
+
+@pytest.fixture
+def device(request: pytest.FixtureRequest) -> str:
+    """The device real models are tested on."""
+    return str(request.config.getoption("--cross-encoder-device"))
+
+
+@pytest.fixture
+def make_pool() -> Iterator[Callable[..., RerankerPool]]:
+    """Makes pools, of the fake model unless another is named, and closes them when the test ends."""
+    pools: list[RerankerPool] = []
+
+    def make(model: str | ModelSpec = FAKE, **options: Any) -> RerankerPool:
+        options.setdefault("devices", "cpu")
+        if options.get("isolation") != "thread":
+            options.setdefault("workers", 2)
+        options.setdefault("restart_backoff", 0.01)
+        pool = RerankerPool(model, **options)
+        pools.append(pool)
+        return pool
+
+    yield make
+    for pool in pools:
+        pool.close(drain=False)
+
+
+class Fifo:
+    """A gate a fake model stops at: ``order`` is the document that makes it."""
+
+    def __init__(self, path: Path) -> None:
+        os.mkfifo(path)
+        self.order = f"!read {path}"
+        self._path = path
+        self._writer: FileIO | None = None
+
+    def wait_until_read(self) -> None:
+        """Return once the model stands at the gate."""
+        self._writer = self._path.open("wb", buffering=0)  # blocks until there is a reader
+
+    def release(self) -> None:
+        """Let it pass."""
+        assert self._writer is not None
+        self._writer.close()
+
+
+@pytest.fixture
+def fifo(tmp_path: Path) -> Fifo:
+    return Fifo(tmp_path / "gate")
+
+
+@pytest.fixture(autouse=True)
+def _nothing_left_behind() -> Iterator[None]:
+    """No worker process and no thread of a pool outlives the test that started it."""
+    before = set(psutil.Process().children(recursive=True))
+    yield
+    gc.collect()
+    ours = [t for t in threading.enumerate() if t.name.startswith(("mp_rerank", "QueueFeederThread"))]
+    for thread in ours:
+        thread.join(PATIENCE)
+    stuck = [thread for thread in ours if thread.is_alive()]
+    assert not stuck, f"threads left behind: {stuck}"
+    left = [
+        child for child in psutil.Process().children(recursive=True) if child not in before and not _is_tracker(child)
+    ]
+    _, alive = psutil.wait_procs(left, timeout=PATIENCE)
+    assert not alive, f"processes left behind: {alive}"
+
+
+def _is_tracker(process: psutil.Process) -> bool:
+    """The tracker of multiprocessing's own, one for the life of this interpreter."""
+    try:
+        return any("resource_tracker" in part for part in process.cmdline())
+    except psutil.Error:
+        return False
