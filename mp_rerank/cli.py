@@ -1,0 +1,220 @@
+"""``mp-rerank``, the command.
+
+    mp-rerank rank QUERY [FILE]     rank the documents of FILE, or of standard input
+    mp-rerank plan                  which workers a pool would start here, and why
+
+Exit codes: 0; 1 where the work failed; 2 for a mistake in the call or in the input; 130 after Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import logging
+import os
+import shutil
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import as_completed
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import mp_rerank
+from mp_rerank.config import BUILTIN, ModelSpec
+from mp_rerank.errors import RerankError
+from mp_rerank.pool import RerankerPool
+from mp_rerank.request import Scores
+
+__all__ = ["main"]
+
+JSONL_SUFFIXES = (".jsonl", ".ndjson")
+# Pairs of one request: small enough for a progress bar to move, large enough to be shared out among workers.
+CHUNK = 256
+PROGRESS_AFTER_SECONDS = 1.0
+INTERRUPTED = 130
+
+
+class _InputError(Exception):
+    """The input is not what it should be; the message is for the user."""
+
+
+@dataclass(frozen=True)
+class _Document:
+    text: str
+    record: Any = None  # the JSON object it came in, if it did
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command on ``argv``, or on the process's own arguments; returns the exit code."""
+    parser = _parser()
+    arguments = parser.parse_args(argv)
+    logging.basicConfig(
+        format=f"{parser.prog}: %(message)s", level=logging.INFO if arguments.verbose else logging.WARNING
+    )
+    try:
+        code: int = arguments.run(arguments)
+        sys.stdout.flush()
+        return code
+    except (_InputError, TypeError, ValueError) as error:
+        print(f"{parser.prog}: error: {error}", file=sys.stderr)
+        return 2
+    except RerankError as error:
+        print(f"{parser.prog}: error: {error}", file=sys.stderr)
+        return 1
+    except BrokenPipeError:  # the reader, such as head, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except KeyboardInterrupt:
+        return INTERRUPTED
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="mp-rerank", description="Rerank documents with a cross-encoder, in a pool of worker processes."
+    )
+    parser.add_argument("--version", action="version", version=f"mp-rerank {mp_rerank.__version__}")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--model", default=BUILTIN, help="a hub name or a local folder (default: the built-in model)")
+    common.add_argument(
+        "--devices", default=["auto"], nargs="+", metavar="DEVICE", help="auto, cpu, cuda, cuda:1, mps, …"
+    )
+    common.add_argument("--workers", type=int, metavar="N", help="workers in all (default: see `mp-rerank plan`)")
+    common.add_argument("--threads", type=int, metavar="N", help="compute threads a worker")
+    common.add_argument("--json", action="store_true", help="print JSON")
+    common.add_argument("-v", "--verbose", action="store_true", help="log what the pool and its workers do")
+
+    rank = commands.add_parser(
+        "rank", parents=[common], help="rank documents", description="Rank documents by a query."
+    )
+    rank.add_argument("query", metavar="QUERY")
+    rank.add_argument("file", metavar="FILE", nargs="?", default="-", help="the documents (default: standard input)")
+    rank.add_argument("--top-n", type=int, metavar="N", help="print the best N only")
+    rank.add_argument(
+        "--format",
+        choices=("lines", "jsonl"),
+        help="lines: one document a line; jsonl: one JSON string or object a line (default: by the file's name)",
+    )
+    rank.add_argument("--field", default="text", help="where a JSON object has its text (default: text)")
+    rank.add_argument("--dtype", help="float32, bfloat16, float16 or auto")
+    rank.add_argument("--max-length", type=int, metavar="N", help="truncate pairs to so many tokens")
+    rank.set_defaults(run=_rank)
+
+    plan = commands.add_parser("plan", parents=[common], help="show the workers a pool would start, and why")
+    plan.set_defaults(run=_plan)
+    return parser
+
+
+def _rank(arguments: argparse.Namespace) -> int:
+    if arguments.top_n is not None and arguments.top_n < 0:
+        raise _InputError(f"--top-n: at least 0 is needed, not {arguments.top_n}")
+    spec = ModelSpec(arguments.model, dtype=arguments.dtype, max_length=arguments.max_length)
+    pool = RerankerPool(
+        spec, devices=arguments.devices, workers=arguments.workers, threads_per_worker=arguments.threads
+    )
+    documents = _read(arguments)  # before anything is started for a file that is not there
+    with pool:
+        scores = _score(pool, arguments.query, documents)
+    order = np.argsort(-scores, kind="stable")[: arguments.top_n].tolist()
+    if arguments.json:
+        print(json.dumps([_as_json(i, scores[i], documents[i]) for i in order], ensure_ascii=False, indent=2))
+    else:
+        _print_table((rank, float(scores[i]), documents[i].text) for rank, i in enumerate(order, 1))
+    return 0
+
+
+def _plan(arguments: argparse.Namespace) -> int:
+    pool = RerankerPool(
+        arguments.model, devices=arguments.devices, workers=arguments.workers, threads_per_worker=arguments.threads
+    )
+    if arguments.json:
+        print(json.dumps(dataclasses.asdict(pool.plan), indent=2))
+        return 0
+    for reason in pool.plan.reasons:
+        print(reason)
+    for number, seat in enumerate(pool.plan.seats):
+        print(f"worker {number}: {seat.device}, {seat.threads} thread{'s' if seat.threads > 1 else ''}")
+    return 0
+
+
+def _score(pool: RerankerPool, query: str, documents: Sequence[_Document]) -> Scores:
+    """Scores of all documents, with a progress bar on a terminal if it takes long."""
+    from tqdm import tqdm
+
+    texts = [document.text for document in documents]
+    scores = np.empty(len(texts), dtype=np.float32)
+    starts = {
+        pool.submit_pairs([(query, text) for text in texts[start : start + CHUNK]]): start
+        for start in range(0, len(texts), CHUNK)
+    }
+    with tqdm(total=len(texts), unit="doc", delay=PROGRESS_AFTER_SECONDS, disable=None, leave=False) as bar:
+        for future in as_completed(starts):
+            part = future.result()
+            scores[starts[future] : starts[future] + len(part)] = part
+            bar.update(len(part))
+    return scores
+
+
+def _read(arguments: argparse.Namespace) -> list[_Document]:
+    name = arguments.file
+    lines: Iterable[bytes]
+    if name == "-":
+        lines = sys.stdin.buffer
+    else:
+        try:
+            lines = Path(name).read_bytes().splitlines()
+        except OSError as error:
+            raise _InputError(f"{name}: {error.strerror}") from error
+    form = arguments.format or ("jsonl" if name.endswith(JSONL_SUFFIXES) else "lines")
+    where = "standard input" if name == "-" else name
+    documents = list(_parse(lines, where, form, arguments.field))
+    if not documents:
+        raise _InputError(f"{where}: there are no documents in it")
+    return documents
+
+
+def _parse(lines: Iterable[bytes], where: str, form: str, field: str) -> Iterator[_Document]:
+    for number, line in enumerate(lines, 1):
+        try:
+            text = line.decode("utf-8").strip()
+        except UnicodeDecodeError as error:
+            raise _InputError(f"{where}, line {number}: not UTF-8: {error.reason}") from error
+        if not text:
+            continue
+        if form == "lines":
+            yield _Document(text)
+            continue
+        try:
+            value = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise _InputError(f"{where}, line {number}: not JSON: {error.msg} (column {error.colno})") from error
+        if isinstance(value, str):
+            yield _Document(value)
+        elif isinstance(value, dict) and isinstance(value.get(field), str):
+            yield _Document(value[field], value)
+        else:
+            raise _InputError(f"{where}, line {number}: neither a string nor an object with a string as {field!r}")
+
+
+def _as_json(index: int, score: float, document: _Document) -> dict[str, Any]:
+    shown: dict[str, Any] = {"index": index, "relevance_score": float(score), "document": document.text}
+    if document.record is not None:
+        shown["record"] = document.record
+    return shown
+
+
+def _print_table(rows: Iterable[tuple[int, float, str]]) -> None:
+    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+    print("rank    score  document")
+    for rank, score, text in rows:
+        line = f"{rank:>4}  {score:7.4f}  {' '.join(text.split())}"
+        print(line if width is None or len(line) <= width else line[: width - 1] + "…")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

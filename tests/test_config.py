@@ -1,0 +1,185 @@
+"""Bad input is a clear error where the caller is, before any worker is started for it."""
+
+from __future__ import annotations
+
+import pickle
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import fakes
+import psutil
+import pytest
+from conftest import FAKE
+
+import mp_rerank
+from mp_rerank import ModelLoadError, ModelSpec, PoolConfig, RerankerPool, errors
+
+MakePool = Callable[..., RerankerPool]
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "words"),
+    [
+        ({"devices": "gpu"}, ValueError, "devices: unknown device 'gpu'"),
+        ({"devices": "cuda:x"}, ValueError, "devices: unknown device 'cuda:x'"),
+        ({"devices": []}, ValueError, "devices: at least one"),
+        ({"workers": 0}, ValueError, "workers: at least 1 is needed, not 0"),
+        ({"workers": "two"}, TypeError, "workers: a whole number is needed, not 'two'"),
+        ({"workers": True}, TypeError, "workers: a whole number"),
+        ({"threads_per_worker": -1}, ValueError, "threads_per_worker: at least 1"),
+        ({"isolation": "fork"}, ValueError, "isolation: 'process' or 'thread' is needed, not 'fork'"),
+        ({"isolation": "thread", "workers": 2}, ValueError, "workers: isolation='thread' is one model"),
+        ({"overload": "drop"}, ValueError, "overload: 'block', 'raise' or seconds"),
+        ({"overload": -1.0}, ValueError, "overload: at least 0 seconds"),
+        ({"hang_timeout": "long"}, TypeError, "hang_timeout: seconds are needed"),
+        ({"max_restarts": -1}, ValueError, "max_restarts: a whole number of at least 0"),
+        ({"max_memory_per_worker": 0}, ValueError, "max_memory_per_worker: at least 1"),
+        ({"wokers": 2}, TypeError, "RerankerPool has no option wokers; it has devices, workers"),
+    ],
+)
+def test_a_bad_option_is_named(options: dict[str, Any], error: type[Exception], words: str) -> None:
+    with pytest.raises(error) as caught:
+        RerankerPool(FAKE, **options)
+    assert str(caught.value).startswith(words)
+
+
+def test_a_folder_that_is_not_a_model_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file.bin").touch()
+    for name, words in [
+        (str(tmp_path), "without a config.json: not a model"),
+        (str(tmp_path / "file.bin"), "is a file; a model is a folder"),
+        (str(tmp_path / "nothing"), "there is no folder"),
+        ("./nothing", "there is no folder './nothing'"),
+    ]:
+        with pytest.raises(ValueError, match=words):
+            RerankerPool(name)
+
+
+def test_an_empty_or_odd_model_is_named() -> None:
+    for model in ("", 7, None):
+        with pytest.raises(TypeError, match="model: a name, a path or a ModelSpec"):
+            RerankerPool(model)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("fields", "error", "words"),
+    [
+        ({"dtype": "float8"}, ValueError, "dtype: one of auto, float32"),
+        ({"max_length": 0}, ValueError, "max_length: at least 1"),
+        ({"activation": "relu"}, ValueError, "activation: 'sigmoid', 'identity' or a dotted path"),
+        ({"activation": len}, TypeError, "activation: 'sigmoid', 'identity' or a dotted path"),
+        ({"model_kwargs": {"hook": lambda: None}}, ValueError, "model_kwargs: it cannot be sent to a worker"),
+        ({"config_kwargs": [1]}, TypeError, "config_kwargs: a mapping is needed"),
+        ({"loader": "fakes.load"}, ValueError, "loader: 'package.module:name' is needed"),
+        ({"loader": "fakes:nothing"}, ValueError, "loader: fakes:nothing cannot be imported"),
+        ({"loader": "nothing_at_all:load"}, ValueError, "loader: nothing_at_all:load cannot be imported"),
+        ({"loader": lambda spec, device: None}, ValueError, "loader: test_config:<lambda> cannot be imported"),
+        ({"loader": 7}, TypeError, "loader: a function or"),
+    ],
+)
+def test_a_bad_field_of_a_spec_is_named(fields: dict[str, Any], error: type[Exception], words: str) -> None:
+    with pytest.raises(error) as caught:
+        ModelSpec("model", **fields)
+    assert str(caught.value).startswith(words)
+
+
+def test_a_loader_from_the_main_module_is_refused_with_the_way_out() -> None:
+    def load(spec: object, device: str) -> None: ...
+
+    load.__module__ = "__main__"
+    with pytest.raises(ValueError, match="move it into a module they can import"):
+        ModelSpec("model", loader=load)
+
+
+def test_a_loader_may_be_the_function_itself() -> None:
+    assert ModelSpec("model", loader=fakes.load) == ModelSpec("model", loader="fakes:load")
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "words"),
+    [
+        (lambda p: p.submit(7, ["d"]), TypeError, "query: a string is needed, not int 7"),
+        (lambda p: p.submit(None, ["d"]), TypeError, "query: a string is needed, not NoneType None"),
+        (lambda p: p.submit("q", "one string"), TypeError, "documents: a sequence of strings is needed, not str"),
+        (lambda p: p.submit("q", 7), TypeError, "documents: a sequence of strings is needed, not int 7"),
+        (lambda p: p.submit("q", ["d", 7]), TypeError, "documents[1]: a string is needed, not int 7"),
+        (lambda p: p.submit("q", ["d"], top_n=-1), ValueError, "top_n: at least 0 is needed, not -1"),
+        (lambda p: p.submit("q", ["d"], top_n=1.5), TypeError, "top_n: a whole number or None"),
+        (lambda p: p.submit("q", ["d"], timeout=0), ValueError, "timeout: more than 0 seconds"),
+        (lambda p: p.submit("q", ["d"], timeout="1"), TypeError, "timeout: seconds or None"),
+        (lambda p: p.submit("q", ["d"], priority=9), ValueError, "priority: from -8 to 8"),
+        (lambda p: p.submit("q", ["d"], priority=0.5), TypeError, "priority: a whole number"),
+        (lambda p: p.submit("q", ["d"], on_timeout="wait"), ValueError, "on_timeout: 'raise' or 'partial'"),
+        (lambda p: p.submit_pairs("text"), TypeError, "pairs: a sequence of (query, document)"),
+        (lambda p: p.submit_pairs([("q",)]), TypeError, "pairs[0]: a (query, document) is needed"),
+        (lambda p: p.submit_pairs(["qd"]), TypeError, "pairs[0]: a (query, document) is needed"),
+        (lambda p: p.submit_pairs([("q", 7)]), TypeError, "pairs[0]: a string is needed, not int 7"),
+        (lambda p: p.predict("text"), TypeError, "inputs: pairs of (query, document)"),
+        (lambda p: p.predict([("q", "d")], activation_fn=abs), ValueError, "activation_fn: a pool's activation"),
+    ],
+)
+def test_a_bad_argument_is_named_before_the_pool_is_started(
+    make_pool: MakePool, call: Callable[[RerankerPool], object], error: type[Exception], words: str
+) -> None:
+    pool = make_pool()
+    with pytest.raises(error) as caught:
+        call(pool)
+    assert str(caught.value).startswith(words)
+    assert pool.workers() == []
+
+
+def test_a_loader_that_fails_is_reported_with_its_words(make_pool: MakePool) -> None:
+    pool = make_pool(ModelSpec("!raise no such weights", loader="fakes:load_obeying"))
+    for _ in range(2):
+        with pytest.raises(ModelLoadError, match="on cpu: ValueError: no such weights") as caught:
+            pool.start()
+    assert caught.value.device == "cpu"
+    assert caught.value.model == "fakes:load_obeying"
+    assert caught.value.cause == "ValueError: no such weights"
+    assert "raise ValueError(rest)" in caught.value.details
+
+
+def test_workers_that_hold_different_models_are_found_out(make_pool: MakePool) -> None:
+    with pytest.raises(ModelLoadError, match="do not hold the same model"):
+        make_pool(ModelSpec("random", loader="fakes:load_random")).start()
+
+
+def test_a_model_that_miscounts_is_an_error(make_pool: MakePool) -> None:
+    with make_pool(ModelSpec("miscounting", loader="fakes:load_miscounting"), workers=1) as pool:
+        assert len(pool.rerank("query", ["long enough to count", "and another one"])) == 2
+        with pytest.raises(errors.ScoringError, match=r"document 0 .*scores of shape \(7,\) for 1 pairs"):
+            pool.rerank("query", ["short", "s", "s"])
+
+
+def test_every_error_survives_pickling_with_its_facts() -> None:
+    for name in errors.__all__:
+        kind = getattr(errors, name)
+        error = kind("words")
+        for fact in vars(error):
+            setattr(error, fact, f"some {fact}")
+        copy = pickle.loads(pickle.dumps(error))
+        assert type(copy) is kind
+        assert str(copy) == "words"
+        assert vars(copy) == vars(error)
+
+
+def test_every_public_name_is_there() -> None:
+    for name in mp_rerank.__all__:
+        assert getattr(mp_rerank, name).__name__ == name
+        assert name in dir(mp_rerank)
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        mp_rerank.nothing  # noqa: B018
+
+
+def test_a_configuration_is_a_value() -> None:
+    assert PoolConfig(devices=["cpu"]) == PoolConfig(devices="cpu")
+    assert pickle.loads(pickle.dumps(FAKE)) == FAKE
+
+
+def test_making_a_pool_starts_nothing() -> None:
+    threads, children = threading.active_count(), psutil.Process().children()
+    RerankerPool(FAKE)
+    assert threading.active_count() == threads
+    assert psutil.Process().children() == children

@@ -1,0 +1,54 @@
+"""What workers say reaches the parent's logging, with the worker named; the terminal hears nothing from them."""
+
+from __future__ import annotations
+
+import logging
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from conftest import PATIENCE
+
+from mp_rerank import RerankerPool
+from mp_rerank.logs import WORKER_LOGGER
+
+MakePool = Callable[..., RerankerPool]
+
+
+def test_logs_warnings_and_prints_arrive_under_the_worker_s_name(
+    make_pool: MakePool, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.INFO, logger=WORKER_LOGGER), make_pool(workers=1) as pool:
+        pool.rerank("query", ["!say hello"])
+    records = [record for record in caplog.records if record.name == WORKER_LOGGER]
+    said = {record.getMessage(): record.levelno for record in records}
+    assert {record.processName for record in records} == {"mp_rerank-0.1"}
+    assert said["mp_rerank-0.1: fake.model: logged hello"] == logging.WARNING
+    assert said["mp_rerank-0.1: output: printed hello"] == logging.INFO
+    [warned] = [message for message in said if "warned hello" in message]
+    assert warned.startswith("mp_rerank-0.1: py.warnings: ")
+
+
+def test_a_worker_sends_only_what_the_parent_would_hear(make_pool: MakePool, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.ERROR, logger=WORKER_LOGGER), make_pool(workers=1) as pool:
+        pool.rerank("query", ["!say hello"])
+    assert [record for record in caplog.records if record.name == WORKER_LOGGER] == []
+
+
+def test_nothing_a_worker_writes_reaches_the_terminal(tmp_path: Path) -> None:
+    program = """
+import logging
+logging.getLogger("mp_rerank").addHandler(logging.NullHandler())
+from mp_rerank import ModelSpec, RerankerPool
+with RerankerPool(ModelSpec("!say loading", loader="fakes:load_obeying"), devices="cpu", workers=1) as pool:
+    pool.rerank("query", ["!say scoring"])
+"""
+    tests = Path(__file__).parent
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tests), str(tests.parent)])}
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=PATIENCE
+    )
+    assert (done.stdout, done.stderr, done.returncode) == ("", "", 0)
