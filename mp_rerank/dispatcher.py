@@ -206,9 +206,10 @@ class Dispatcher:
         due = min((t for crew in self._crews() if (t := crew.wake_at()) is not None), default=None)
         try:
             message = self._inbox.get(timeout=None if due is None else max(0.0, due - time.monotonic()))
-            while True:
-                self._handle(message)
-                message = self._inbox.get_nowait()
+            self._handle(message)
+            # Not until it is empty: callers who never pause would keep the workers waiting.
+            for _ in range(self._inbox.qsize()):
+                self._handle(self._inbox.get_nowait())
         except queue.Empty:
             pass
 
