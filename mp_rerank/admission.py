@@ -56,7 +56,7 @@ class Admission:
             try:
                 admitted = self._turn.wait_for(
                     lambda: self._closed or (self._line[0] is ticket and self._fits(pairs, tokens)),
-                    None if limit is None else max(0.0, limit - time.monotonic()),
+                    None if limit is None else min(threading.TIMEOUT_MAX, max(0.0, limit - time.monotonic())),
                 )
                 if self._closed:
                     raise PoolClosedError("the pool was closed while this request waited to be admitted")

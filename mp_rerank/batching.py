@@ -1,8 +1,11 @@
 """The queue: which pairs a worker gets next. Pure: no threads, no clock, no processes.
 
-Fairness is start-time fair queueing (Goyal, Vin and Cheng, 1996): a request carries a virtual time that grows by the
-tokens taken from it, divided by its weight; the smallest goes next, and a newcomer starts at the queue's present. So a
-request of 5,000 documents does not hold up one of 10 that comes after it, and no weight, however small, starves.
+Fairness is weighted fair queueing (Demers, Keshav and Shenker, 1989). The queue's virtual time is what each request
+waiting would have been given by now, per unit of weight, had the workers been shared out exactly. A newcomer starts at
+its present; what is taken from a request moves the request on by its tokens over its weight; and next is whichever
+would be first to finish its next piece. So a request of 5,000 documents does not hold up one of 10 that comes after it.
+And since virtual time goes on with every slice, whoever waits is overtaken by later requests for a bounded amount of
+work only: neither a stream of small ones nor any priority starves anybody.
 
 A pair is in exactly one place: waiting in its request, out in one slice, scored, or dropped with its request.
 """
@@ -16,6 +19,9 @@ from dataclasses import dataclass
 from mp_rerank.request import Pair, Request, Scores
 
 __all__ = ["RequestQueue", "Slice", "Suspect"]
+
+# A request's next piece, for the order of service: requests of fewer tokens come before larger ones of the same age.
+PIECE_TOKENS = 1024
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,9 +60,11 @@ class RequestQueue:
     def __init__(self) -> None:
         self.live: dict[int, Request] = {}
         self.waiting_tokens = 0
-        self._clock = 0.0
-        self._order: list[tuple[float, int, Request]] = []  # a heap; entries of finished requests are passed over
-        self._deadlines: list[tuple[float, int, Request]] = []  # likewise
+        self._virtual_time = 0.0
+        self._weight = 0.0  # of the requests with pairs waiting; weights are powers of two, so the sum stays exact
+        # Heaps of numbers, so that an entry waiting to be passed over keeps no finished request in memory.
+        self._order: list[tuple[float, int]] = []
+        self._deadlines: list[tuple[float, int]] = []
 
     def __repr__(self) -> str:
         return f"<RequestQueue: {len(self.live)} live, {self.waiting_tokens} tokens waiting>"
@@ -64,46 +72,54 @@ class RequestQueue:
     def add(self, request: Request) -> None:
         """Let ``request`` wait for its turn; it may have waited, unsliced, in another queue."""
         self.live[request.number] = request
-        self.waiting_tokens += sum(request.tokens[i] for i in (*request.todo, *request.alone))
-        request.virtual_time = self._clock
+        self.waiting_tokens += request.waiting_tokens
+        request.virtual_time = self._virtual_time
+        self._weight += request.weight
         self._push(request)
         if request.deadline is not None:
-            heapq.heappush(self._deadlines, (request.deadline, request.number, request))
+            heapq.heappush(self._deadlines, (request.deadline, request.number))
 
     def take(self, budget: int) -> Slice | None:
-        """The next slice: of at most ``budget`` tokens, or of a single pair; ``None`` if nothing waits."""
+        """The next slice: of at most ``budget`` tokens, or of a single pair; ``None`` if nothing waits.
+
+        It is a piece of the request whose turn it is and, if that is all of it, what else comes next and fits whole: a
+        small request neither waits for a large one's pairs in its slice nor is split to fill another's.
+        """
         parts: list[tuple[Request, list[int]]] = []
         tokens = 0
-        while self._order:
-            _, _, request = self._order[0]
-            if request.done or not request.waiting:
+        weight = self._weight
+        while self._order and tokens < budget:
+            request = self.live.get(self._order[0][1])
+            if request is None:
                 heapq.heappop(self._order)
                 continue
-            if parts and (request.alone or tokens + request.tokens[request.todo[0]] > budget):
+            if parts and (request.alone or tokens + request.waiting_tokens > budget):
                 break
             heapq.heappop(self._order)
-            self._clock = max(self._clock, request.virtual_time)
-            indices = []
-            cost = 0
             if request.alone:
-                indices.append(request.alone.popleft())
+                indices = [request.alone.popleft()]
                 cost = request.tokens[indices[0]]
                 budget = 0
             else:
-                while request.todo and (
-                    not (parts or indices) or tokens + cost + request.tokens[request.todo[0]] <= budget
-                ):
+                indices = [request.todo.popleft()]
+                cost = request.tokens[indices[0]]
+                while request.todo and tokens + cost + request.tokens[request.todo[0]] <= budget:
                     indices.append(request.todo.popleft())
                     cost += request.tokens[indices[-1]]
             parts.append((request, indices))
             tokens += cost
             request.slices += 1
+            request.waiting_tokens -= cost
             request.virtual_time += cost / request.weight
-            self._push(request)
-            if tokens >= budget:
-                break
+            if request.waiting:
+                self._push(request)
+            else:
+                self._weight -= request.weight
+        if not parts:
+            return None
         self.waiting_tokens -= tokens
-        return Slice(parts, tokens) if parts else None
+        self._virtual_time += tokens / weight
+        return Slice(parts, tokens)
 
     def fill(self, piece: Slice, scores: Scores) -> list[Request]:
         """Take the scores of ``piece``; returns the requests that now have all of theirs, no longer live."""
@@ -111,7 +127,7 @@ class RequestQueue:
         start = 0
         for request, indices in piece.parts:
             stop = start + len(indices)
-            if not request.done:
+            if request.number in self.live:
                 request.fill(indices, scores[start:stop])
                 if request.missing == 0:
                     complete.append(request)
@@ -123,8 +139,7 @@ class RequestQueue:
     def put_back(self, piece: Slice) -> None:
         """Let the pairs of ``piece`` wait again: it never ran, through no fault of theirs."""
         for request, indices in piece.parts:
-            if not request.done:
-                self._return(request, indices)
+            self._return(request, indices)
 
     def crashed(self, piece: Slice, max_attempts: int) -> Suspect | None:
         """The worker died on ``piece``: let its pairs wait again, one by one if it was not their first such worker.
@@ -134,7 +149,7 @@ class RequestQueue:
         """
         alone_from = max(1, max_attempts - 1)
         for request, indices in piece.parts:
-            if request.done:
+            if request.number not in self.live:
                 continue
             for i in indices:
                 request.attempts[i] = request.attempts.get(i, 0) + 1
@@ -151,53 +166,57 @@ class RequestQueue:
             The pair to blame, if ``piece`` is that one pair.
         """
         for request, indices in piece.parts:
-            if request.done:
-                continue
-            if len(piece) == 1:
+            if len(piece) > 1:
+                self._return(request, indices, alone=True)
+            elif request.number in self.live:
                 return Suspect(request, indices[0], 1)
-            self._return(request, indices, alone=True)
         return None
 
     def drop(self, request: Request) -> None:
         """Forget ``request``: it is complete, cancelled, expired or failed. Pairs still waiting never go out."""
-        if self.live.pop(request.number, None) is not None:
-            self.waiting_tokens -= sum(request.tokens[i] for i in (*request.todo, *request.alone))
-            request.todo.clear()
-            request.alone.clear()
+        if self.live.pop(request.number, None) is None:
+            return
+        self.waiting_tokens -= request.waiting_tokens
+        if request.waiting:
+            self._weight -= request.weight
+        request.waiting_tokens = 0
+        request.todo.clear()
+        request.alone.clear()
+        if len(self._deadlines) > 2 * len(self.live) + 100:  # entries of the finished, most of them
+            self._deadlines = [entry for entry in self._deadlines if entry[1] in self.live]
+            heapq.heapify(self._deadlines)
 
     def drop_untouched(self) -> list[Request]:
         """Forget, and return in order of arrival, the requests no pair of which has gone out."""
         untouched = [request for request in self.live.values() if request.slices == 0]
         for request in untouched:
             del self.live[request.number]
-            self.waiting_tokens -= request.total_tokens
-        kept = [entry for entry in self._order if entry[2].number in self.live]
-        heapq.heapify(kept)
-        self._order = kept
+            self.waiting_tokens -= request.waiting_tokens
+            self._weight -= request.weight
         return untouched
 
     def expire(self, now: float) -> list[Request]:
         """Forget, and return, the requests whose deadline is at or before ``now``."""
         expired = []
-        while self._deadlines and (self._deadlines[0][0] <= now or self._deadlines[0][2].number not in self.live):
-            request = heapq.heappop(self._deadlines)[2]
-            if request.number in self.live:
-                self.drop(request)
-                expired.append(request)
+        while (deadline := self.next_deadline()) is not None and deadline <= now:
+            request = self.live[heapq.heappop(self._deadlines)[1]]
+            self.drop(request)
+            expired.append(request)
         return expired
 
     def next_deadline(self) -> float | None:
         """The earliest deadline of a live request, on the clock its requests use."""
-        while self._deadlines and self._deadlines[0][2].number not in self.live:
+        while self._deadlines and self._deadlines[0][1] not in self.live:
             heapq.heappop(self._deadlines)
         return self._deadlines[0][0] if self._deadlines else None
 
     def _push(self, request: Request) -> None:
-        if request.waiting:
-            heapq.heappush(self._order, (request.virtual_time, request.number, request))
+        finish = request.virtual_time + min(request.waiting_tokens, PIECE_TOKENS) / request.weight
+        heapq.heappush(self._order, (finish, request.number))
 
     def _return(self, request: Request, indices: Sequence[int], *, alone: bool = False) -> None:
-        if not indices:
+        """Let pairs that were out wait again, unless their request is gone."""
+        if not indices or request.number not in self.live:
             return
         queued = request.waiting > 0
         if alone:
@@ -206,7 +225,7 @@ class RequestQueue:
             request.todo.extendleft(reversed(indices))
         cost = sum(request.tokens[i] for i in indices)
         self.waiting_tokens += cost
-        if queued:
-            return  # its entry is in the heap
-        request.virtual_time = max(self._clock, request.virtual_time - cost / request.weight)
-        self._push(request)
+        request.waiting_tokens += cost
+        if not queued:
+            self._weight += request.weight
+            self._push(request)

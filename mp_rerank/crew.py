@@ -3,12 +3,13 @@
 Runs on the dispatcher's thread alone. Time comes in as ``now`` (monotonic seconds); what a slot has to say comes in
 through ``handle``.
 
-A death is acted on once everything about it is known: the process has ended, and each slice it had has come back
-broken. The first of those slices was running and is the suspect; the others merely wait again.
+A death is acted on once everything about it is known: the process has ended, and each slice it had has come back,
+scored or broken. The first of the broken ones was running and is the suspect; the others merely wait again.
 """
 
 from __future__ import annotations
 
+import copy
 import logging
 import math
 import signal
@@ -24,7 +25,7 @@ import psutil
 from mp_rerank.batching import RequestQueue, Slice, Suspect
 from mp_rerank.config import ModelSpec, PoolConfig
 from mp_rerank.errors import ModelLoadError, RequestTimeoutError, RerankError, ScoringError, WorkerCrashedError
-from mp_rerank.launch import GRACE_SECONDS, Worker
+from mp_rerank.launch import Worker
 from mp_rerank.plan import Seat
 from mp_rerank.request import Request
 from mp_rerank.results import PoolStats, WorkerInfo
@@ -39,12 +40,16 @@ logger = logging.getLogger(__name__)
 
 CPU_BATCH_TOKENS = 1024
 GPU_BATCH_TOKENS = 16_384
-BATCHES_A_SLICE = 2
+# A slice of unequal pairs is padded to the longest: a little less than a batch fits one.
+BATCHES_A_SLICE = 0.9
 # Below this a slice costs more to send than to score sooner on another worker.
 MIN_SLICE_TOKENS = 128
 # A slice is called hung only far beyond what the worker's speed promises: speed varies with length and with neighbours.
 HANG_MARGIN = 10.0
 MAX_BACKOFF_SECONDS = 30.0
+# A worker told to leave is killed after so many seconds (it has nothing to lose), and the slices of one that has ended
+# are given up as lost (they have come back by then, unless a fork of this process holds the worker's pipes open).
+GRACE_SECONDS = 5.0
 # Largest difference, relative and absolute, between two workers' scores of the canary.
 CANARY_TOLERANCE = 1e-5
 CANARY_TOLERANCE_MIXED = 5e-2  # of other devices, or in 16 bits
@@ -83,8 +88,9 @@ class Crew:
         self._canary_device = ""
         self._on_done = on_done
         self._counts = counts
-        self._leaving: list[Worker] = []
+        self._leaving: list[tuple[Worker, float]] = []  # workers let go, and when to kill them
         self._started = False
+        self._scored_since_blame = False
 
     def __repr__(self) -> str:
         states = Counter(slot.state.value for slot in self.slots)
@@ -108,7 +114,7 @@ class Crew:
     def submit(self, request: Request) -> None:
         """Take over ``request``."""
         if self.failure is not None:
-            self._fail(request, self.failure)
+            self._fail(request, copy.copy(self.failure))
         else:
             self.queue.add(request)
 
@@ -117,8 +123,7 @@ class Crew:
         if request.number not in self.queue.live:
             return False
         self.queue.drop(request)
-        request.done = True
-        request.future.set_running_or_notify_cancel()
+        request.cancel()
         self._on_done(request, "cancelled")
         return True
 
@@ -136,21 +141,31 @@ class Crew:
             self._exited(slot, report, now)
 
     def tick(self, now: float) -> None:
-        """Do what is due: deadlines, restarts, workers that hang."""
+        """Do what is due: deadlines, restarts, workers that hang or do not leave."""
         for request in self.queue.expire(now):
             self._time_out(request)
         for slot in self.slots:
             if slot.restart_at is not None and slot.restart_at <= now:
                 self._launch(slot, now)
             limit = self._limit(slot)
-            if limit is not None and now >= limit and not slot.hung:
-                self._kill_hung(slot, now)
+            if limit is not None and now >= limit:
+                if slot.ended_at is None:
+                    self._kill_hung(slot, now)
+                else:
+                    slot.lost += slot.outstanding
+                    slot.outstanding.clear()
+                    self._settle(slot, now)
+        self._leaving = [(leaving, limit) for leaving, limit in self._leaving if leaving.alive]
+        for i, (leaving, limit) in enumerate(self._leaving):
+            if now >= limit:
+                leaving.kill()
+                self._leaving[i] = (leaving, math.inf)
 
     def wake_at(self) -> float | None:
         """When ``tick`` has something to do next, if nothing is reported before."""
-        times = [self.queue.next_deadline()]
+        times = [self.queue.next_deadline(), *(limit for _, limit in self._leaving)]
         for slot in self.slots:
-            times += [slot.restart_at, None if slot.hung else self._limit(slot)]
+            times += [slot.restart_at, self._limit(slot)]
         return min((t for t in times if t is not None), default=None)
 
     def dispatch(self, now: float) -> None:
@@ -161,7 +176,7 @@ class Crew:
                 return
             slot = min(room, key=lambda slot: len(slot.outstanding))
             batch_tokens = self._batch_tokens(slot)
-            budget = self.config.slice_tokens or batch_tokens * BATCHES_A_SLICE
+            budget = self.config.slice_tokens or int(batch_tokens * BATCHES_A_SLICE)
             if not slot.outstanding:
                 idle = sum(not slot.outstanding for slot in room)
                 budget = min(budget, max(MIN_SLICE_TOKENS, math.ceil(self.queue.waiting_tokens / idle)))
@@ -171,43 +186,41 @@ class Crew:
             slot.send(piece, now)
 
     def fail_all(self, error: RerankError) -> None:
-        """Fail every request that is left."""
+        """Fail every request that is left, each with an error of its own: raising one adds to its traceback."""
         for request in list(self.queue.live.values()):
             self.queue.drop(request)
-            self._fail(request, error)
+            self._fail(request, copy.copy(error))
 
-    def close(self, *, kill: bool) -> None:
+    def close(self, now: float, *, kill: bool) -> None:
         """End the workers, at once or after what they run; ``join`` waits for it."""
         for slot in self.slots:
+            kill_it = kill or slot.loading  # whoever is loading has nothing to finish
             slot.state = SlotState.CLOSED
             slot.restart_at = None
-            if slot.worker is not None:
-                self._leaving.append(slot.worker)
-                slot.worker.retire()
-                if kill:
-                    slot.worker.kill()
+            if slot.worker is not None and kill_it:
+                slot.worker.kill()
+            self._end_worker(slot, now)
 
     @property
     def alive(self) -> bool:
         """Whether a worker that was told to leave has not ended yet."""
-        return any(leaving.alive for leaving in self._leaving)
+        return any(leaving.alive for leaving, _ in self._leaving)
 
     def join(self) -> None:
-        """Wait until every worker has ended, killing those that outstay the grace."""
-        deadline = time.monotonic() + GRACE_SECONDS
-        for leaving in self._leaving:
-            leaving.join(max(0.0, deadline - time.monotonic()))
-        for leaving in self._leaving:
+        """Wait until every worker has ended, killing those that outstay their grace."""
+        for leaving, limit in self._leaving:
+            leaving.join(max(0.0, limit - time.monotonic()) if limit < math.inf else GRACE_SECONDS)
             if leaving.alive:
                 leaving.kill()
                 leaving.join(GRACE_SECONDS)
+        self._leaving.clear()
 
     def workers(self) -> list[WorkerInfo]:
         """Each slot, as callers see it."""
         return [slot.info() for slot in self.slots]
 
     def _batch_tokens(self, slot: Slot) -> int:
-        return self.config.batch_tokens or (CPU_BATCH_TOKENS if slot.seat.device == "cpu" else GPU_BATCH_TOKENS)
+        return self.config.batch_tokens or (CPU_BATCH_TOKENS if slot.seat.device.startswith("cpu") else GPU_BATCH_TOKENS)
 
     # Starting.
 
@@ -219,16 +232,19 @@ class Crew:
         offline = not self.spec.local and self.facts is not None
         try:
             slot.launch(self.spec, self.config, self._batch_tokens(slot), offline=offline, now=now)
-        except OSError as error:
+        except (OSError, RuntimeError) as error:  # no more processes, no more threads
             logger.warning("worker %d on %s could not be launched: %s", slot.index, slot.seat.device, error)
             self._count_crash(slot, f"could not be launched: {error}", now)
 
     def _described(self, slot: Slot, outcome: WorkerFacts | BaseException, now: float) -> None:
+        if isinstance(outcome, BrokenExecutor):
+            self._make_sure_it_ends(slot)
+            return
         if isinstance(outcome, WorkerFacts):
             difference = self._differs(slot, outcome)
             if difference is None:
                 slot.facts = outcome
-                slot.tokens_per_second = outcome.tokens_per_second
+                slot.seconds_per_token = 1.0 / outcome.tokens_per_second
                 slot.state = SlotState.READY
                 if self.facts is None:
                     self.facts, self._canary_device = outcome, slot.seat.device
@@ -246,7 +262,7 @@ class Crew:
                 device=slot.seat.device,
                 cause=repr(outcome),
             )
-        self._end_worker(slot)
+        self._end_worker(slot, now)
         if self._started:
             logger.warning("worker %d: %s", slot.index, outcome)
             self._count_crash(slot, str(outcome), now, outcome)
@@ -278,11 +294,12 @@ class Crew:
 
     def _slice_ended(self, slot: Slot, report: SliceEnded, now: float) -> None:
         piece, outcome = report.piece, report.outcome
+        if piece not in slot.outstanding:
+            return  # given up as lost
         slot.outstanding.remove(piece)
         if isinstance(outcome, BrokenExecutor):
             slot.lost.append(piece)
-            if slot.state in (SlotState.READY, SlotState.DRAINING):
-                slot.state = SlotState.RESTARTING
+            self._make_sure_it_ends(slot)
             self._settle(slot, now)
             return
         if isinstance(outcome, BaseException):
@@ -290,8 +307,8 @@ class Crew:
             slot.crashes = 0
             self._blame_raised(slot, self.queue.raised(piece), outcome)
         else:
-            assert not isinstance(outcome, WorkerFacts)
             slot.took(piece, outcome.seconds, now)
+            self._scored_since_blame = True
             scores = np.frombuffer(outcome.scores, dtype=np.float32)
             if outcome.num_labels is not None:
                 scores = scores.reshape(-1, outcome.num_labels)
@@ -304,8 +321,9 @@ class Crew:
             slot.state = SlotState.DRAINING
         if slot.state is SlotState.DRAINING and not slot.outstanding:
             self._counts.recycled += 1
-            self._end_worker(slot)
+            self._end_worker(slot, now)
             self._launch(slot, now)
+        self._settle(slot, now)
 
     def _count_slice(self, piece: Slice, seconds: float) -> None:
         self._counts.slices += 1
@@ -367,14 +385,16 @@ class Crew:
             return False
 
     def _limit(self, slot: Slot) -> float | None:
-        """When the slot's worker counts as hung."""
-        if self.config.isolation == "thread":
+        """When the slot's worker counts as hung; of one that has ended, when its slices count as lost."""
+        if slot.ended_at is not None:
+            return slot.ended_at + GRACE_SECONDS if slot.outstanding else None
+        if self.config.isolation == "thread" or slot.hung:
             return None
         if slot.loading:
             return None if self.config.start_timeout is None else slot.since + self.config.start_timeout
         if not slot.outstanding or self.config.hang_timeout is None:
             return None
-        expected = slot.outstanding[0].tokens / max(slot.tokens_per_second, 1e-6)
+        expected = slot.outstanding[0].tokens * slot.seconds_per_token
         return slot.since + self.config.hang_timeout + HANG_MARGIN * expected
 
     def _kill_hung(self, slot: Slot, now: float) -> None:
@@ -387,15 +407,21 @@ class Crew:
         slot.worker.kill()
 
     def _exited(self, slot: Slot, report: Exited, now: float) -> None:
-        slot.ended = True
+        slot.ended_at = now
         slot.exit_code = report.exit_code
+        self._make_sure_it_ends(slot)
+        self._settle(slot, now)
+
+    def _make_sure_it_ends(self, slot: Slot) -> None:
+        """Give the slot's worker nothing more, and end it: it has ended, or its executor has given it up."""
         if slot.state in (SlotState.READY, SlotState.DRAINING):
             slot.state = SlotState.RESTARTING
-        self._settle(slot, now)
+        if slot.worker is not None:
+            slot.worker.kill()
 
     def _settle(self, slot: Slot, now: float) -> None:
         """Act on a death, once its process has ended and its slices are back."""
-        if not slot.ended or slot.outstanding or slot.state is SlotState.CLOSED:
+        if slot.ended_at is None or slot.worker is None or slot.outstanding or slot.state is SlotState.CLOSED:
             return
         device = slot.seat.device
         how = "hung and was killed" if slot.hung else f"died with {_exit_in_words(slot.exit_code)}"
@@ -417,11 +443,12 @@ class Crew:
                     document_index=suspect.index,
                 ),
             )
-            if self._counts.slices:
+            if self._scored_since_blame:
                 # The deaths are explained, and the model is known to score: they say nothing against the seats.
+                self._scored_since_blame = False
                 for other in self.slots:
                     other.crashes = 0
-        self._end_worker(slot)
+        self._end_worker(slot, now)
         self._count_crash(slot, how, now)
 
     def _count_crash(self, slot: Slot, how: str, now: float, error: RerankError | None = None) -> None:
@@ -455,12 +482,11 @@ class Crew:
             self.failure = error
             self.fail_all(error)
 
-    def _end_worker(self, slot: Slot) -> None:
+    def _end_worker(self, slot: Slot, now: float) -> None:
         """Let go of the slot's worker; what it says from here on is stale."""
         if slot.worker is not None:
-            self._leaving = [leaving for leaving in self._leaving if leaving.alive]
-            self._leaving.append(slot.worker)
             slot.worker.retire()
+            self._leaving.append((slot.worker, now + GRACE_SECONDS))
             slot.worker = None
 
 

@@ -10,16 +10,16 @@ Every other thread only puts messages into the inbox, so nothing here needs a lo
 done-callbacks do no more: submitting from one deadlocks in a broken executor (Python 3.12, 3.13). The inbox is a
 ``SimpleQueue`` because a finalizer may put into it at any point of any thread.
 
-There are no timers: the loop wakes for a message, or for the next thing its crews say is due.
+There are no timers: the loop wakes for a message, or when the next thing is due by its crews.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import logging
+import math
 import os
 import queue
-import signal
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -38,9 +38,15 @@ from mp_rerank.results import PoolStats, WorkerInfo
 from mp_rerank.slot import Report
 from mp_rerank.worker import WorkerFacts
 
-__all__ = ["Dispatcher"]
+__all__ = ["SIGNAL_CHECK_SECONDS", "Dispatcher"]
 
 logger = logging.getLogger(__name__)
+
+# How long a caller's thread sleeps at a time: CPython can lose a signal that arrives as it falls asleep on a lock.
+SIGNAL_CHECK_SECONDS = 0.5
+
+# The longest the loop sleeps at a time: the system's clocks take no timeout of a thousand years.
+MAX_WAIT_SECONDS = 3600.0
 
 
 @dataclass(frozen=True)
@@ -124,7 +130,9 @@ class Dispatcher:
         self._put(_Submit(request))
 
     def ask(self, question: Callable[[], Any]) -> Any:
-        """The answer to ``question``, asked on the dispatcher's thread, or on this one once that has ended."""
+        """The answer to ``question``, asked on the dispatcher's thread, or on this one where that does not run."""
+        if os.getpid() != self._owner:  # a fork has no threads but the one that forked
+            return question()
         answer: Future[Any] = Future()
         self._put(_Ask(question, answer))
         return answer.result()
@@ -157,7 +165,9 @@ class Dispatcher:
         """Wait for the thread, unless this is it or it belongs to another process; whether it has ended."""
         if self._thread.ident is None or os.getpid() != self._owner or threading.current_thread() is self._thread:
             return True
-        self._thread.join(timeout)
+        limit = math.inf if timeout is None else time.monotonic() + timeout
+        while self._thread.is_alive() and (left := limit - time.monotonic()) > 0:
+            self._thread.join(min(left, SIGNAL_CHECK_SECONDS))
         return not self._thread.is_alive()
 
     def _put(self, message: _Message) -> None:
@@ -173,10 +183,6 @@ class Dispatcher:
     # The loop.
 
     def _run(self) -> None:
-        if hasattr(signal, "pthread_sigmask"):
-            # Workers inherit the mask of the thread that starts them: Ctrl-C never reaches one, not even while its
-            # interpreter is starting. This thread needs no signal; Python handles them on the main one.
-            signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         error = PoolClosedError("the pool was closed")
         try:
             self._crew.start(time.monotonic())
@@ -192,9 +198,9 @@ class Dispatcher:
         """Wait for something to do, do all of it; whether to go on."""
         self._receive()
         now = time.monotonic()
-        for crew in self._crews():
+        for crew in (*self._crews(), *self._dismissed):
             crew.tick(now)
-        self._change_crews()
+        self._change_crews(now)
         for crew in self._crews():
             crew.dispatch(now)
         if self._closing is None:
@@ -203,10 +209,10 @@ class Dispatcher:
 
     def _receive(self) -> None:
         """Handle the next message, waiting for it until something is due, and all that are there behind it."""
-        due = min((t for crew in self._crews() if (t := crew.wake_at()) is not None), default=None)
+        crews = (*self._crews(), *self._dismissed)
+        due = min((t for crew in crews if (t := crew.wake_at()) is not None), default=math.inf)
         try:
-            message = self._inbox.get(timeout=None if due is None else max(0.0, due - time.monotonic()))
-            self._handle(message)
+            self._handle(self._inbox.get(timeout=min(MAX_WAIT_SECONDS, max(0.0, due - time.monotonic()))))
             # Not until it is empty: callers who never pause would keep the workers waiting.
             for _ in range(self._inbox.qsize()):
                 self._handle(self._inbox.get_nowait())
@@ -236,7 +242,7 @@ class Dispatcher:
                 self._closing = message
             self.admission.close()
 
-    def _change_crews(self) -> None:
+    def _change_crews(self, now: float) -> None:
         """Resolve ``started``, switch to a reloaded model, let go of a drained one."""
         if not self.started.done():
             if self._crew.failure is not None:
@@ -248,7 +254,7 @@ class Dispatcher:
             crew, done = self._incoming
             if crew.failure is not None:
                 self._incoming = None
-                self._dismiss(crew)
+                self._dismiss(crew, now)
                 done.set_exception(crew.failure)
             elif crew.ready:
                 # Whatever has begun with the old model ends with it; the rest, and all that follows, gets the new.
@@ -260,9 +266,10 @@ class Dispatcher:
                 self.facts = crew.facts
                 self._counts.reloads += 1
                 done.set_result(None)
+        self._dismissed = [crew for crew in self._dismissed if crew.alive]
         for crew in [crew for crew in self._retiring if crew.drained]:
             self._retiring.remove(crew)
-            self._dismiss(crew)
+            self._dismiss(crew, now)
 
     def _begin_reload(self, message: _Reload) -> None:
         if self._closing is not None:
@@ -279,18 +286,22 @@ class Dispatcher:
         self.admission.close()
         drained = self._closing is not None and self._closing.drain
         crews = self._crews()
-        for crew in crews:
-            crew.fail_all(error)
-        for crew in crews:
-            crew.close(kill=not drained)
-        for crew in (*crews, *self._dismissed):
-            crew.join()
-        if not self.started.done():
-            self.started.set_exception(error)
-        if self._incoming is not None:
-            self._incoming[1].set_exception(error)
-        self._finished = True
-        self._turn_away()
+        try:
+            for crew in crews:
+                crew.fail_all(error)
+            for crew in crews:
+                crew.close(time.monotonic(), kill=not drained)
+            for crew in (*crews, *self._dismissed):
+                crew.join()
+            self._retiring.clear()
+            self._dismissed.clear()
+        finally:
+            if not self.started.done():
+                self.started.set_exception(error)
+            if self._incoming is not None:
+                self._incoming[1].set_exception(error)
+            self._finished = True
+            self._turn_away()
 
     def _turn_away(self) -> None:
         """Answer what reached the inbox after the loop ended; any thread may."""
@@ -318,9 +329,9 @@ class Dispatcher:
         crew = Crew(spec, self.seats, self.config, notify, self._on_done, self._counts)
         return crew
 
-    def _dismiss(self, crew: Crew) -> None:
-        self._dismissed = [gone for gone in self._dismissed if gone.alive] + [crew]
-        crew.close(kill=False)
+    def _dismiss(self, crew: Crew, now: float) -> None:
+        crew.close(now, kill=False)
+        self._dismissed.append(crew)
 
     def _on_done(self, request: Request, outcome: Outcome) -> None:
         self._pending -= 1

@@ -8,16 +8,20 @@ from __future__ import annotations
 
 import inspect
 import logging
+import threading
 from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import torch
+import transformers
 from sentence_transformers import CrossEncoder
+from tqdm import tqdm
 from transformers.utils import logging as transformers_logging
 
 from mp_rerank.config import ModelSpec
 from mp_rerank.tokens import estimate_pair, estimate_text
+from mp_rerank.worker import in_worker_process
 
 __all__ = ["Engine", "prove"]
 
@@ -32,7 +36,8 @@ class Engine:
         device: such as ``"cpu"`` or ``"cuda:1"``.
         threads: compute threads to set in torch; ``None`` leaves them alone.
         batch_tokens: padded tokens of one forward pass.
-        loaded: a ``CrossEncoder`` made by the spec's own loader, to be used in place of loading here.
+        loaded: a ``CrossEncoder``, or another module with ``predict(pairs)``, made by the spec's own loader, to be used
+            in place of loading here.
 
     Raises:
         ValueError: what was loaded is not wholly on ``device``, or not of the dtype asked for.
@@ -40,7 +45,7 @@ class Engine:
     """
 
     def __init__(
-        self, spec: ModelSpec, device: str, threads: int | None, batch_tokens: int, loaded: CrossEncoder | None = None
+        self, spec: ModelSpec, device: str, threads: int | None, batch_tokens: int, loaded: Any = None
     ) -> None:
         if threads is not None:
             torch.set_num_threads(threads)
@@ -48,14 +53,21 @@ class Engine:
                 torch.set_num_interop_threads(1)
             except RuntimeError:  # parallel work has begun (a loader's): it keeps the setting it began with
                 logger.debug("interop threads were already in use")
+        if in_worker_process():
             # A worker's logs go where its root logger's do.
             transformers_logging.disable_default_handler()
             transformers_logging.enable_propagation()
             transformers_logging.disable_progress_bar()
+            # tqdm's own lock is a semaphore shared by processes; of a worker that is killed, the interpreter's resource
+            # tracker would call it leaked, in the user's terminal.
+            tqdm.set_lock(threading.RLock())
         self.batch_tokens = batch_tokens
         self.model = _load(spec, device) if loaded is None else loaded
-        self.model.eval()
-        self.dtype, self.weights_bytes = prove(self.model, torch.device(device), spec.dtype)
+        if not callable(getattr(self.model, "predict", None)):
+            raise TypeError(f"the loader returned {type(loaded).__name__}, which has no predict(pairs)")
+        network = _network(self.model)
+        network.eval()
+        self.dtype, self.weights_bytes = prove(network, torch.device(device), spec.dtype)
         self.max_length = _max_length(self.model)
 
     def facts(self) -> dict[str, Any]:
@@ -67,12 +79,16 @@ class Engine:
         lengths = [estimate_pair(estimate_text(query), document, self.max_length) for query, document in pairs]
         scores: list[Any] = [None] * len(pairs)
         for batch in batches(lengths, self.batch_tokens):
-            predicted = self.model.predict(
-                [pairs[i] for i in batch], batch_size=len(batch), show_progress_bar=False, convert_to_numpy=True
-            )
-            for i, value in zip(batch, predicted, strict=True):
+            for i, value in zip(batch, self._predict([pairs[i] for i in batch]), strict=True):
                 scores[i] = value
         return np.asarray(scores, dtype=np.float32)
+
+    def _predict(self, batch: list[tuple[str, str]]) -> Any:
+        if isinstance(self.model, CrossEncoder):
+            # As a tensor: sentence-transformers 3.0 makes no array of bfloat16.
+            scores = self.model.predict(batch, batch_size=len(batch), show_progress_bar=False, convert_to_tensor=True)
+            return scores.float().cpu().numpy()
+        return self.model.predict(batch)
 
 
 def batches(lengths: list[int], budget: int) -> Iterator[list[int]]:
@@ -100,12 +116,14 @@ def prove(model: torch.nn.Module, device: torch.device, dtype: str | None) -> tu
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if tensor.is_meta:
             raise ValueError(f"{name} is on the meta device: it has a shape and no data")
-        if tensor.device.type != device.type or (device.index is not None and tensor.device.index != device.index):
+        if tensor.device.type != device.type or (tensor.device.index or 0) != (device.index or 0):
             raise ValueError(f"{name} is on {tensor.device}, not on {device}")
         size += tensor.nbytes
         if isinstance(tensor, torch.nn.Parameter) and tensor.is_floating_point():
             kind = str(tensor.dtype).removeprefix("torch.")
-            if dtype not in (None, "auto") and kind != dtype and not any(part in name for part in exempt):
+            quantized = tensor.element_size() == 1  # a checkpoint's storage, whatever dtype it computes in
+            exempted = quantized or any(part in name for part in exempt)
+            if dtype not in (None, "auto") and kind != dtype and not exempted:
                 raise ValueError(f"{name} is {kind}, not the {dtype} that was asked for")
             dtypes[kind] = dtypes.get(kind, 0) + tensor.numel()
     return "+".join(sorted(dtypes, key=lambda kind: -dtypes[kind])), size
@@ -123,20 +141,41 @@ def _kept_in_float32(model: torch.nn.Module) -> set[str]:
 def _load(spec: ModelSpec, device: str) -> CrossEncoder:
     model_kwargs = dict(spec.model_kwargs)
     if spec.dtype is not None:
-        model_kwargs["dtype"] = spec.dtype if spec.dtype == "auto" else getattr(torch, spec.dtype)
+        argument = "dtype" if _version(transformers) >= (4, 56) else "torch_dtype"
+        model_kwargs[argument] = spec.dtype if spec.dtype == "auto" else getattr(torch, spec.dtype)
+    arguments: dict[tuple[str, ...], Any] = {  # under their names in sentence-transformers, the newest first
+        ("model_kwargs", "automodel_args"): model_kwargs,
+        ("processor_kwargs", "tokenizer_kwargs", "tokenizer_args"): dict(spec.tokenizer_kwargs),
+        ("config_kwargs", "config_args"): dict(spec.config_kwargs),
+        ("activation_fn", "default_activation_function"): spec.activation and _activation(spec.activation),
+    }
     accepted = inspect.signature(CrossEncoder.__init__).parameters
-    processor = "processor_kwargs" if "processor_kwargs" in accepted else "tokenizer_kwargs"
-    return CrossEncoder(
+    model = CrossEncoder(
         spec.path,
         device=device,
         revision=spec.revision,
         max_length=spec.max_length,
-        activation_fn=None if spec.activation is None else _activation(spec.activation),
         trust_remote_code=spec.trust_remote_code,
-        model_kwargs=model_kwargs,
-        config_kwargs=dict(spec.config_kwargs),
-        **{processor: dict(spec.tokenizer_kwargs)},
+        **{
+            next((name for name in names if name in accepted), names[0]): value
+            for names, value in arguments.items()
+            if value
+        },
     )
+    if not isinstance(model, torch.nn.Module):  # before sentence-transformers 4, where the first predict would move it
+        model.model.to(device)
+    return model
+
+
+def _network(model: Any) -> torch.nn.Module:
+    """The torch module of a ``CrossEncoder``, which is one itself since sentence-transformers 4."""
+    network: torch.nn.Module = model if isinstance(model, torch.nn.Module) else model.model
+    return network
+
+
+def _version(package: Any) -> tuple[int, int]:
+    major, minor = package.__version__.split(".")[:2]
+    return int(major), int(minor)
 
 
 def _activation(path: str) -> Any:
@@ -147,8 +186,9 @@ def _activation(path: str) -> Any:
 
 def _max_length(model: Any) -> int | None:
     """Tokens a pair is truncated to; ``None`` where the tokenizer's limit is the "no limit" of transformers."""
-    for name in ("max_seq_length", "max_length"):  # 6.x, and before
-        value = getattr(model, name, None)
-        if isinstance(value, int):
-            return value if value < 1_000_000 else None
-    return None
+    # The newer name first, and no other where it exists: asking 6.x for the older one is deprecated.
+    name = "max_seq_length" if hasattr(type(model), "max_seq_length") else "max_length"
+    value = getattr(model, name, None)
+    if value is None:  # before sentence-transformers 4, whoever gives none gets the tokenizer's
+        value = getattr(getattr(model, "tokenizer", None), "model_max_length", None)
+    return value if isinstance(value, int) and value < 1_000_000 else None

@@ -11,9 +11,14 @@ import multiprocessing.process
 import multiprocessing.spawn
 import os
 import pickle
+import signal
 import threading
-from collections.abc import Callable
+import time
+import weakref
+from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
+from contextlib import contextmanager
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnContext, SpawnProcess
 from typing import Any, Protocol
@@ -22,12 +27,9 @@ import psutil
 
 from mp_rerank import worker
 from mp_rerank.config import ModelSpec
-from mp_rerank.logs import WORKER_LOGGER, repeat_logs
+from mp_rerank.logs import WORKER_LOGGER, repeat_log
 
 __all__ = ["ProcessWorker", "ThreadWorker", "Worker", "check_may_spawn"]
-
-# A worker told to leave is killed after so many seconds: it has nothing to lose.
-GRACE_SECONDS = 5.0
 
 
 class Worker(Protocol):
@@ -45,7 +47,7 @@ class Worker(Protocol):
         """End it now, whatever it is doing; without effect on a thread, or once it has ended."""
 
     def retire(self) -> None:
-        """Take no more work, finish the running slice, end; killed after a grace. Returns at once."""
+        """Take no more work, finish the running slice, end. Returns at once."""
 
     def join(self, timeout: float) -> None:
         """Wait until it has ended, at most ``timeout`` seconds."""
@@ -61,7 +63,7 @@ class ProcessWorker:
             reason.
 
     Raises:
-        OSError: the system would not start another process.
+        OSError, RuntimeError: the system would start no other process, or no other thread.
     """
 
     def __init__(
@@ -76,37 +78,40 @@ class ProcessWorker:
         on_exit: Callable[[int | None], None],
     ) -> None:
         self.name = name
-        self._context = _WorkerContext(name)
-        logs, child_logs = self._context.Pipe(duplex=False)
+        context = _WorkerContext(name)
+        logs, child_logs = context.Pipe(duplex=False)
         level = logging.getLogger(WORKER_LOGGER).getEffectiveLevel()
         self.executor: Executor = ProcessPoolExecutor(
             max_workers=1,
-            mp_context=self._context,
+            mp_context=context,
             initializer=worker.initialize_process,
             initargs=(pickle.dumps(spec), device, threads, batch_tokens, child_logs, level, offline),
         )
+        self._watch = threading.Thread(target=self._watch_exit, args=(on_exit,), name=f"{name}-watch", daemon=True)
+        self._logs = threading.Thread(target=self._repeat_logs, args=(logs,), name=f"{name}-logs", daemon=True)
+        self._shutdown = threading.Thread(target=self._shut_down, name=f"{name}-shutdown", daemon=True)
         try:
             self.described = self.executor.submit(worker.describe)  # this starts the process
+            assert context.started is not None
+            self._started = context.started
+            assert self._started.pid is not None
+            self.pid: int | None = self._started.pid
+            self._psutil = _psutil_process(self._started.pid)
+            self._watch.start()
+            self._logs.start()
         except BaseException:
-            logs.close()
+            if context.started is not None and context.started.pid is not None:
+                context.started.kill()
             self.executor.shutdown(wait=False)
+            if self._logs.ident is None:
+                logs.close()
             raise
         finally:
             child_logs.close()  # the child's own copy is then the only one, and its death is the pipe's end
-        started = self._context.started
-        assert started is not None
-        assert started.pid is not None
-        self._started = started
-        self.pid: int | None = started.pid
-        self._psutil = _psutil_process(started.pid)
-        self._overdue = threading.Timer(GRACE_SECONDS, self.kill)
-        self._overdue.daemon = True
-        self._watch = threading.Thread(target=self._watch_exit, args=(logs, on_exit), name=f"{name}-watch", daemon=True)
-        self._watch.start()
 
     @property
     def alive(self) -> bool:
-        return self._watch.is_alive()
+        return any(thread.is_alive() for thread in (self._watch, self._logs, self._shutdown))
 
     def kill(self) -> None:
         if self._psutil is not None:
@@ -116,29 +121,44 @@ class ProcessWorker:
                 pass
 
     def retire(self) -> None:
-        self.executor.shutdown(wait=False, cancel_futures=True)
-        if self._watch.is_alive():
-            self._overdue.start()
+        try:
+            self._shutdown.start()
+        except RuntimeError:  # the system has no thread left
+            self.executor.shutdown(wait=False, cancel_futures=True)
 
     def join(self, timeout: float) -> None:
-        self._watch.join(timeout)
-        if self._overdue.is_alive() and not self._watch.is_alive():
-            self._overdue.join()  # it has been cancelled
+        deadline = time.monotonic() + timeout
+        for thread in (self._watch, self._logs, self._shutdown):
+            if thread.ident is not None:
+                thread.join(max(0.0, deadline - time.monotonic()))
 
-    def _watch_exit(self, logs: Connection, on_exit: Callable[[int | None], None]) -> None:
-        repeat_logs(logs, self.name)
+    def _shut_down(self) -> None:
+        # Waits for the executor's own thread, for which nobody else would: it is a daemon like the one that made it,
+        # and an interpreter that exits in the middle of its freeing semaphores is told that they have leaked.
+        self.executor.shutdown(wait=True, cancel_futures=True)
+
+    def _repeat_logs(self, logs: Connection) -> None:
+        # Apart from the watch: a log handler of the caller's may block. Its end is the pipe's or the process's, since
+        # a fork of this process may hold the pipe open.
+        while logs in wait([logs, self._started.sentinel]) and repeat_log(logs, self.name):
+            pass
         logs.close()
-        wait([self._started.sentinel])
-        # The executor's own thread waits for the process too, and only one of two waiters is given the exit code; the
-        # other sees it a moment later.
-        exit_code = self._started.exitcode
+
+    def _watch_exit(self, on_exit: Callable[[int | None], None]) -> None:
+        process = self._started
+        try:
+            # Without reaping it. The sentinel alone would not do: a fork of this process, made while the worker was
+            # being started, holds the far end of it open.
+            os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOWAIT)  # type: ignore[arg-type]
+        except (AttributeError, OSError):  # not on this system, or reaped by the executor's own thread
+            wait([process.sentinel])
+        # Only one of two waiters is given the exit code; the other sees it a moment later.
         for _ in range(100):
-            if exit_code is not None:
+            if process.exitcode is not None:
                 break
             threading.Event().wait(0.01)
-            exit_code = self._started.exitcode
-        self._overdue.cancel()
-        on_exit(exit_code)
+        process.join(0.0)  # multiprocessing keeps it, and its files, until somebody has joined it
+        on_exit(process.exitcode)
 
 
 class ThreadWorker:
@@ -199,11 +219,24 @@ class _WorkerProcess(SpawnProcess):
 
     @staticmethod
     def _Popen(process_obj: Any) -> Any:
+        if os.name == "posix":
+            resource_tracker.ensure_running()  # starting it unblocks SIGINT, so not in between
         _launching.without_main = True
         try:
-            return SpawnProcess._Popen(process_obj)
+            with _interrupts_blocked():
+                return SpawnProcess._Popen(process_obj)
         finally:
             _launching.without_main = False
+
+    def start(self) -> None:
+        tasks, results = self._args[:2]  # type: ignore[attr-defined]
+        super().start()
+        _processes.add(self)
+        # What only the worker uses of its two pipes is closed here, so that its death is the end of both: with this
+        # process's own copies open, a thread of the executor would wait for ever for somebody to read the rest of a
+        # large task (Python 3.10), or to write the rest of a result that its writer died in.
+        tasks._reader.close()
+        results._writer.close()
 
 
 class _WorkerContext(SpawnContext):
@@ -216,6 +249,32 @@ class _WorkerContext(SpawnContext):
     def Process(self, *, target: Any, args: Any) -> multiprocessing.process.BaseProcess:  # type: ignore[override]
         self.started = _WorkerProcess(target=target, args=args, name=self.worker_name)
         return self.started
+
+
+_processes: weakref.WeakSet[_WorkerProcess] = weakref.WeakSet()
+
+
+def _disown() -> None:
+    """In a fork of this process: its workers are not the fork's children, to be waited for when that exits."""
+    for process in _processes:
+        multiprocessing.process._children.discard(process)  # type: ignore[attr-defined]
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_disown)
+
+
+@contextmanager
+def _interrupts_blocked() -> Iterator[None]:
+    """A process started within inherits the mask: Ctrl-C never reaches it, not even while its interpreter starts."""
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 _launching = threading.local()

@@ -13,7 +13,7 @@ import os
 import sys
 from multiprocessing.connection import Connection
 
-__all__ = ["WORKER_LOGGER", "redirect_output", "repeat_logs"]
+__all__ = ["WORKER_LOGGER", "redirect_output", "repeat_log"]
 
 WORKER_LOGGER = "mp_rerank.worker"
 
@@ -70,15 +70,18 @@ def redirect_output(connection: Connection, level: int) -> None:
     os.close(nothing)
 
 
-def repeat_logs(connection: Connection, name: str) -> None:
-    """In the parent, on a thread of its own: repeat what worker ``name`` says, until its end of the pipe is closed."""
+def repeat_log(connection: Connection, name: str) -> bool:
+    """In the parent, on a thread of its own: repeat the next thing worker ``name`` says; whether there may be more."""
+    try:
+        level, source, text = json.loads(connection.recv_bytes())
+    except (EOFError, OSError, ValueError):  # closed, or cut off in the middle by the worker's death
+        return False
     logger = logging.getLogger(WORKER_LOGGER)
-    while True:
+    if logger.isEnabledFor(level):
+        record = logger.makeRecord(logger.name, level, source, 0, "%s: %s: %s", (name, source, text), None)
+        record.processName = name
         try:
-            level, source, text = json.loads(connection.recv_bytes())
-        except (EOFError, OSError, ValueError):  # closed, or cut off in the middle by the worker's death
-            return
-        if logger.isEnabledFor(level):
-            record = logger.makeRecord(logger.name, level, source, 0, "%s: %s: %s", (name, source, text), None)
-            record.processName = name
             logger.handle(record)
+        except Exception:  # a filter or handler of the caller's; the worker must not be left talking to nobody
+            pass
+    return True

@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import os
 import threading
 import time
 import weakref
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from functools import partial
-from typing import Any, Literal, SupportsIndex, cast
+from typing import Any, Literal, SupportsIndex, TypeVar, cast
 
 import numpy as np
 import numpy.typing as npt
 import psutil
 
 from mp_rerank.config import BUILTIN, ModelSpec, PoolConfig
-from mp_rerank.dispatcher import Dispatcher
+from mp_rerank.dispatcher import SIGNAL_CHECK_SECONDS, Dispatcher
 from mp_rerank.errors import PoolClosedError
 from mp_rerank.launch import check_may_spawn
 from mp_rerank.plan import Plan, make_plan
@@ -26,6 +27,8 @@ from mp_rerank.results import PoolMemory, PoolStats, RerankResult, WorkerInfo, W
 from mp_rerank.tokens import estimate_pair, estimate_text
 
 __all__ = ["RerankerPool"]
+
+_T = TypeVar("_T")
 
 MAX_PRIORITY = 8
 
@@ -98,17 +101,26 @@ class RerankerPool:
                     if self.config.isolation == "process":
                         check_may_spawn()
                     self._plan = make_plan(self.config, self.spec)
-                    self._dispatcher = Dispatcher(self.spec, self._plan.seats, self.config)
-                    weakref.finalize(self, self._dispatcher.close, drain=True).atexit = False
-                    _leave_with_interpreter(self._dispatcher)
-                    self._dispatcher.start()
+                    dispatcher = Dispatcher(self.spec, self._plan.seats, self.config)
+                    weakref.finalize(self, dispatcher.close, drain=True).atexit = False
+                    _leave_with_interpreter(dispatcher)
+                    try:
+                        dispatcher.start()
+                        self._dispatcher = dispatcher
+                    except BaseException:  # Ctrl-C, or no thread to be had
+                        dispatcher.close(drain=False)
+                        raise
                 dispatcher = self._dispatcher
         try:
-            dispatcher.started.result()
+            error = _wait(dispatcher.started).exception()
         except BaseException:
             dispatcher.close(drain=False)
             dispatcher.join()
             raise
+        if error is not None:
+            dispatcher.close(drain=False)
+            dispatcher.join()
+            raise copy.copy(error)  # one for each call: raising an error adds to its traceback
         return self
 
     def close(self, *, drain: bool = True, timeout: float | None = None) -> None:
@@ -118,10 +130,12 @@ class RerankerPool:
             drain: finish what is pending first; otherwise it fails with ``PoolClosedError`` and workers are killed.
             timeout: seconds to drain for, after which what is left fails as with ``drain=False``; ``None``: no limit.
         """
+        if os.getpid() != self._owner:  # nor can a fork be sure of the lock
+            return
         with self._lock:
             self._closed = True
             dispatcher = self._dispatcher
-        if dispatcher is None or os.getpid() != self._owner:
+        if dispatcher is None:
             return
         dispatcher.close(drain=drain)
         try:
@@ -227,7 +241,7 @@ class RerankerPool:
         """``submit(...).result()``: rank and wait. Interrupted, it cancels the request."""
         future = self.submit(query, documents, **options)
         try:
-            return future.result()
+            return _wait(future).result()
         finally:
             future.cancel()  # of a finished one: nothing
 
@@ -495,6 +509,17 @@ def _all_scores(scores: Scores, scored: npt.NDArray[np.bool_]) -> Scores:
     return scores
 
 
+def _wait(future: Future[_T]) -> Future[_T]:
+    """``future``, once it is done.
+
+    Not ``future.result()``: CPython can lose a signal that arrives as the main thread falls asleep on a lock (measured:
+    5 of 8 times while another thread started a process), and Ctrl-C would wait for the result.
+    """
+    while not wait([future], timeout=SIGNAL_CHECK_SECONDS).done:
+        pass
+    return future
+
+
 def _cancel_submitted(submitting: asyncio.Future[Future[Any]]) -> None:
     if not submitting.cancelled() and submitting.exception() is None:
         submitting.result().cancel()
@@ -525,12 +550,17 @@ def _leave_with_interpreter(dispatcher: Dispatcher) -> None:
             raise PoolClosedError(f"the interpreter is exiting: {error}") from None
         _registered = True
     _dispatchers.add(dispatcher)
+    if _exiting:
+        raise PoolClosedError("the interpreter is exiting")
 
 
 _registered = False
+_exiting = False
 
 
 def _close_all() -> None:
+    global _exiting
+    _exiting = True  # so that a pool that is not in the list yet will see it
     for dispatcher in list(_dispatchers):
         dispatcher.close(drain=False)
     for dispatcher in list(_dispatchers):

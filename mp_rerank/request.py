@@ -7,7 +7,7 @@ import logging
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, InvalidStateError
 from typing import Any
 
 import numpy as np
@@ -83,6 +83,7 @@ class Request:
         self.pairs = pairs
         self.tokens = tokens
         self.total_tokens = sum(tokens)
+        self.waiting_tokens = self.total_tokens
         self.finish = finish
         self.weight = 2.0**priority
         self.deadline = deadline
@@ -120,8 +121,7 @@ class Request:
 
     def resolve(self) -> None:
         """Give the future its result: everything, or what is there."""
-        self.done = True
-        if not self.future.set_running_or_notify_cancel():
+        if not self._claim():
             return
         scores = self.scores if self.scores is not None else np.full(len(self.pairs), np.nan, dtype=np.float32)
         try:
@@ -133,6 +133,17 @@ class Request:
 
     def fail(self, error: BaseException) -> None:
         """Give the future ``error``, unless its owner has cancelled it."""
-        self.done = True
-        if self.future.set_running_or_notify_cancel():
+        if self._claim():
             self.future.set_exception(error)
+
+    def cancel(self) -> None:
+        """Acknowledge that the future's owner has cancelled it."""
+        self._claim()
+
+    def _claim(self) -> bool:
+        """Whether the future waits for an outcome, which nobody but the caller of this will give it."""
+        self.done = True
+        try:
+            return self.future.set_running_or_notify_cancel()
+        except (InvalidStateError, RuntimeError):  # its owner has set it: his loss
+            return False

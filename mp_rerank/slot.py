@@ -82,9 +82,11 @@ class Slot:
         since: when the worker began what it is doing: loading, or the first of ``outstanding``.
         crashes: deaths in a row, nothing scored between.
         restart_at: when to launch again, while there is no worker.
+        ended_at: when the present generation's worker was known to have ended, once it has.
         exit_code: of the worker that ended, from its report until the next launch.
-        ended: whether the present generation's worker is known to have ended.
         hung: whether it was killed for taking too long.
+        seconds_per_token: the worker's speed. Not its inverse: one slice measured far too fast would then pass for the
+            speed of many, and the next ones for hung.
     """
 
     def __init__(self, index: int, seat: Seat, notify: Callable[[Report], None]) -> None:
@@ -100,11 +102,11 @@ class Slot:
         self.since = 0.0
         self.crashes = 0
         self.restart_at: float | None = None
+        self.ended_at: float | None = None
         self.exit_code: int | None = None
-        self.ended = False
         self.hung = False
         self.scored_slices = 0
-        self.tokens_per_second = 0.0
+        self.seconds_per_token = 0.0
 
     def __repr__(self) -> str:
         return f"<Slot {self.index}: {self.state.value} on {self.seat.device}, generation {self.generation}>"
@@ -117,19 +119,23 @@ class Slot:
     @property
     def loading(self) -> bool:
         """Whether its worker has been launched and has not described itself yet."""
-        return self.state in (SlotState.STARTING, SlotState.RESTARTING) and self.worker is not None and not self.ended
+        return self.state in (SlotState.STARTING, SlotState.RESTARTING) and self._has_live_worker
+
+    @property
+    def _has_live_worker(self) -> bool:
+        return self.worker is not None and self.ended_at is None
 
     def launch(self, spec: ModelSpec, config: PoolConfig, batch_tokens: int, *, offline: bool, now: float) -> None:
-        """Start the next generation. Raises ``OSError`` where the system would start no process."""
+        """Start the next generation. Raises ``OSError`` or ``RuntimeError`` where the system would start no more."""
         self.generation += 1
         self.worker = None
         self.facts = None
         self.restart_at = None
+        self.ended_at = None
         self.exit_code = None
-        self.ended = False
         self.hung = False
         self.scored_slices = 0
-        self.tokens_per_second = 0.0
+        self.seconds_per_token = 0.0
         self.since = now
         name = f"mp_rerank-{self.index}.{self.generation}"
         generation = self.generation
@@ -151,8 +157,7 @@ class Slot:
 
         def described(future: Future[worker.WorkerFacts]) -> None:
             outcome = _outcome(future)
-            if not isinstance(outcome, BrokenExecutor):  # then Exited is on its way, and knows more
-                self.notify(Described(self, generation, outcome))
+            self.notify(Described(self, generation, outcome))
 
         launched.described.add_done_callback(described)
 
@@ -182,8 +187,7 @@ class Slot:
         self.since = now
         self.crashes = 0
         self.scored_slices += 1
-        speed = piece.tokens / max(seconds, 1e-6)
-        self.tokens_per_second += SPEED_SMOOTHING * (speed - self.tokens_per_second)
+        self.seconds_per_token += SPEED_SMOOTHING * (seconds / piece.tokens - self.seconds_per_token)
 
     def info(self) -> WorkerInfo:
         """The slot as callers see it."""
@@ -194,7 +198,7 @@ class Slot:
             generation=self.generation,
             device=self.seat.device,
             threads=self.seat.threads,
-            pid=self.worker.pid if self.worker is not None and not self.ended else None,
+            pid=self.worker.pid if self._has_live_worker and self.worker is not None else None,
         )
         if facts is None:
             return shown
@@ -211,7 +215,7 @@ class Slot:
             num_labels=facts.num_labels,
             max_length=facts.max_length,
             canary=facts.canary,
-            tokens_per_second=self.tokens_per_second,
+            tokens_per_second=1.0 / max(self.seconds_per_token, 1e-9),
         )
 
 

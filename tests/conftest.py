@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import threading
+import time
 from collections.abc import Callable, Iterator
 from io import FileIO
 from pathlib import Path
@@ -12,8 +13,9 @@ from typing import Any
 
 import psutil
 import pytest
+from fakes import scores_of
 
-from mp_rerank import ModelSpec, RerankerPool
+from mp_rerank import ModelSpec, RerankerPool, RerankResult
 
 FAKE = ModelSpec("fake", loader="fakes:load")
 
@@ -29,7 +31,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def device(request: pytest.FixtureRequest) -> str:
     """The device real models are tested on."""
     return str(request.config.getoption("--cross-encoder-device"))
@@ -54,6 +56,21 @@ def make_pool() -> Iterator[Callable[..., RerankerPool]]:
         pool.close(drain=False)
 
 
+def until(condition: Callable[[], bool]) -> None:
+    """Wait for what gives no sign when it happens."""
+    deadline = time.monotonic() + PATIENCE
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen"
+        time.sleep(0.005)
+
+
+def ranked(query: str, documents: list[str]) -> list[RerankResult]:
+    """What the fake model's pool is to return for them."""
+    scores = scores_of(query, documents)
+    order = sorted(range(len(documents)), key=lambda i: -scores[i])
+    return [RerankResult(i, scores[i], documents[i]) for i in order]
+
+
 class Fifo:
     """A gate a fake model stops at: ``order`` is the document that makes it."""
 
@@ -66,6 +83,11 @@ class Fifo:
     def wait_until_read(self) -> None:
         """Return once the model stands at the gate."""
         self._writer = self._path.open("wb", buffering=0)  # blocks until there is a reader
+
+    @property
+    def pid(self) -> int:
+        """The process of the model that stands, or last stood, at the gate."""
+        return int(self._path.with_suffix(".pid").read_text())
 
     def release(self) -> None:
         """Let it pass."""
@@ -80,11 +102,16 @@ def fifo(tmp_path: Path) -> Fifo:
 
 @pytest.fixture(autouse=True)
 def _nothing_left_behind() -> Iterator[None]:
-    """No worker process and no thread of a pool outlives the test that started it."""
+    """No worker process and no thread of a pool outlives the test that started it; a module's own pool may."""
     before = set(psutil.Process().children(recursive=True))
+    threads_before = set(threading.enumerate())
     yield
     gc.collect()
-    ours = [t for t in threading.enumerate() if t.name.startswith(("mp_rerank", "QueueFeederThread"))]
+    ours = [
+        thread
+        for thread in threading.enumerate()
+        if thread.name.startswith(("mp_rerank", "QueueFeederThread")) and thread not in threads_before
+    ]
     for thread in ours:
         thread.join(PATIENCE)
     stuck = [thread for thread in ours if thread.is_alive()]

@@ -3,14 +3,21 @@
 !raise TEXT        raise ValueError(TEXT)
 !sys.exit          sys.exit(7)
 !os._exit CODE     os._exit(CODE)
+!segfault          read from address 0
 !signal NAME       send this process the signal
 !once PATH ORDER   obey ORDER if the file PATH is not there yet, and make it
-!read PATH         wait until PATH, a FIFO, is opened for writing and closed
+!read PATH         wait until PATH, a FIFO, is opened for writing and closed; PATH.pid then holds this process's id
+!note PATH         append a character to the file PATH
+!hang              never return
+!close-files       close every file this process has open
+!eat               take more memory than there is
 !say TEXT          log, warn and print TEXT
+!in-result ORDER   obey ORDER when the score is turned into a number
 """
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import os
 import signal
@@ -18,9 +25,13 @@ import sys
 import time
 import warnings
 import zlib
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import numpy as np
+
+from mp_rerank.tokens import estimate_pair, estimate_text
+from mp_rerank.worker import CANARY
 
 
 def score_of(query: str, document: str) -> float:
@@ -40,15 +51,28 @@ def obey(order: str) -> None:
         sys.exit(7)
     if verb == "!os._exit":
         os._exit(int(rest))
+    if verb == "!segfault":
+        ctypes.string_at(0)
     if verb == "!signal":
         os.kill(os.getpid(), getattr(signal, rest))
         time.sleep(60)  # the signal is on its way
+    if verb == "!note":
+        with Path(rest).open("a") as notes:
+            notes.write(".")
+    if verb == "!hang":
+        while True:
+            time.sleep(60)
+    if verb == "!close-files":
+        os.closerange(3, 1000)
+    if verb == "!eat":
+        bytearray(2**62)
     if verb == "!once":
         path, _, order = rest.partition(" ")
         if not Path(path).exists():
             Path(path).touch()
             obey(order)
     if verb == "!read":
+        Path(f"{rest}.pid").write_text(str(os.getpid()))
         Path(rest).read_bytes()
     if verb == "!say":
         logging.getLogger("fake.model").warning("logged %s", rest)
@@ -57,16 +81,35 @@ def obey(order: str) -> None:
         os.write(2, f"native {rest}\n".encode())
 
 
+class Obeying:
+    """Obeys when it is turned into a number, as a result is on its way back; unpickled, it has obeyed."""
+
+    def __init__(self, order: str, score: float = 0.0) -> None:
+        self.order = order
+        self.score = score
+
+    def __float__(self) -> float:
+        obey(self.order)
+        return self.score
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return obey, (self.order,)
+
+
 class FakeModel:
     def __init__(self, salt: str = "") -> None:
         self.salt = salt
 
     def predict(self, pairs: list[tuple[str, str]]) -> list[float]:
-        scores = []
+        scores: list[float] = []
         for query, document in pairs:
+            score = score_of(self.salt + query, document)
+            if document.startswith("!in-result "):
+                scores.append(Obeying(document.removeprefix("!in-result "), score))  # type: ignore[arg-type]
+                continue
             if document.startswith("!"):
                 obey(document)
-            scores.append(score_of(self.salt + query, document))
+            scores.append(score)
         return scores
 
 
@@ -105,3 +148,61 @@ def load_miscounting(spec: object, device: str) -> object:
             return [0.5] * (len(pairs) if len(pairs[0][1]) > 10 else 7)
 
     return Miscounting()
+
+
+class Paced(FakeModel):
+    """Takes its time: so many seconds a token."""
+
+    def __init__(self, seconds_per_token: float) -> None:
+        super().__init__()
+        self.seconds_per_token = seconds_per_token
+
+    def predict(self, pairs: list[tuple[str, str]]) -> list[float]:
+        time.sleep(self.seconds_per_token * sum(estimate_pair(estimate_text(q), d, None) for q, d in pairs))
+        return super().predict(pairs)
+
+
+def load_paced(spec: object, device: str) -> Paced:
+    """``spec.name`` is the seconds a token."""
+    return Paced(float(spec.name))  # type: ignore[attr-defined]
+
+
+class Deadly(FakeModel):
+    """Loads, is proved, and dies of whatever it is then given."""
+
+    def predict(self, pairs: list[tuple[str, str]]) -> list[float]:
+        if pairs[0] != CANARY[0]:
+            os._exit(9)
+        return super().predict(pairs)
+
+
+def load_deadly(spec: object, device: str) -> Deadly:
+    return Deadly()
+
+
+def load_after_gate(spec: object, device: str) -> FakeModel:
+    """Waits at the gate ``spec.name``, and scores as another model does."""
+    obey(spec.name)  # type: ignore[attr-defined]
+    return FakeModel("salted ")
+
+
+def load_dying_in_answer(spec: object, device: str) -> FakeModel:
+    """The first one to score ``!`` dies with half of its answer written: ``spec.name`` is its mark."""
+    return DyingInAnswer(Path(spec.name))  # type: ignore[attr-defined]
+
+
+class DyingInAnswer(FakeModel):
+    def __init__(self, mark: Path) -> None:
+        super().__init__()
+        self.mark = mark
+
+    def predict(self, pairs: list[tuple[str, str]]) -> list[float]:
+        if pairs[0] != CANARY[0] and not self.mark.exists():
+            self.mark.touch()
+
+            def send_half(connection: Connection, data: bytes, *args: object) -> None:
+                os.write(connection.fileno(), bytes(data)[: len(data) // 2])
+                os._exit(1)
+
+            Connection._send = send_half  # type: ignore[attr-defined,method-assign]
+        return super().predict(pairs)

@@ -1,0 +1,243 @@
+"""Tiny random models of the architectures rerankers have, as folders for ``CrossEncoder``; nothing is downloaded.
+
+Their weights are drawn wide, so that scores differ from text to text: with the usual narrow ones every pair would score
+the same, and every comparison would pass.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import warnings
+from pathlib import Path
+from typing import Any
+
+with warnings.catch_warnings():  # the libraries' own affair
+    warnings.simplefilter("ignore")
+    import torch
+    import transformers
+    from sentence_transformers import CrossEncoder
+    from tokenizers import Tokenizer, decoders, normalizers, pre_tokenizers, processors, trainers
+    from tokenizers import models as algorithms
+
+MAX_LENGTH = 128
+
+TEXT = """
+How many people live in Berlin? Berlin had a population of 3,520,031 registered inhabitants in an area of 891 km².
+Birds fly because their wings give lift. Bread is baked of flour, water, salt and yeast. yes no
+Le pain est fait de farine, d'eau, de sel et de levure. Die Vögel fliegen mit ihren Flügeln. Köln, Straße, Größe.
+Сколько людей живёт в Берлине? Хлеб пекут из муки. Πόσοι άνθρωποι ζουν στο Βερολίνο;
+柏林有多少人口？面包是用面粉烤的。鳥は翼で飛ぶ。ベルリンの人口。새는 날개로 난다.
+كم عدد سكان برلين؟ כמה אנשים גרים בברלין? बर्लिन में कितने लोग रहते हैं?
+""".strip().splitlines()
+
+ENCODERS = ("bert", "roberta", "xlm-roberta", "deberta-v2", "electra", "modernbert")
+DECODERS = ("qwen3", "llama")
+# A decoder without a classification head: the score is the logit of "yes" less that of "no". What sentence-transformers
+# makes of such a model depends on its version, hence apart.
+LOGIT_SCORE = "qwen3-logit-score"
+
+
+def has_logit_score() -> bool:
+    """Whether the installed sentence-transformers scores with a decoder's own logits."""
+    return importlib.util.find_spec("sentence_transformers.cross_encoder.modules") is not None
+
+
+def build(family: str, folder: Path, num_labels: int = 1) -> str:
+    """Make a model of ``family`` in ``folder``; its path."""
+    if family == LOGIT_SCORE:
+        return _build_logit_score(folder)
+    tokenizer = _tokenizer(family)
+    model = _model(family, tokenizer, num_labels)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+def build_headless(folder: Path) -> str:
+    """A checkpoint of the encoder alone: whoever loads it as a cross-encoder gets a random head."""
+    tokenizer = _tokenizer("bert")
+    model = _model("bert", tokenizer, 1)
+    model.base_model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+def load(path: str, device: str, **options: Any) -> CrossEncoder:
+    """The ``CrossEncoder`` a pool is held against, in this process."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = CrossEncoder(path, device=device, **options)
+        model.predict([("query", "document")])  # what it warns of, it warns of once
+    return model
+
+
+def load_on_meta(spec: object, device: str) -> CrossEncoder:
+    """A loader that leaves one parameter without its data."""
+    model = load(spec.name, device)  # type: ignore[attr-defined]
+    model.model.classifier.to("meta")
+    return model
+
+
+def load_elsewhere(spec: object, device: str) -> CrossEncoder:
+    """A loader that takes no notice of its device, nor tells anybody."""
+    model = load(spec.name, device)  # type: ignore[attr-defined]
+    model.to("meta" if device == "cpu" else "cpu")
+    return model
+
+
+def coarse(logits: torch.Tensor) -> torch.Tensor:
+    """An activation under which many scores are equal."""
+    return torch.round(logits * 4) / 4
+
+
+def load_lengthwise(spec: object, device: str) -> torch.nn.Module:
+    """A torch module that is no ``CrossEncoder`` and has the pool's ``predict(pairs)``."""
+    return Lengthwise().to(device)
+
+
+class Lengthwise(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.tensor([0.5]))
+
+    def predict(self, pairs: list[tuple[str, str]]) -> list[float]:
+        return [self.weight.item() * len(document) for _, document in pairs]
+
+
+def _model(family: str, tokenizer: Any, num_labels: int) -> Any:
+    size = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "max_position_embeddings": MAX_LENGTH,
+        "pad_token_id": tokenizer.pad_token_id,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "num_labels": num_labels,
+        "initializer_range": 0.2,
+    }
+    if family == "bert":
+        config = transformers.BertConfig(**size)
+    elif family == "roberta":  # positions start after the padding's
+        config = transformers.RobertaConfig(**{**size, "max_position_embeddings": MAX_LENGTH + 2}, type_vocab_size=1)
+    elif family == "xlm-roberta":
+        config = transformers.XLMRobertaConfig(**{**size, "max_position_embeddings": MAX_LENGTH + 2}, type_vocab_size=1)
+    elif family == "deberta-v2":
+        config = transformers.DebertaV2Config(
+            **size,
+            relative_attention=True,
+            position_buckets=16,
+            norm_rel_ebd="layer_norm",
+            share_att_key=True,
+            pos_att_type=["p2c", "c2p"],
+            position_biased_input=False,
+            type_vocab_size=0,
+            pooler_hidden_size=32,
+        )
+    elif family == "electra":
+        config = transformers.ElectraConfig(**size, embedding_size=16)
+    elif family == "modernbert":
+        config = transformers.ModernBertConfig(
+            **size,
+            cls_token_id=tokenizer.cls_token_id,
+            sep_token_id=tokenizer.sep_token_id,
+            global_attn_every_n_layers=2,
+            local_attention=16,
+        )
+    elif family in ("qwen3", LOGIT_SCORE):
+        config = transformers.Qwen3Config(**size, num_key_value_heads=2, head_dim=8)
+    elif family == "llama":
+        config = transformers.LlamaConfig(**size, num_key_value_heads=2)
+    else:
+        raise ValueError(family)
+    torch.manual_seed(sum(family.encode()) + num_labels)
+    auto = (
+        transformers.AutoModelForCausalLM if family == LOGIT_SCORE else transformers.AutoModelForSequenceClassification
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = auto.from_config(config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.startswith(("classifier", "score", "pooler", "head", "lm_head")):
+                parameter.normal_(std=0.5 if family in ("roberta", "xlm-roberta", "modernbert") else 0.25)
+    return model.eval()
+
+
+def _build_logit_score(folder: Path) -> str:
+    """As the published ones are: with a chat template, and a default prompt that goes into it."""
+    bare = folder / "bare"
+    tokenizer = _tokenizer(LOGIT_SCORE)
+    tokenizer.chat_template = (
+        "{% for message in messages %}<{{ message['role'] }}> {{ message['content'] }}\n{% endfor %}<assistant>"
+    )
+    _model(LOGIT_SCORE, tokenizer, 1).save_pretrained(bare)
+    tokenizer.save_pretrained(bare)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        CrossEncoder(
+            str(bare),
+            device="cpu",
+            prompts={"web": "Is this the answer? "},
+            default_prompt_name="web",
+        ).save_pretrained(str(folder / "whole"))
+    return str(folder / "whole")
+
+
+def _tokenizer(family: str) -> transformers.PreTrainedTokenizerFast:
+    """A tokenizer of the kind the family has, trained on the few lines above."""
+    kind = {"bert": "wordpiece", "electra": "wordpiece", "xlm-roberta": "unigram", "deberta-v2": "unigram"}.get(
+        family, "bytes"
+    )
+    cls, sep, pad, unk = ("[CLS]", "[SEP]", "[PAD]", "[UNK]")
+    if family in ("roberta", "xlm-roberta"):
+        cls, sep, pad, unk = ("<s>", "</s>", "<pad>", "<unk>")
+    special = [cls, pad, sep, unk]  # RoBERTa's padding has number 1
+    options: dict[str, Any] = {"special_tokens": special, "vocab_size": 600, "show_progress": False}
+    trainer: Any
+    if kind == "wordpiece":
+        tokenizer = Tokenizer(algorithms.WordPiece(unk_token=unk))
+        tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
+        tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+        trainer = trainers.WordPieceTrainer(**options)
+    elif kind == "unigram":
+        tokenizer = Tokenizer(algorithms.Unigram())
+        tokenizer.normalizer = normalizers.NFKC()
+        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+        tokenizer.decoder = decoders.Metaspace()
+        trainer = trainers.UnigramTrainer(**options, unk_token=unk)
+    else:
+        tokenizer = Tokenizer(algorithms.BPE())
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+        tokenizer.decoder = decoders.ByteLevel()
+        trainer = trainers.BpeTrainer(**options, initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+    tokenizer.train_from_iterator(TEXT * 4, trainer)
+    names: dict[str, str] = {"pad_token": pad, "unk_token": unk}
+    inputs = ["input_ids", "attention_mask"]
+    if family in DECODERS or family == LOGIT_SCORE:
+        names["eos_token"] = sep
+        if family == "llama":
+            names["bos_token"] = cls
+            tokenizer.post_processor = _template(tokenizer, f"{cls} $A", f"{cls} $A {cls}:1 $B:1", cls)
+        if family == LOGIT_SCORE:
+            tokenizer.add_tokens(["yes", "no"])
+    else:
+        names |= {"cls_token": cls, "sep_token": sep, "mask_token": "[MASK]", "bos_token": cls, "eos_token": sep}
+        if family in ("roberta", "xlm-roberta"):
+            single, pair = f"{cls} $A {sep}", f"{cls} $A {sep} {sep} $B {sep}"
+        else:
+            single, pair = f"{cls} $A {sep}", f"{cls} $A {sep} $B:1 {sep}:1"
+        tokenizer.post_processor = _template(tokenizer, single, pair, cls, sep)
+        if family in ("bert", "electra"):
+            inputs.append("token_type_ids")
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, model_max_length=MAX_LENGTH, model_input_names=inputs, **names
+    )
+
+
+def _template(tokenizer: Tokenizer, single: str, pair: str, *special: str) -> processors.TemplateProcessing:
+    return processors.TemplateProcessing(
+        single=single, pair=pair, special_tokens=[(token, tokenizer.token_to_id(token)) for token in special]
+    )

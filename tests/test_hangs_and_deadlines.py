@@ -1,0 +1,300 @@
+"""Workers that never come back, requests that cannot wait, and requests nobody waits for any more."""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+from conftest import FAKE, PATIENCE, Fifo, ranked, until
+from fakes import score_of
+
+from mp_rerank import ModelSpec, RequestTimeoutError, RerankerPool, RerankResult, WorkerCrashedError
+from mp_rerank.batching import Slice
+from mp_rerank.config import PoolConfig
+from mp_rerank.crew import GRACE_SECONDS, HANG_MARGIN, Crew
+from mp_rerank.plan import Seat
+from mp_rerank.request import Request
+from mp_rerank.results import PoolStats
+from mp_rerank.slot import Exited, SliceEnded, SlotState
+from mp_rerank.worker import Scored
+
+MakePool = Callable[..., RerankerPool]
+
+LONG = 1e9  # seconds
+
+
+def documents(count: int) -> list[str]:
+    return [f"document {i}" for i in range(count)]
+
+
+# Hanging.
+
+
+def test_a_worker_that_hangs_is_killed_and_its_slice_scored_elsewhere(make_pool: MakePool, tmp_path: Path) -> None:
+    with make_pool(hang_timeout=0.3) as pool:
+        before = {w.pid for w in pool.workers()}
+        mixed = [*documents(3), f"!once {tmp_path / 'hung'} !hang", *documents(3)]
+        futures = [pool.submit(f"query {i}", documents(5)) for i in range(10)]
+        assert pool.submit("query", mixed).result(PATIENCE) == ranked("query", mixed)
+        assert [f.result(PATIENCE) for f in futures] == [ranked(f"query {i}", documents(5)) for i in range(10)]
+        until(lambda: {w.state for w in pool.workers()} == {"ready"})
+        assert pool.stats().crashes == 1
+        assert len(before & {w.pid for w in pool.workers()}) == 1
+
+
+def test_a_document_that_hangs_every_worker_fails_alone(make_pool: MakePool) -> None:
+    with make_pool(hang_timeout=0.2) as pool:
+        with pytest.raises(WorkerCrashedError, match="hung and was killed") as caught:
+            pool.rerank("query", ["fine", "!hang"])
+        assert (caught.value.document_index, caught.value.attempts, caught.value.exit_code) == (1, 3, -signal.SIGKILL)
+
+
+def test_a_worker_that_was_stopped_counts_as_hung(make_pool: MakePool) -> None:
+    with make_pool(workers=1, hang_timeout=0.3) as pool:
+        pid = pool.workers()[0].pid
+        assert pid is not None
+        psutil.Process(pid).suspend()
+        assert pool.rerank("query", documents(9)) == ranked("query", documents(9))
+        assert pool.stats().crashes == 1
+
+
+def test_a_model_that_never_finishes_loading_is_given_up(make_pool: MakePool) -> None:
+    pool = make_pool(ModelSpec("!hang", loader="fakes:load_obeying"), start_timeout=0.5, max_restarts=1)
+    with pytest.raises(WorkerCrashedError, match=r"2 workers in a row ended on cpu.* hung and was killed"):
+        pool.start()
+
+
+def test_slow_is_not_hung(make_pool: MakePool) -> None:
+    """A slice that takes many times ``hang_timeout``, as its size and the measured speed let expect."""
+    slow = ModelSpec("0.002", loader="fakes:load_paced")  # 500 tokens a second, and the canary says so
+    with make_pool(slow, workers=1, hang_timeout=0.05, slice_tokens=700) as pool:
+        assert pool.rerank("query", ["word " * 100] * 20)
+        assert pool.stats().crashes == 0
+        assert pool.workers()[0].tokens_per_second < 1000
+
+
+def test_it_is_that_very_process_that_is_killed(make_pool: MakePool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pid is used again when its process is gone; the creation time tells them apart."""
+    with make_pool(workers=1) as pool:
+        dispatcher = pool._dispatcher
+        assert dispatcher is not None
+        worker = dispatcher._crew.slots[0].worker
+        assert worker is not None
+        assert worker.pid is not None
+        stranger = psutil.Process(worker.pid)
+        monkeypatch.setattr(worker._psutil, "_create_time", 1.0)  # type: ignore[attr-defined]
+        monkeypatch.setattr(worker._psutil, "_ident", (worker.pid, 1.0))  # type: ignore[attr-defined]
+        worker.kill()
+        assert stranger.is_running()
+        monkeypatch.undo()
+        assert pool.rerank("query", documents(3)) == ranked("query", documents(3))
+
+
+# The crew by itself: time is an argument, and its workers are only told of.
+
+
+class StandIn:
+    """A worker that records what it is told."""
+
+    def __init__(self) -> None:
+        self.alive = True
+        self.killed = False
+        self.pid = 1
+
+    def kill(self) -> None:
+        self.killed = True
+
+    def retire(self) -> None:
+        pass
+
+    def join(self, timeout: float) -> None:
+        pass
+
+
+def busy_crew(tokens: int, seconds_per_token: float, **options: object) -> tuple[Crew, StandIn, Slice]:
+    """A crew of one worker that has just been given a slice, at 0 seconds."""
+    crew = Crew(FAKE, [Seat("cpu", 1)], PoolConfig.of(options), lambda _: None, lambda *_: None, PoolStats())
+    [slot] = crew.slots
+    standing = StandIn()
+    slot.worker = standing  # type: ignore[assignment]
+    slot.generation = 1
+    slot.state = SlotState.READY
+    slot.seconds_per_token = seconds_per_token
+    crew.submit(Request([("query", "document")], [tokens], lambda scores, scored: scores))
+    piece = crew.queue.take(tokens)
+    assert piece is not None
+    slot.outstanding.append(piece)
+    return crew, standing, piece
+
+
+@pytest.mark.parametrize(("tokens", "seconds_per_token"), [(100, 0.001), (100_000, 0.001), (100_000, 0.1)])
+def test_the_limit_follows_the_size_and_the_speed(tokens: int, seconds_per_token: float) -> None:
+    crew, standing, _ = busy_crew(tokens, seconds_per_token, hang_timeout=60.0)
+    limit = 60.0 + HANG_MARGIN * tokens * seconds_per_token
+    assert crew.wake_at() == pytest.approx(limit)
+    crew.tick(limit * 0.999)
+    assert not standing.killed
+    crew.tick(limit * 1.001)
+    assert standing.killed
+    assert crew.wake_at() is None
+
+
+def test_one_slice_measured_too_fast_makes_the_next_not_hung() -> None:
+    crew, _, piece = busy_crew(1000, 0.1, hang_timeout=60.0)
+    [slot] = crew.slots
+    slot.took(piece, 1e-9, 0.0)
+    assert slot.seconds_per_token == pytest.approx(0.08)
+
+
+def test_without_a_hang_timeout_nobody_is_killed() -> None:
+    crew, standing, _ = busy_crew(10, 0.001, hang_timeout=None)
+    assert crew.wake_at() is None
+    crew.tick(LONG)
+    assert not standing.killed
+
+
+def test_slices_of_a_dead_worker_that_never_come_back_are_given_up() -> None:
+    """A fork of the parent may hold a worker's pipes open; the executor then waits for what no one will write."""
+    crew, _, piece = busy_crew(10, 0.001, hang_timeout=None)
+    [slot] = crew.slots
+    crew.handle(Exited(slot, 1, -9), 100.0)
+    assert crew.wake_at() == 100.0 + GRACE_SECONDS
+    assert slot.state is SlotState.RESTARTING
+    crew.tick(100.0 + GRACE_SECONDS)
+    assert crew.queue.waiting_tokens == 10
+    assert slot.restart_at == 100.0 + GRACE_SECONDS
+    crew.handle(SliceEnded(slot, 1, piece, Scored(b"\0\0\0\0", None, 1.0)), 200.0)  # too late: it will be scored again
+    assert crew.queue.waiting_tokens == 10
+
+
+def test_a_slice_scored_before_the_death_was_known_still_counts() -> None:
+    """The exit may be reported before the last result; the slot must not wait for another."""
+    crew, _, piece = busy_crew(10, 0.001)
+    [slot] = crew.slots
+    [request] = crew.queue.live.values()
+    crew.handle(Exited(slot, 1, -9), 1.0)
+    crew.handle(SliceEnded(slot, 1, piece, Scored(b"\0\0\0\0", None, 1.0)), 1.0)
+    assert request.future.result(0).tolist() == [0.0]
+    assert slot.restart_at == 1.0
+
+
+def test_a_worker_that_does_not_leave_is_killed_after_its_grace() -> None:
+    crew, standing, _ = busy_crew(10, 0.001)
+    crew.close(7.0, kill=False)
+    assert crew.wake_at() == 7.0 + GRACE_SECONDS
+    crew.tick(7.0 + GRACE_SECONDS - 0.1)
+    assert not standing.killed
+    crew.tick(7.0 + GRACE_SECONDS)
+    assert standing.killed
+    standing.alive = False
+    assert not crew.alive
+
+
+# Deadlines.
+
+
+def test_what_is_unscored_at_the_deadline_is_dropped(make_pool: MakePool, fifo: Fifo, tmp_path: Path) -> None:
+    with make_pool(workers=1, slice_tokens=20) as pool:
+        gate = pool.submit("query", [fifo.order])
+        fifo.wait_until_read()
+        expiring = pool.submit("query", [f"!note {tmp_path / str(i)}" for i in range(50)], timeout=0.1)
+        with pytest.raises(RequestTimeoutError, match=r"0 of 50 documents were scored within 0\.1 s") as caught:
+            expiring.result(PATIENCE)
+        assert isinstance(caught.value, TimeoutError)
+        assert (caught.value.timeout, caught.value.scored, caught.value.total) == (0.1, 0, 50)
+        assert pool.stats().timed_out == 1
+        assert pool.stats().pending_pairs == 1
+        fifo.release()
+        assert gate.result(PATIENCE)
+        assert pool.rerank("query", documents(3)) == ranked("query", documents(3))
+    assert len(list(tmp_path.glob("[0-9]*"))) <= 1  # at most what was already in the worker's hands
+
+
+def test_a_partial_ranking_has_what_was_scored_and_then_the_rest(make_pool: MakePool, fifo: Fifo) -> None:
+    with make_pool(workers=1, slice_tokens=10) as pool:
+        # The longest goes first, and the gate is the shortest: all the others are scored by then.
+        kept = [f"document {i} of a certain length, longer than the path of the gate {'x' * 200}" for i in range(4)]
+        future = pool.submit("query", [kept[0], fifo.order, *kept[1:]], timeout=3.0, on_timeout="partial")
+        fifo.wait_until_read()
+        results = future.result(PATIENCE)
+        scored = sorted(((score_of("query", d), i) for d, i in zip(kept, (0, 2, 3, 4), strict=True)), reverse=True)
+        assert [(r.relevance_score, r.index) for r in results[:4]] == scored
+        assert results[4] == RerankResult(1, None, fifo.order)
+        pairs = pool.submit_pairs([("query", kept[0])], timeout=0.05, on_timeout="partial").result(PATIENCE)
+        assert str(pairs.tolist()) == "[nan]"
+        assert pool.stats().timed_out == 2
+        fifo.release()
+
+
+def test_a_deadline_passes_on_time_in_a_pool_that_is_stuck_or_broken(make_pool: MakePool, fifo: Fifo) -> None:
+    with make_pool(workers=1, restart_backoff=1000.0) as pool:
+        pid = pool.workers()[0].pid
+        assert pid is not None
+        psutil.Process(pid).suspend()
+        with pytest.raises(RequestTimeoutError):
+            pool.rerank("query", documents(3), timeout=0.05)
+        psutil.Process(pid).kill()
+        with pytest.raises(RequestTimeoutError):
+            pool.rerank("query", documents(3), timeout=1e-9)
+
+
+@pytest.mark.parametrize("timeout", [1e12, float("inf")])
+def test_any_number_of_seconds_will_do(make_pool: MakePool, timeout: float) -> None:
+    with make_pool(workers=1, hang_timeout=timeout, start_timeout=timeout) as pool:
+        assert pool.rerank("query", documents(3), timeout=timeout) == ranked("query", documents(3))
+        pool.close(timeout=None)
+
+
+def test_deadlines_come_in_their_own_order(make_pool: MakePool, fifo: Fifo) -> None:
+    with make_pool(workers=1) as pool:
+        pool.submit("query", [fifo.order])
+        fifo.wait_until_read()
+        start = time.monotonic()
+        timeouts = [0.4, 0.1, 0.3, 0.2, LONG]
+        futures = [pool.submit("query", documents(3), timeout=timeout) for timeout in timeouts]
+        expired: list[float] = []
+        for timeout, future in zip(timeouts, futures, strict=True):
+            future.add_done_callback(lambda _, timeout=timeout: expired.append(timeout))  # type: ignore[misc]
+        until(lambda: len(expired) == 4)
+        assert time.monotonic() - start >= 0.4
+        assert not futures[-1].done()
+        fifo.release()
+
+
+# Cancelling.
+
+
+def test_cancelling_drops_what_waits_and_kills_nothing(make_pool: MakePool, fifo: Fifo, tmp_path: Path) -> None:
+    with make_pool(workers=1, slice_tokens=20) as pool:
+        pid = pool.workers()[0].pid
+        note = tmp_path / "note"
+        future = pool.submit("query", [fifo.order, *(f"!note {note}" for _ in range(100))])
+        fifo.wait_until_read()
+        scored = len(note.read_text()) if note.exists() else 0
+        assert future.cancel()
+        until(lambda: pool.stats().cancelled == 1)
+        assert pool.stats().pending_pairs == 0
+        fifo.release()
+        assert pool.rerank("query", documents(3)) == ranked("query", documents(3))
+        assert pool.workers()[0].pid == pid
+        assert pool.stats().crashes == 0
+        assert (len(note.read_text()) if note.exists() else 0) <= scored + 1
+        assert not future.cancel() or future.cancelled()
+
+
+def test_cancelling_half_of_many(make_pool: MakePool) -> None:
+    with make_pool() as pool:
+        futures = [pool.submit(f"query {i}", documents(20)) for i in range(100)]
+        cancelled = [future.cancel() for future in futures[::2]]
+        for i, future in enumerate(futures):
+            if i % 2 or not cancelled[i // 2]:
+                assert future.result(PATIENCE) == ranked(f"query {i}", documents(20))
+            else:
+                assert future.cancelled()
+        stats = pool.stats()
+        assert stats.cancelled + stats.completed == 100
+        assert stats.pending_pairs == 0

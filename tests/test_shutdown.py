@@ -1,0 +1,620 @@
+"""Every way out: no worker is left, no thread hangs, every future is resolved, and nothing of a worker's is printed.
+
+Each case is a script in a process and a session of its own, so that a Ctrl-C goes to its whole process group as from a
+terminal.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import psutil
+import pytest
+from conftest import FAKE, PATIENCE, Fifo, ranked, until
+
+from mp_rerank import ModelSpec, PoolClosedError, RerankerPool, RerankError
+
+MakePool = Callable[..., RerankerPool]
+
+TESTS = Path(__file__).parent
+needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
+
+# What every script begins with. STATE is where its pool is to be when the end comes; ``say`` tells the test.
+PRELUDE = """
+import atexit, gc, os, signal, sys, threading, time
+from concurrent.futures import wait
+from mp_rerank import ModelSpec, RerankerPool
+
+STATE, GATE, PARTING = sys.argv[1:4]
+MODELS = {
+    "starting": ModelSpec(f"!read {GATE}", loader="fakes:load_obeying"),
+    "broken": ModelSpec("deadly", loader="fakes:load_deadly"),
+}
+
+def say(word):
+    os.write(1, f"{word}\\n".encode())
+
+def make():
+    options = {"restart_backoff": 30.0} if STATE == "restarting" else {"restart_backoff": 0.01, "max_restarts": 1}
+    return RerankerPool(MODELS.get(STATE, ModelSpec("fake", loader="fakes:load")), devices="cpu", workers=1, **options)
+
+def bring(pool):
+    "Bring the pool into STATE, say so, and return its futures."
+    futures = []
+    if STATE == "starting":
+        def start():
+            try:
+                pool.start()
+                say("started?")
+            except BaseException as error:
+                say(f"start: {type(error).__name__}")
+        threading.Thread(target=start, daemon=True).start()
+        return futures  # the test knows by the gate
+    pool.start()
+    if STATE == "busy":
+        many = ["document"] * 500
+        futures = [pool.submit("query", texts) for texts in ([f"!read {GATE}", *many], many, many)]
+        return futures  # the test knows by the gate
+    if STATE == "broken":
+        futures = [pool.submit("query", ["document"]) for _ in range(5)]
+        wait(futures)
+    if STATE == "restarting":  # after two deaths in a row, it waits for the thirty seconds of its back-off
+        for crashes in (1, 2):
+            while pool.workers()[0].state != "ready":
+                time.sleep(0.01)
+            os.kill(pool.workers()[0].pid, signal.SIGKILL)
+            while pool.stats().crashes < crashes:
+                time.sleep(0.01)
+        futures = [pool.submit("query", ["document"]) for _ in range(5)]
+    say("ready")
+    return futures
+
+def report(futures):
+    done, pending = wait(futures, timeout=30)
+    say(f"pending {len(pending)}")
+"""
+
+ENDINGS = {
+    "close and drain": """
+pool = make()
+futures = bring(pool)
+sys.stdin.readline()
+pool.close()
+report(futures)
+""",
+    "close at once": """
+pool = make()
+futures = bring(pool)
+sys.stdin.readline()
+pool.close(drain=False)
+report(futures)
+""",
+    "leaving with on an error": """
+futures = []
+try:
+    if STATE == "starting":
+        pool = make()
+        bring(pool)
+        sys.stdin.readline()
+        raise_in = pool.__exit__(ValueError, ValueError(), None)
+    else:
+        with make() as pool:
+            futures = bring(pool)
+            sys.stdin.readline()
+            raise ValueError
+except ValueError:
+    pass
+report(futures)
+""",
+    "garbage collection": """
+pool = make()
+futures = bring(pool)
+sys.stdin.readline()
+if STATE == "starting":
+    pool.close()  # its starting thread holds it
+del pool
+gc.collect()
+report(futures)
+""",
+    "garbage collection in another thread": """
+pool = make()
+futures = bring(pool)
+sys.stdin.readline()
+if STATE == "starting":
+    pool.close()
+pool.itself = pool
+del pool
+collecting = threading.Thread(target=gc.collect)
+collecting.start()
+collecting.join()
+report(futures)
+""",
+    "interpreter exit": """
+pool = make()
+futures = bring(pool)
+sys.stdin.readline()
+atexit.register(report, futures)
+""",
+    "sys.exit in the middle": """
+pool = make()
+futures = bring(pool)
+sys.stdin.readline()
+atexit.register(report, futures)
+sys.exit(0)
+""",
+    "an error nobody catches": """
+pool = make()
+futures = bring(pool)
+sys.stdin.readline()
+atexit.register(report, futures)
+sys.stderr = open(os.devnull, "w")
+raise ValueError
+""",
+    "two threads close": """
+pool = make()
+futures = bring(pool)
+sys.stdin.readline()
+closing = [threading.Thread(target=pool.close, kwargs={"drain": drain}) for drain in (True, False, False)]
+for thread in closing:
+    thread.start()
+for thread in closing:
+    thread.join()
+report(futures)
+""",
+}
+
+
+class Script:
+    """A script that runs, its workers, and what it says."""
+
+    def __init__(self, program: str, state: str, gate: Path, parting: str = "") -> None:
+        os.mkfifo(gate)
+        path = os.pathsep.join([str(TESTS), str(TESTS.parent)])
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", PRELUDE + program, state, str(gate), parting],
+            env={**os.environ, "PYTHONPATH": path},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+        self.said: list[str] = []
+        self.errors = ""
+        self.reading = [threading.Thread(target=read) for read in (self._read, self._read_errors)]
+        for thread in self.reading:
+            thread.start()
+        self.gate: int | None = None
+        if state in ("starting", "busy"):
+            self.gate = os.open(gate, os.O_WRONLY)  # once the worker stands at it
+        else:
+            self.wait_for("ready")
+        self.workers = [
+            process
+            for process in psutil.Process(self.process.pid).children(recursive=True)
+            if "resource_tracker" not in " ".join(cmdline(process))
+        ]
+        assert self.workers or state in ("broken", "restarting") or program == SPAWNING
+
+    def wait_for(self, word: str) -> None:
+        until(lambda: word in self.said or not self.reading[0].is_alive())
+        assert word in self.said, (self.said, self.errors)
+
+    def end(self, *, release: bool = False) -> None:
+        """Tell it to go on to its end, perhaps past the gate, and wait for that, and for its workers."""
+        if release:
+            self.release()
+        assert self.process.stdin is not None
+        try:
+            self.process.stdin.write("\n")
+            self.process.stdin.flush()
+        except BrokenPipeError:  # it has ended already
+            pass
+        self.process.wait(PATIENCE)
+        self.gone()
+        for thread in self.reading:
+            thread.join(PATIENCE)
+
+    def gone(self) -> None:
+        _, alive = psutil.wait_procs(self.workers, timeout=PATIENCE)
+        assert not alive, f"left behind: {alive}"
+
+    def release(self) -> None:
+        if self.gate is not None:
+            os.close(self.gate)
+            self.gate = None
+
+    def kill(self) -> None:
+        self.release()
+        try:
+            os.killpg(self.process.pid, signal.SIGKILL)
+        except ProcessLookupError:
+            pass
+        self.process.wait(PATIENCE)
+        for thread in self.reading:
+            thread.join(PATIENCE)
+        for pipe in (self.process.stdin, self.process.stdout, self.process.stderr):
+            assert pipe is not None
+            try:
+                pipe.close()
+            except BrokenPipeError:
+                pass
+
+    def _read(self) -> None:
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            self.said.append(line.rstrip())
+
+    def _read_errors(self) -> None:
+        assert self.process.stderr is not None
+        self.errors = self.process.stderr.read()
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Iterator[Callable[..., Script]]:
+    scripts: list[Script] = []
+
+    def make(program: str, state: str, parting: str = "") -> Script:
+        scripts.append(Script(program, state, tmp_path / f"gate{len(scripts)}", parting))
+        return scripts[-1]
+
+    yield make
+    for script in scripts:
+        script.kill()
+
+
+def check(script: Script, *, release: bool = False, code: int = 0, words: Sequence[str] = ("pending 0",)) -> None:
+    """That it ends, with all of its workers, and says what it should and nothing that it should not."""
+    script.end(release=release)
+    assert script.process.returncode == code, (script.said, script.errors)
+    for word in words:
+        assert word in script.said, (script.said, script.errors)
+    assert "started?" not in script.said
+    assert "Traceback" not in script.errors, script.errors
+    assert "resource_tracker" not in script.errors, script.errors
+
+
+@pytest.mark.parametrize("state", ["starting", "idle", "busy", "broken", "restarting"])
+@pytest.mark.parametrize("ending", ENDINGS)
+def test_every_ending_from_every_state(run: Callable[..., Script], ending: str, state: str) -> None:
+    script = run(ENDINGS[ending], state)
+    # Who drains needs the workers to go on; the others leave with a worker that would never have.
+    drains = ending == "close and drain" or "garbage" in ending
+    if state == "restarting" and drains:
+        pytest.skip("it waits for a worker, as it was told to, for the thirty seconds of its back-off")
+    code = 1 if ending == "an error nobody catches" else 0
+    check(script, release=state == "busy" and drains, code=code)
+
+
+WAITING = """
+pool = None
+futures = []
+try:
+    pool = make()
+    if STATE == "starting":
+        pool.start()
+    with pool:
+        futures = bring(pool)
+        if PARTING == "closing":
+            say("closing")
+            pool.close()
+        time.sleep(60)
+except KeyboardInterrupt:
+    say("interrupted")
+report(futures)
+"""
+
+
+@pytest.mark.parametrize(("state", "parting"), [("starting", ""), ("idle", ""), ("busy", ""), ("busy", "closing")])
+def test_ctrl_c(run: Callable[..., Script], state: str, parting: str) -> None:
+    """Once, while the main thread starts the pool, sleeps, or closes it."""
+    script = run(WAITING, state, parting)
+    if parting:
+        script.wait_for(parting)
+    os.killpg(script.process.pid, signal.SIGINT)
+    check(script, words=("interrupted", "pending 0"))
+
+
+@pytest.mark.parametrize("state", ["idle", "busy"])
+def test_ctrl_c_again_and_again(run: Callable[..., Script], state: str) -> None:
+    """An impatient user: from the first moment of the script until it has ended."""
+    script = run(WAITING, state)
+    while script.process.poll() is None:
+        try:
+            os.killpg(script.process.pid, signal.SIGINT)
+        except ProcessLookupError:
+            break
+        try:
+            script.process.wait(0.05)
+        except subprocess.TimeoutExpired:
+            pass
+    script.end()
+    assert "spawn_main" not in script.errors  # tracebacks are the main thread's own
+
+
+SPAWNING = """
+def interrupt():
+    while True:
+        time.sleep(float(PARTING))
+        os.killpg(0, signal.SIGINT)
+        return
+threading.Thread(target=interrupt, daemon=True).start()
+say("ready")
+try:
+    with make() as pool:
+        time.sleep(60)
+except KeyboardInterrupt:
+    say("interrupted")
+print("pending 0")
+"""
+
+
+@pytest.mark.parametrize("delay", [0.0, 0.02, 0.05, 0.1, 0.2])
+def test_ctrl_c_while_workers_are_being_spawned_and_import(run: Callable[..., Script], delay: float) -> None:
+    """Not one of them prints that it was interrupted: none ever hears of it."""
+    script = run(SPAWNING, "idle", str(delay))
+    check(script, words=("interrupted", "pending 0"))
+    # Those that were started after the first look at the children are gone as well.
+    until(lambda: not [p for p in psutil.process_iter() if in_session(p, script.process.pid)])
+
+
+def in_session(process: psutil.Process, session: int) -> bool:
+    try:
+        return os.getsid(process.pid) == session and process.status() != psutil.STATUS_ZOMBIE
+    except (psutil.Error, OSError):
+        return False
+
+
+STAYING = """
+pool = make()
+futures = bring(pool)
+if STATE == "starting" or STATE == "busy":
+    say("ready")
+if PARTING == "fork":
+    child = os.fork()
+    if child == 0:
+        time.sleep(120)
+        os._exit(0)
+    say(f"forked {child}")
+time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize("state", ["starting", "idle", "busy", "broken", "restarting"])
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGKILL"])
+def test_the_parent_is_killed(run: Callable[..., Script], state: str, name: str) -> None:
+    """Nothing of its own runs any more: the workers notice by themselves."""
+    script = run(STAYING, state)
+    script.process.send_signal(getattr(signal, name))
+    assert script.process.wait(PATIENCE) == -getattr(signal, name)
+    script.end()
+    assert "Traceback" not in script.errors, script.errors
+
+
+@needs_fork
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("state", ["idle", "busy"])
+def test_the_parent_is_killed_and_a_fork_of_it_lives_on(run: Callable[..., Script], state: str) -> None:
+    """It holds open every pipe whose end would tell the workers."""
+    script = run(STAYING, state, "fork")
+    until(lambda: any(line.startswith("forked ") for line in script.said))
+    forked = psutil.Process(int(next(line for line in script.said if line.startswith("forked ")).split()[1]))
+    script.workers = [process for process in script.workers if process != forked]
+    script.process.kill()
+    script.process.wait(PATIENCE)
+    script.gone()
+    assert forked.is_running()
+
+
+def cmdline(process: psutil.Process) -> list[str]:
+    try:
+        return process.cmdline()
+    except psutil.Error:
+        return []
+
+
+FORKING = """
+import warnings
+warnings.simplefilter("ignore")  # 3.12 warns of forking with threads
+pool = make()
+futures = bring(pool)
+pid = os.fork()
+if pid == 0:
+    words = []
+    for call in (lambda: pool.submit("query", ["document"]), lambda: pool.start(), lambda: pool.reload("builtin")):
+        try:
+            call()
+        except Exception as error:
+            words.append(type(error).__name__)
+    words.append(len(pool.workers()))
+    pool.stats()
+    pool.close()
+    say(f"child {words}")
+    if PARTING == "collect":
+        del pool
+        gc.collect()
+    if PARTING == "_exit":
+        os._exit(0)
+    sys.exit(0)
+os.waitpid(pid, 0)
+sys.stdin.readline()
+if STATE != "broken":
+    assert len(pool.rerank("query", ["document"] * 9)) == 9
+    assert pool.stats().crashes == 0
+pool.close()
+report(futures)
+"""
+
+
+@needs_fork
+@pytest.mark.parametrize("parting", ["", "collect", "_exit"])
+def test_a_fork_has_no_pool_and_takes_none_away(run: Callable[..., Script], parting: str) -> None:
+    script = run(FORKING, "idle", parting)
+    child = "child ['PoolClosedError', 'PoolClosedError', 'PoolClosedError', 1]"
+    check(script, words=(child, "pending 0"))
+
+
+FORKED_WHILE_SPAWNING = """
+import multiprocessing.util, warnings
+warnings.simplefilter("ignore")
+spawn = multiprocessing.util.spawnv_passfds
+forks = []
+
+def spawn_and_fork(*args):
+    "As if another thread forked while this one spawns: the fork holds both ends of every pipe of the worker's."
+    pid = spawn(*args)
+    if not forks and "resource_tracker" not in str(args):
+        forks.append(os.fork())
+        if forks[-1] == 0:
+            time.sleep(60)
+            os._exit(0)
+    return pid
+
+multiprocessing.util.spawnv_passfds = spawn_and_fork
+pool = make()
+pool.start()
+say("ready")
+assert len(forks) == 1, forks
+for info in pool.workers():
+    os.kill(info.pid, signal.SIGKILL)
+assert len(pool.rerank("query", ["document"] * 99)) == 99
+say("reranked")
+for fork in forks:
+    os.kill(fork, signal.SIGKILL)
+sys.stdin.readline()
+pool.close()
+report([])
+"""
+
+
+@needs_fork
+def test_a_fork_made_while_a_worker_was_started_hides_no_death(run: Callable[..., Script]) -> None:
+    check(run(FORKED_WHILE_SPAWNING, "idle"), words=("reranked", "pending 0"))
+
+
+# In this process.
+
+
+def test_close_while_it_starts(make_pool: MakePool, fifo: Fifo) -> None:
+    """A worker that loads has nothing to finish: it is not waited for."""
+    pool = make_pool(ModelSpec(fifo.order, loader="fakes:load_obeying"), workers=1)
+    errors: list[BaseException] = []
+
+    def start() -> None:
+        try:
+            pool.start()
+        except PoolClosedError as error:
+            errors.append(error)
+
+    starting = threading.Thread(target=start)
+    starting.start()
+    fifo.wait_until_read()
+    pool.close()
+    starting.join(PATIENCE)
+    assert len(errors) == 1
+    assert not psutil.pid_exists(fifo.pid)
+    fifo.release()
+
+
+def test_start_while_it_closes(make_pool: MakePool, fifo: Fifo) -> None:
+    pool = make_pool(workers=1).start()
+    held = pool.submit("query", [fifo.order])
+    fifo.wait_until_read()
+    closing = threading.Thread(target=pool.close)
+    closing.start()
+    until(lambda: pool._closed)
+    for call in (pool.start, lambda: pool.submit("query", ["document"])):
+        with pytest.raises(PoolClosedError):
+            call()
+    fifo.release()
+    closing.join(PATIENCE)
+    assert held.result(0)
+
+
+def test_close_with_a_limit_to_its_patience(make_pool: MakePool, fifo: Fifo) -> None:
+    pool = make_pool(workers=1).start()
+    held = pool.submit("query", [fifo.order])
+    fifo.wait_until_read()
+    pool.close(timeout=0.1)
+    assert isinstance(held.exception(0), PoolClosedError)
+    fifo.release()
+
+
+def test_a_drain_can_be_cut_short(make_pool: MakePool, fifo: Fifo) -> None:
+    pool = make_pool(workers=1).start()
+    held = pool.submit("query", [fifo.order])
+    fifo.wait_until_read()
+    closing = threading.Thread(target=pool.close)
+    closing.start()
+    until(lambda: pool._closed)
+    pool.close(drain=False)
+    closing.join(PATIENCE)
+    assert isinstance(held.exception(0), PoolClosedError)
+    fifo.release()
+
+
+def test_draining_goes_on_through_deaths(make_pool: MakePool, tmp_path: Path) -> None:
+    pool = make_pool().start()
+    mortal = [f"!once {tmp_path / 'died'} !signal SIGKILL", *(f"document {i}" for i in range(50))]
+    dying = pool.submit("query", mortal)
+    poisoned = pool.submit("query", ["!os._exit 1"])
+    pool.close()
+    assert dying.result(0) == ranked("query", mortal)
+    assert poisoned.exception(0) is not None
+
+
+def test_draining_a_broken_pool(make_pool: MakePool) -> None:
+    pool = make_pool(ModelSpec("deadly", loader="fakes:load_deadly"), max_restarts=1).start()
+    futures = [pool.submit("query", ["document"]) for _ in range(9)]
+    pool.close()
+    assert all(isinstance(f.exception(0), RerankError) for f in futures)
+
+
+def test_closing_kills_a_worker_that_is_stopped(make_pool: MakePool) -> None:
+    pool = make_pool(workers=1).start()
+    pid = pool.workers()[0].pid
+    assert pid is not None
+    psutil.Process(pid).suspend()
+    pool.close()  # to leave is asked of it first
+    assert not psutil.pid_exists(pid)
+
+
+def test_many_pools_come_and_go(make_pool: MakePool) -> None:
+    process = psutil.Process()
+    make_pool(workers=1).start().close()
+    before = process.num_fds(), threading.active_count()
+    for _ in range(10):
+        pool = RerankerPool(FAKE, devices="cpu", workers=1)
+        pool.submit("query", ["document"])
+        pool.close()
+    del pool
+    until(lambda: (process.num_fds(), threading.active_count()) <= before)
+
+
+def test_submitting_from_many_threads_while_it_closes(make_pool: MakePool) -> None:
+    pool = make_pool().start()
+    outcomes: list[bool] = []
+
+    def agent() -> None:
+        while True:
+            try:
+                future = pool.submit("query", ["document"] * 3)
+            except PoolClosedError:
+                return
+            error = future.exception(PATIENCE)
+            outcomes.append(error is None or isinstance(error, PoolClosedError))
+
+    agents = [threading.Thread(target=agent) for _ in range(8)]
+    for thread in agents:
+        thread.start()
+    until(lambda: len(outcomes) > 50)
+    pool.close(drain=False)
+    for thread in agents:
+        thread.join(PATIENCE)
+    assert all(outcomes)
