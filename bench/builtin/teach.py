@@ -1,0 +1,108 @@
+"""Step 3: what the teacher says.
+
+    python -m bench builtin teach --work W
+
+The teacher is the sum of two z-scores, taken for each query over BM25's 100 best passages of its pool: the
+bi-encoder's cosine and BM25. A list for the student keeps the passages known to be relevant, the teacher's best, near
+misses of BM25, and some at random; a made query loses the passage it was made from every other time, so that the
+student must also rank passages that nobody wrote the query for.
+
+What the labelled queries say about (BM25, cosine) becomes a probability by logistic regression: `calibration.json`.
+"""
+
+import argparse
+import json
+import random
+from collections import defaultdict
+from pathlib import Path
+
+import numpy as np
+from sklearn.linear_model import LogisticRegression
+
+from bench.builtin.records import Passage, Query, RankedList, read, write
+from bench.retrieval import BM25, BiEncoder
+
+DEPTH = 100
+#: of a list: the teacher's best, BM25's best, at random among the candidates, at random from the pool
+BEST, LEXICAL, OTHERS, STRANGERS = 7, 4, 9, 2
+
+
+def z_scores(values: np.ndarray, sample: np.ndarray) -> np.ndarray:
+    """How many standard deviations of `sample` the values are from its mean."""
+    return (values - sample.mean()) / (sample.std() + 1e-6)
+
+
+def choose(
+    query: Query, found: np.ndarray, teacher: np.ndarray, pool: list[int], generator: random.Random
+) -> list[int]:
+    """The passages of one list, in no order that tells anything."""
+    skip = set() if query.labelled or generator.random() < 0.5 else set(query.relevant)
+    ranked = [int(found[i]) for i in np.argsort(-teacher)]
+    candidates = [int(i) for i in found]
+    chosen = dict.fromkeys(query.relevant)
+    chosen.update(dict.fromkeys(ranked[:BEST]))
+    chosen.update(dict.fromkeys(candidates[:LEXICAL]))
+    chosen.update(dict.fromkeys(generator.sample(candidates, min(OTHERS, len(candidates)))))
+    chosen.update(dict.fromkeys(generator.sample(pool, min(STRANGERS, len(pool)))))
+    kept = [doc for doc in chosen if doc not in skip]
+    generator.shuffle(kept)
+    return kept
+
+
+def features(lists: list[RankedList]) -> np.ndarray:
+    """One row a candidate: what the probability is estimated from."""
+    return np.array([row for item in lists for row in zip(item.bm25, item.cosine, item.similarity, strict=True)])
+
+
+def main(argv: list[str]) -> int:
+    """Write `lists.jsonl` and `calibration.json`."""
+    parser = argparse.ArgumentParser(prog="python -m bench builtin teach", description=__doc__.splitlines()[0])
+    parser.add_argument("--work", type=Path, required=True, help="the folder of intermediate files")
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args(argv)
+    generator = random.Random(options.seed)
+    passages, queries = read(options.work / "passages.jsonl", Passage), read(options.work / "queries.jsonl", Query)
+
+    encoder = BiEncoder()
+    vectors = encoder.encode(
+        [f"{item.title} {item.text}" if item.pool == "abstracts" else item.text for item in passages], bfloat16=True
+    )
+    questions = encoder.encode([item.text for item in queries], bfloat16=True)
+
+    members, wanted = defaultdict(list), defaultdict(list)
+    for number, passage in enumerate(passages):
+        members[passage.pool].append(number)
+    for number, query in enumerate(queries):
+        wanted[query.pool].append(number)
+    lists = []
+    for pool, numbers in wanted.items():
+        places = np.array(members[pool])
+        index = BM25([passages[i].text for i in places])
+        found, scores = index.top([queries[i].text for i in numbers], DEPTH)
+        for number, rows, bm25 in zip(numbers, found, scores, strict=True):
+            query, docs = queries[number], places[rows]
+            cosine = vectors[docs] @ questions[number]
+            chosen = choose(query, docs, z_scores(cosine, cosine) + z_scores(bm25, bm25), members[pool], generator)
+            known = dict(zip(docs.tolist(), bm25.tolist(), strict=True))
+            similarity = vectors[chosen] @ questions[number]
+            lexical = np.array([known.get(doc, min(bm25)) for doc in chosen])
+            lists.append(
+                RankedList(
+                    query=number,
+                    docs=chosen,
+                    bm25=z_scores(lexical, bm25).round(3).tolist(),
+                    cosine=z_scores(similarity, cosine).round(3).tolist(),
+                    similarity=similarity.round(4).tolist(),
+                    relevant=[doc in query.relevant for doc in chosen],
+                )
+            )
+        print(f"{pool}: {len(numbers)} lists", flush=True)
+    generator.shuffle(lists)
+    write(options.work / "lists.jsonl", lists)
+
+    known = [item for item in lists if queries[item.query].labelled and not queries[item.query].validation]
+    model = LogisticRegression(C=10.0).fit(features(known), [flag for item in known for flag in item.relevant])
+    calibration = {"weights": model.coef_[0].round(4).tolist(), "bias": round(float(model.intercept_[0]), 4)}
+    (options.work / "calibration.json").write_text(json.dumps(calibration) + "\n")
+    print(f"{len(lists)} lists, {sum(len(item.docs) for item in lists)} pairs; {calibration}")
+    return 0

@@ -1,0 +1,348 @@
+"""Step 4: the student learns to order, and to say how sure it is.
+
+    python -m bench builtin train --work W --minutes 80
+
+Four terms, for every list of candidates of one query:
+
+- order: the student's softmax over the list against the teacher's (z-summed BM25 and cosine; a known answer is raised);
+- distances: the student's scores, less their mean, against the teacher's, less theirs;
+- probability: binary cross-entropy of each score against the label, or against the teacher's calibrated guess;
+- matching: the query's tokens, one layer before the last, must tell whether the passage has the same token, and how
+  near its nearest one is. Two small heads read that off and are thrown away afterwards. It points a model whose layers
+  never saw two texts at matching them.
+
+The schedule follows whichever is further, `--steps` or `--minutes`, so that a shared machine does not cut the training
+off at a high learning rate. `--steps` alone is reproducible.
+"""
+
+import argparse
+import json
+import random
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer
+from torch.nn import functional
+from transformers import BertForSequenceClassification
+
+from bench.builtin.records import Passage, Query, RankedList, read
+from bench.builtin.student import build, choose_vocabulary, prune_tokenizer
+from bench.retrieval import bi_encoder_path
+
+MAX_QUERY, MAX_PAIR = 48, 256
+#: where the pairs of a list are cut: short for speed, sometimes long so that long ones are not strange
+CUTS = (112, 128, 160, 256)
+#: how much a known answer is raised above what the teacher thinks of it, in z-scores
+LABELLED_BONUS, MADE_BONUS = 3.0, 0.7
+#: how many of the lists come from people's own questions, and how often one of these comes up among them
+LABELLED_SHARE, REPEAT = 0.4, {"claim": 2}
+
+
+@dataclass
+class Example:
+    """One list, as the student sees it."""
+
+    query: list[int]
+    docs: list[list[int]]
+    target: np.ndarray
+    probability: np.ndarray
+    forced: list[int]
+
+
+class Source:
+    """Lists turned into examples, with every text tokenized once."""
+
+    def __init__(self, work: Path, tokenizer: Tokenizer) -> None:
+        self.passages, self.queries = read(work / "passages.jsonl", Passage), read(work / "queries.jsonl", Query)
+        self.lists = read(work / "lists.jsonl", RankedList)
+        self._calibration = json.loads((work / "calibration.json").read_text())
+        self._bodies = [item.ids for item in self._encode(tokenizer, [item.text for item in self.passages])]
+        self._titles = [item.ids for item in self._encode(tokenizer, [item.title for item in self.passages])]
+        self._questions = [item.ids for item in self._encode(tokenizer, [item.text for item in self.queries])]
+        self._mark = tokenizer.token_to_id("?")
+
+    @staticmethod
+    def _encode(tokenizer: Tokenizer, texts: list[str]) -> list:
+        return tokenizer.encode_batch(texts, add_special_tokens=False)
+
+    def example(self, item: RankedList, generator: random.Random, cuts: Sequence[int] = CUTS) -> Example:
+        """The list with the teacher's word on each candidate, and small changes that make texts less uniform."""
+        query = self.queries[item.query]
+        question = self._questions[item.query][:MAX_QUERY]
+        if question[-1:] == [self._mark] and generator.random() < 0.3:
+            question = question[:-1]
+        flags = np.array(item.relevant, dtype=np.float32)
+        z = np.array(item.bm25, dtype=np.float32) + np.array(item.cosine, dtype=np.float32)
+        rows = np.stack([item.bm25, item.cosine, item.similarity], axis=1)
+        guess = 1 / (1 + np.exp(-(rows @ self._calibration["weights"] + self._calibration["bias"])))
+        if query.labelled:
+            probability = np.where(flags > 0, 0.97, 0.5 * guess)
+        else:
+            probability = np.where(flags > 0, np.maximum(guess, 0.6), guess)
+        room = generator.choice(cuts) - len(question) - 3
+        bonus = LABELLED_BONUS if query.labelled else MADE_BONUS
+        return Example(
+            query=question,
+            docs=[self._document(doc, query, generator)[:room] for doc in item.docs],
+            target=z + bonus * flags,
+            probability=probability.astype(np.float32),
+            forced=[place for place, flag in enumerate(item.relevant) if flag],
+        )
+
+    def _document(self, number: int, query: Query, generator: random.Random) -> list[int]:
+        """An abstract often comes with its title, but not with one that is the query itself."""
+        body = self._bodies[number]
+        passage = self.passages[number]
+        titled = passage.pool == "abstracts" and passage.title != query.text and generator.random() < 0.7
+        return (self._titles[number] + body if titled else body) or [self._mark]
+
+
+@dataclass
+class Batch:
+    """Padded pairs of several lists; `owner` says which list each belongs to."""
+
+    ids: torch.Tensor
+    types: torch.Tensor
+    mask: torch.Tensor
+    owner: torch.Tensor
+    target: torch.Tensor
+    probability: torch.Tensor
+
+
+def collate(examples: Sequence[tuple[Example, Sequence[int]]], cls: int, sep: int) -> Batch:
+    """The chosen candidates of each example, in one rectangle."""
+    rows, types, owner, target, probability = [], [], [], [], []
+    for number, (example, chosen) in enumerate(examples):
+        head = [cls, *example.query, sep]
+        for place in chosen:
+            body = [*example.docs[place][: MAX_PAIR - len(head) - 1], sep]
+            rows.append(head + body)
+            types.append([0] * len(head) + [1] * len(body))
+            owner.append(number)
+            target.append(example.target[place])
+            probability.append(example.probability[place])
+    width = max(map(len, rows))
+    pad = [[0] * (width - len(row)) for row in rows]
+    return Batch(
+        ids=torch.tensor([row + fill for row, fill in zip(rows, pad, strict=True)]),
+        types=torch.tensor([row + fill for row, fill in zip(types, pad, strict=True)]),
+        mask=torch.tensor([[1] * len(row) + fill for row, fill in zip(rows, pad, strict=True)]),
+        owner=torch.tensor(owner),
+        target=torch.tensor(np.array(target)),
+        probability=torch.tensor(np.array(probability)),
+    )
+
+
+def endless(items: list[RankedList], generator: random.Random) -> Iterator[RankedList]:
+    """Pass after pass, each in a new order."""
+    while True:
+        yield from generator.sample(items, len(items))
+
+
+def batches(
+    source: Source, lists: list[RankedList], tokens: int, longest: int, generator: random.Random
+) -> Iterator[list[tuple[Example, list[int]]]]:
+    """Endless batches of about `tokens` tokens, of lists of similar length, each list cut to `longest` candidates."""
+    queries = source.queries
+    labelled = [item for item in lists if queries[item.query].labelled]
+    known = endless([item for item in labelled for _ in range(REPEAT.get(queries[item.query].kind, 1))], generator)
+    made = endless([item for item in lists if not queries[item.query].labelled], generator)
+    while True:
+        drawn = [next(known if generator.random() < LABELLED_SHARE else made) for _ in range(600)]
+        prepared = []
+        for item in drawn:
+            example = source.example(item, generator)
+            width = min(MAX_PAIR, len(example.query) + 3 + int(np.quantile([len(doc) for doc in example.docs], 0.8)))
+            count = max(6, min(longest, 1600 // width, len(example.docs)))
+            rest = [place for place in range(len(example.docs)) if place not in example.forced]
+            chosen = example.forced[:3] + generator.sample(rest, min(len(rest), count - len(example.forced[:3])))
+            prepared.append((max(len(example.docs[place]) for place in chosen), example, chosen))
+        prepared.sort(key=lambda row: row[0])
+        groups, group, pairs = [], [], 0
+        for length, example, chosen in prepared:
+            width = min(MAX_PAIR, length + len(example.query) + 3)
+            if group and (pairs + len(chosen)) * width > tokens:
+                groups.append(group)
+                group, pairs = [], 0
+            group.append((example, chosen))
+            pairs += len(chosen)
+        groups.append(group)
+        generator.shuffle(groups)
+        yield from groups
+
+
+class Matching(torch.nn.Module):
+    """The two heads that ask a query's token: is it in the passage, and how near is the nearest one there?"""
+
+    def __init__(self, embeddings: torch.Tensor) -> None:
+        super().__init__()
+        self.heads = torch.nn.Linear(embeddings.shape[1], 2)
+        self.register_buffer("fixed", functional.normalize(embeddings.detach().clone(), dim=1))
+
+    def forward(self, hidden: torch.Tensor, batch: Batch) -> torch.Tensor:
+        """The loss over the query's tokens (the first segment, its [CLS] and [SEP] too: they match nothing)."""
+        width = int((1 - batch.types).mul(batch.mask).sum(1).max())
+        first = (batch.types[:, :width] == 0) & (batch.mask[:, :width] == 1)
+        second = (batch.types == 1) & (batch.mask == 1)
+        second &= batch.ids != batch.ids[:, :1]
+        same = (batch.ids[:, :width, None] == batch.ids[:, None, :]) & second[:, None, :]
+        exact = same.any(2).float()
+        with torch.no_grad():
+            vectors = self.fixed[batch.ids].bfloat16()
+            near = vectors[:, :width] @ vectors.transpose(1, 2)
+            near = near.float().masked_fill(~second[:, None, :], -1.0).amax(2)
+        said = self.heads(hidden[:, :width]).float()
+        loss = functional.binary_cross_entropy_with_logits(said[..., 0], exact, reduction="none")
+        loss = loss + 4 * (said[..., 1] - near).square()
+        return loss[first].mean()
+
+
+def ranking_loss(scores: torch.Tensor, batch: Batch) -> torch.Tensor:
+    """Order, distances and probability, as the module's docstring has them."""
+    lists = int(batch.owner[-1]) + 1
+    same = batch.owner[None, :] == torch.arange(lists)[:, None]
+    said = scores[None, :].expand(lists, -1).masked_fill(~same, -1e4)
+    wanted = batch.target[None, :].expand(lists, -1).masked_fill(~same, -1e4)
+    order = -(wanted.softmax(1) * said.log_softmax(1)).sum(1) + (wanted.softmax(1) * wanted.log_softmax(1)).sum(1)
+    counts = same.sum(1)
+    means = (same * scores[None, :]).sum(1) / counts, (same * batch.target[None, :]).sum(1) / counts
+    distances = (scores - means[0][batch.owner]) - (batch.target - means[1][batch.owner])
+    probability = functional.binary_cross_entropy_with_logits(scores, batch.probability)
+    return order.mean() + 0.15 * distances.square().mean() + 0.5 * probability
+
+
+def score(
+    model: BertForSequenceClassification, source: Source, item: RankedList, special: tuple[int, int]
+) -> np.ndarray:
+    """The logits of a list's candidates, in bfloat16 where it helps."""
+    batch = collate(
+        [(source.example(item, random.Random(item.query), cuts=(MAX_PAIR,)), range(len(item.docs)))], *special
+    )
+    with torch.inference_mode(), torch.autocast("cpu", dtype=torch.bfloat16):
+        output = model(input_ids=batch.ids, token_type_ids=batch.types, attention_mask=batch.mask)
+    return output.logits[:, 0].float().numpy()
+
+
+def evaluate(source: Source, lists: list[RankedList], scores: list[np.ndarray]) -> dict[str, dict[str, float]]:
+    """Mean nDCG@10 of lists, by pool and kind of query: the student's beside BM25's, the cosine's and the teacher's."""
+    found = defaultdict(lambda: defaultdict(list))
+    for item, values in zip(lists, scores, strict=True):
+        query = source.queries[item.query]
+        row = found[f"{query.pool.removesuffix('-validation')}/{query.kind}"]
+        bm25, cosine = np.array(item.bm25), np.array(item.cosine)
+        rankers = {"BM25": bm25, "bi-encoder": cosine, "teacher": bm25 + cosine, "student": values}
+        for ranker, ranked in rankers.items():
+            row[ranker].append(ndcg(ranked, np.array(item.relevant)))
+    return {
+        name: {"lists": len(row["BM25"])} | {ranker: round(float(np.mean(all_)), 3) for ranker, all_ in row.items()}
+        for name, row in sorted(found.items())
+    }
+
+
+def ndcg(scores: np.ndarray, relevant: np.ndarray, k: int = 10) -> float:
+    """nDCG@10 of one list, for validation during training; `bench quality` uses a library's."""
+    discount = 1 / np.log2(np.arange(2, k + 2))
+    ranked = relevant[np.argsort(-scores, kind="stable")][:k]
+    return float((ranked * discount[: len(ranked)]).sum() / discount[: min(k, relevant.sum())].sum())
+
+
+def main(argv: list[str]) -> int:
+    """Train, and leave the model, its tokenizer and a log in `checkpoint/`."""
+    parser = argparse.ArgumentParser(prog="python -m bench builtin train", description=__doc__.splitlines()[0])
+    parser.add_argument("--work", type=Path, required=True, help="the folder of intermediate files")
+    parser.add_argument("--layers", type=int, default=3)
+    parser.add_argument("--vocabulary", type=int, default=9000)
+    parser.add_argument("--steps", type=int, default=12_000, help="the schedule's end in steps ...")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="... or in minutes, whichever comes first")
+    parser.add_argument("--tokens", type=int, default=8192, help="of a batch, with padding")
+    parser.add_argument("--longest", type=int, default=14, help="candidates of a list")
+    parser.add_argument("--rate", type=float, default=2e-4, help="the highest learning rate")
+    parser.add_argument("--start", type=Path, help="a checkpoint to go on from, of the same layers and vocabulary")
+    parser.add_argument("--every", type=float, default=8.0, help="minutes between checkpoints")
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args(argv)
+    torch.manual_seed(options.seed)
+    generator = random.Random(options.seed)
+    checkpoint = options.work / "checkpoint"
+    checkpoint.mkdir(parents=True, exist_ok=True)
+
+    origin = bi_encoder_path()
+    texts = [item.text for item in read(options.work / "passages.jsonl", Passage)]
+    whole = Tokenizer.from_file(str(origin / "tokenizer.json"))
+    whole.no_truncation()
+    whole.no_padding()
+    vocabulary = choose_vocabulary(whole, texts, options.vocabulary)
+    tokenizer = prune_tokenizer(origin, vocabulary)
+    tokenizer.save(str(checkpoint / "tokenizer.json"))
+    source = Source(options.work, tokenizer)
+    special = tokenizer.token_to_id("[CLS]"), tokenizer.token_to_id("[SEP]")
+    validation = [item for item in source.lists if source.queries[item.query].validation]
+    lists = [item for item in source.lists if not source.queries[item.query].validation]
+
+    model = build(origin, vocabulary, options.layers)
+    if options.start:
+        model.load_state_dict(BertForSequenceClassification.from_pretrained(options.start).state_dict())
+    model.set_attn_implementation("eager")  # its backward pass is three times as fast on a CPU as the fused one's
+    matching = Matching(model.bert.embeddings.word_embeddings.weight)
+    heads = [*model.classifier.parameters(), *model.bert.pooler.parameters(), *matching.heads.parameters()]
+    known = {id(parameter) for parameter in heads}
+    body = [parameter for parameter in model.parameters() if id(parameter) not in known]
+    optimizer = torch.optim.AdamW(
+        [{"params": body, "lr": options.rate}, {"params": heads, "lr": 3 * options.rate}],
+        betas=(0.9, 0.98),
+        weight_decay=0.01,
+    )
+    rates = [group["lr"] for group in optimizer.param_groups]
+
+    def validate(limit: int) -> dict[str, dict[str, float]]:
+        chosen = validation[:limit]
+        return evaluate(source, chosen, [score(model, source, item, special) for item in chosen])
+
+    model.train()
+    start = last = time.monotonic()
+    pairs, sums = 0, np.zeros(2)
+    for step, group in enumerate(batches(source, lists, options.tokens, options.longest, generator)):
+        minutes = (time.monotonic() - start) / 60
+        progress = max(step / options.steps, minutes / options.minutes)
+        if progress >= 1:
+            break
+        factor = min(1, (step + 1) / 200) * max(0.02, 0.5 * (1 + np.cos(np.pi * progress)))
+        for place, rate in zip(optimizer.param_groups, rates, strict=True):
+            place["lr"] = rate * factor
+        batch = collate(group, *special)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            output = model.bert(
+                input_ids=batch.ids, token_type_ids=batch.types, attention_mask=batch.mask, output_hidden_states=True
+            )
+            scores = model.classifier(output.pooler_output)[:, 0].float()
+            ranking = ranking_loss(scores, batch)
+            match = matching(output.hidden_states[-2], batch)
+        loss = ranking + max(0.05, 0.6 * (1 - 2 * progress)) * match
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(body + heads, 1.0)
+        optimizer.step()
+        pairs += len(scores)
+        sums += (ranking.item(), match.item())
+        if (step + 1) % 50 == 0:
+            print(
+                f"{minutes:.1f} min, step {step + 1}, {pairs} pairs, progress {progress:.3f}: "
+                f"ranking {sums[0] / 50:.4f}, matching {sums[1] / 50:.4f}",
+                flush=True,
+            )
+            sums[:] = 0
+        if time.monotonic() - last > 60 * options.every:
+            model.save_pretrained(checkpoint)
+            print(json.dumps(validate(200)), flush=True)
+            last = time.monotonic()
+    model.save_pretrained(checkpoint)
+    report = {"steps": step, "pairs": pairs, "minutes": round((time.monotonic() - start) / 60, 1)}
+    report["validation"] = validate(len(validation))
+    (checkpoint / "report.json").write_text(json.dumps(report, indent=2) + "\n")
+    print(json.dumps(report), flush=True)
+    return 0

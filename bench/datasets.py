@@ -1,0 +1,139 @@
+"""Readers of the test collections and the labelled training sets: files in, plain objects out.
+
+Every reader takes the folder that holds all the sets (`--data`), and none of them changes the text, so that
+what is measured is what was published.
+"""
+
+import csv
+import json
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+_QUOTED = re.compile(r"'((?:[^'\\]|\\.)*)'|\"((?:[^\"\\]|\\.)*)\"")
+
+
+@dataclass(frozen=True)
+class Collection:
+    """A retrieval test: documents, queries, and which documents answer which query (`qrels[query][doc] = grade`)."""
+
+    name: str
+    documents: dict[str, str]
+    queries: dict[str, str]
+    qrels: dict[str, dict[str, int]] = field(repr=False)
+
+
+@dataclass(frozen=True)
+class Answered:
+    """A question whose answer lies at a known place of a passage (XQuAD)."""
+
+    article: int
+    paragraph: str
+    question: str
+    answer: str
+    start: int
+
+
+def numpy_strings(text: str) -> list[str]:
+    """The strings of a printed NumPy array: how the SciFact CSV files write an abstract's sentences."""
+    found = (single or double for single, double in _QUOTED.findall(text))
+    return [item.replace("\\n", " ").replace("\\'", "'").replace('\\"', '"').strip() for item in found]
+
+
+def scifact_corpus(data: Path) -> dict[str, tuple[str, list[str]]]:
+    """Every SciFact abstract as (title, sentences); the corpus is one for all splits."""
+    csv.field_size_limit(1 << 24)
+    with open(data / "scifact" / "corpus_train.csv", newline="", encoding="utf-8") as file:
+        return {row["doc_id"]: (row["title"], numpy_strings(row["abstract"])) for row in csv.DictReader(file)}
+
+
+def _scifact_claims(data: Path) -> dict[str, str]:
+    claims = {}
+    for name in ("claims_train.csv", "claims_validation.csv", "claims_test.csv"):
+        with open(data / "scifact" / name, newline="", encoding="utf-8") as file:
+            claims.update({row["id"]: row["claim"] for row in csv.DictReader(file)})
+    return claims
+
+
+def scifact(data: Path, split: str) -> Collection:
+    """SciFact as BEIR has it: `test` is the original validation claims, `train` the original training claims."""
+    qrels = _tsv_qrels(data / "scifact" / f"beir_qrels_{split}.tsv")
+    claims = _scifact_claims(data)
+    documents = {key: f"{title} {' '.join(body)}" for key, (title, body) in scifact_corpus(data).items()}
+    return Collection("SciFact " + split, documents, {key: claims[key] for key in qrels}, qrels)
+
+
+def vaswani(data: Path) -> Collection:
+    """The NPL collection: 11,429 short abstracts on electronics and physics, 93 queries."""
+    folder = data / "vaswani"
+    documents = {}
+    for block in re.findall(r"<DOC>(.*?)</DOC>", (folder / "doc-text.trec").read_text(), re.S):
+        key, text = re.match(r"\s*<DOCNO>(.*?)</DOCNO>(.*)", block, re.S).groups()
+        documents[key.strip()] = " ".join(text.split())
+    queries = {
+        key.strip(): " ".join(text.lower().split())
+        for key, text in re.findall(
+            r"<num>(.*?)</num>\s*<title>(.*?)</title>", (folder / "query-text.trec").read_text(), re.S
+        )
+    }
+    qrels: dict[str, dict[str, int]] = {}
+    for line in (folder / "qrels").read_text().splitlines():
+        query, _, doc, grade = line.split()
+        qrels.setdefault(query, {})[doc] = int(grade)
+    return Collection("Vaswani", documents, queries, qrels)
+
+
+def cisi(data: Path) -> Collection:
+    """CISI: 1,460 abstracts of information science; the queries that have relevance judgements (76 of 112)."""
+    folder = data / "cisi"
+    documents = {key: f"{part.get('T', '')} {part.get('W', '')}".strip() for key, part in _smart(folder / "CISI.ALL")}
+    texts = {key: f"{part.get('T', '')} {part.get('W', '')}".strip() for key, part in _smart(folder / "CISI.QRY")}
+    qrels: dict[str, dict[str, int]] = {}
+    for line in (folder / "CISI.REL").read_text().splitlines():
+        if line.strip():
+            query, doc, *_ = line.split()
+            qrels.setdefault(query, {})[doc] = 1
+    return Collection("CISI", documents, {key: texts[key] for key in qrels}, qrels)
+
+
+def xquad(data: Path) -> list[Answered]:
+    """XQuAD in English: 1,190 questions of SQuAD's development set on 240 paragraphs of 48 articles."""
+    articles = json.loads((data / "xquad_en" / "xquad.en.json").read_text(encoding="utf-8"))["data"]
+    return [
+        Answered(number, paragraph["context"], qa["question"], answer["text"], answer["answer_start"])
+        for number, article in enumerate(articles)
+        for paragraph in article["paragraphs"]
+        for qa in paragraph["qas"]
+        for answer in qa["answers"][:1]
+    ]
+
+
+def pubmedqa(data: Path) -> list[tuple[str, str, str]]:
+    """PubMedQA's labelled part: (question, abstract, conclusion) of 1,000 papers whose title is a question."""
+    rows = json.loads((data / "pubmedqa" / "ori_pqal.json").read_text(encoding="utf-8"))
+    return [(row["QUESTION"], " ".join(row["CONTEXTS"]), row["LONG_ANSWER"]) for row in rows.values()]
+
+
+#: the three sets that training never sees, as `bench quality` runs them
+HELD_OUT: dict[str, Callable[[Path], Collection]] = {
+    "scifact": lambda data: scifact(data, "test"),
+    "vaswani": vaswani,
+    "cisi": cisi,
+}
+
+
+def _tsv_qrels(path: Path) -> dict[str, dict[str, int]]:
+    qrels: dict[str, dict[str, int]] = {}
+    with open(path, newline="", encoding="utf-8") as file:
+        for row in csv.DictReader(file, delimiter="\t"):
+            qrels.setdefault(row["query-id"], {})[row["corpus-id"]] = int(row["score"])
+    return qrels
+
+
+def _smart(path: Path) -> Iterator[tuple[str, dict[str, str]]]:
+    """The records of a file in SMART format: `.I 1`, then fields such as `.T` (title) and `.W` (text)."""
+    for record in re.split(r"^\.I ", path.read_text(encoding="latin-1"), flags=re.M)[1:]:
+        key, *rest = re.split(r"^\.([A-Z])[ \t]*\n", record, flags=re.M)
+        fields = dict(zip(rest[::2], (" ".join(text.split()) for text in rest[1::2]), strict=True))
+        yield key.strip(), fields

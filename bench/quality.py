@@ -1,0 +1,170 @@
+"""nDCG@10 of rerankers on BM25's top 100, beside a random order, BM25's own and the bi-encoder's.
+
+    python -m bench quality --data DIR [--model NAME_OR_PATH ...] [--json FILE]
+
+The sets (SciFact test, Vaswani, CISI) took no part in making the built-in model. Every ranker gets the same 100
+candidates, so the table says how well each one orders, and nothing about finding.
+"""
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import ir_measures
+import numpy as np
+import torch
+from ir_measures import nDCG
+
+from bench.datasets import HELD_OUT, Collection
+from bench.retrieval import BM25, BiEncoder
+
+BUILTIN = Path(__file__).resolve().parent.parent / "mp_rerank" / "builtin"
+DEPTH = 100
+QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
+
+#: scores a query's candidates: (query, texts) -> one number a text
+Scorer = Callable[[str, list[str]], np.ndarray]
+#: query -> its candidates, best BM25 score first
+Candidates = dict[str, list[tuple[str, float]]]
+#: query -> candidate -> score
+Run = dict[str, dict[str, float]]
+
+
+def candidates(collection: Collection) -> Candidates:
+    """BM25's best `DEPTH` documents of every query."""
+    keys = list(collection.documents)
+    found, scores = BM25(list(collection.documents.values())).top(list(collection.queries.values()), DEPTH)
+    return {
+        query: [(keys[i], float(score)) for i, score in zip(row, values, strict=True)]
+        for query, row, values in zip(collection.queries, found, scores, strict=True)
+    }
+
+
+def ndcg(collection: Collection, run: Run) -> float:
+    """The mean nDCG@10 over the judged queries."""
+    return ir_measures.calc_aggregate([nDCG @ 10], collection.qrels, run)[nDCG @ 10]
+
+
+def rerank(collection: Collection, pool: Candidates, score: Scorer) -> Run:
+    """Every query's candidates with the scores that `score` gives them."""
+    run = {}
+    for query, ranked in pool.items():
+        keys = [key for key, _ in ranked]
+        values = score(collection.queries[query], [collection.documents[key] for key in keys])
+        run[query] = dict(zip(keys, map(float, values), strict=True))
+    return run
+
+
+def random_order(collection: Collection, pool: Candidates, seed: int, draws: int = 20) -> float:
+    """The mean over a few shuffles: what the candidates are worth without any ranking."""
+    generator = np.random.default_rng(seed)
+    runs = (rerank(collection, pool, lambda _, texts: generator.random(len(texts))) for _ in range(draws))
+    return float(np.mean([ndcg(collection, run) for run in runs]))
+
+
+def quantiles(collection: Collection, run: Run) -> dict[str, list[float]]:
+    """How a ranker's scores lie, for the relevant candidates and for the others: where one could cut."""
+    scores = {True: [], False: []}
+    for query, values in run.items():
+        for key, value in values.items():
+            scores[collection.qrels[query].get(key, 0) > 0].append(value)
+    return {
+        name: np.quantile(scores[flag], QUANTILES).round(4).tolist()
+        for name, flag in (("relevant", True), ("others", False))
+    }
+
+
+def bi_encoder(collection: Collection, pool: Candidates) -> Scorer:
+    """Cosines, with every candidate encoded once although many queries share it."""
+    encoder = BiEncoder()
+    texts = sorted({collection.documents[key] for ranked in pool.values() for key, _ in ranked})
+    vectors = dict(zip(texts, encoder.encode(texts), strict=True))
+    return lambda query, batch: np.stack([vectors[text] for text in batch]) @ encoder.encode([query])[0]
+
+
+def cross_encoder(model: str, bfloat16: bool) -> Scorer:
+    """The scores of a plain `CrossEncoder`, the reference for everything that is faster."""
+    from sentence_transformers import CrossEncoder
+
+    loaded = CrossEncoder(model, device="cpu")
+
+    def score(query: str, texts: list[str]) -> np.ndarray:
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=bfloat16):
+            return loaded.predict([(query, text) for text in texts], batch_size=8, show_progress_bar=False)
+
+    return score
+
+
+@dataclass
+class Measured:
+    """What one run of the command found."""
+
+    ndcg: dict[str, dict[str, float]]  # ranker -> set -> nDCG@10
+    scores: dict[str, dict[str, dict[str, list[float]]]]  # cross-encoder -> set -> relevant and others -> quantiles
+    seconds: dict[str, float]  # cross-encoder -> time spent scoring, all sets together
+
+
+def measure(data: Path, names: list[str], models: list[str], seed: int, bfloat16: bool) -> Measured:
+    """Every ranker on every set, with a line on standard error as each set is done."""
+    found = Measured({"random": {}, "BM25": {}, "bi-encoder": {}}, {}, {})
+    for name in names:
+        collection = HELD_OUT[name](data)
+        pool = candidates(collection)
+        found.ndcg["random"][name] = random_order(collection, pool, seed)
+        found.ndcg["BM25"][name] = ndcg(collection, {query: dict(ranked) for query, ranked in pool.items()})
+        found.ndcg["bi-encoder"][name] = ndcg(collection, rerank(collection, pool, bi_encoder(collection, pool)))
+        for model in models:
+            title = "built-in" if model == str(BUILTIN) else model
+            score = cross_encoder(model, bfloat16)
+            start = time.perf_counter()
+            run = rerank(collection, pool, score)
+            found.seconds[title] = found.seconds.get(title, 0.0) + time.perf_counter() - start
+            found.ndcg.setdefault(title, {})[name] = ndcg(collection, run)
+            found.scores.setdefault(title, {})[name] = quantiles(collection, run)
+        print(name, {ranker: round(row[name], 4) for ranker, row in found.ndcg.items()}, file=sys.stderr, flush=True)
+    return found
+
+
+def markdown(found: Measured, names: list[str]) -> str:
+    """Two tables: nDCG@10 with the mean and how far it is ahead of BM25's, and how the scores lie."""
+    lines = [f"| nDCG@10 | {' | '.join(names)} | mean | over BM25 |", "|---|" + "---:|" * (len(names) + 2)]
+    base = np.mean([found.ndcg["BM25"][name] for name in names])
+    for ranker, row in found.ndcg.items():
+        mean = np.mean([row[name] for name in names])
+        cells = " | ".join(f"{row[name]:.3f}" for name in names)
+        lines.append(f"| {ranker} | {cells} | {mean:.3f} | {mean - base:+.3f} |")
+    if found.scores:
+        lines += ["", "| scores at | " + " | ".join(f"{q:.0%}" for q in QUANTILES) + " |"]
+        lines.append("|---|" + "---:|" * len(QUANTILES))
+    for title, sets in found.scores.items():
+        for name, groups in sets.items():
+            for group, values in groups.items():
+                cells = " | ".join(f"{value:.3f}" for value in values)
+                lines.append(f"| {title}, {name}, {group} | {cells} |")
+    return "\n".join(lines)
+
+
+def main(argv: list[str]) -> int:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(prog="python -m bench quality", description=__doc__.splitlines()[0])
+    parser.add_argument("--data", type=Path, required=True, help="the folder with scifact/, vaswani/ and cisi/")
+    parser.add_argument(
+        "--set", dest="sets", action="append", choices=list(HELD_OUT), help="only this set (repeatable)"
+    )
+    parser.add_argument("--model", action="append", default=[], help="a further cross-encoder: a name or a path")
+    parser.add_argument("--no-builtin", action="store_true", help="leave the built-in model out")
+    parser.add_argument("--bfloat16", action="store_true", help="autocast the cross-encoders: faster, not quite equal")
+    parser.add_argument("--json", type=Path, help="also write the numbers here")
+    parser.add_argument("--seed", type=int, default=0, help="of the random order")
+    options = parser.parse_args(argv)
+    models = ([] if options.no_builtin else [str(BUILTIN)]) + options.model
+    names = options.sets or list(HELD_OUT)
+    found = measure(options.data, names, models, options.seed, options.bfloat16)
+    print(markdown(found, names))
+    if options.json:
+        options.json.write_text(json.dumps(asdict(found), indent=2) + "\n")
+    return 0
