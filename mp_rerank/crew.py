@@ -220,7 +220,8 @@ class Crew:
         return [slot.info() for slot in self.slots]
 
     def _batch_tokens(self, slot: Slot) -> int:
-        return self.config.batch_tokens or (CPU_BATCH_TOKENS if slot.seat.device.startswith("cpu") else GPU_BATCH_TOKENS)
+        on_cpu = slot.seat.device.startswith("cpu")
+        return self.config.batch_tokens or (CPU_BATCH_TOKENS if on_cpu else GPU_BATCH_TOKENS)
 
     # Starting.
 

@@ -1,0 +1,379 @@
+"""`python -m bench chaos`: agents in threads, workers that die and hang all the time, and a ledger of every request.
+
+Agents submit requests of all sizes and check every score that comes back; some cancel, some give a deadline, some
+submit documents that kill or hang the worker that meets them, once or every time. Meanwhile workers are killed, stopped
+and made to crash at random moments, idle or not; models are reloaded; workers are recycled. What must hold:
+
+lost            requests that never had an outcome: none
+unexplained     outcomes that nothing the agent or anybody else did accounts for: none
+wrong           scores that are not the model's for that pair, or of two models in one request: none
+leaked          processes, threads and files at the end beyond those at the start: none
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import logging
+import os
+import random
+import signal
+import sys
+import tempfile
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from concurrent.futures import CancelledError, Future, wait
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from bench.fakemodel import score_of
+from mp_rerank import ModelSpec, RequestTimeoutError, RerankerPool, RerankResult, WorkerCrashedError
+
+MODELS = ("red", "green")
+SECONDS_PER_TOKEN = 5e-6
+HANG_TIMEOUT = 1.0
+START_TIMEOUT = 20.0  # for those stopped while they load
+# Once agents have stopped and workers are left alone, what has no outcome after so many seconds is lost.
+PATIENCE = 120.0
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run, print the ledger, and fail if anything was lost, wrong or left behind."""
+    parser = argparse.ArgumentParser(prog="python -m bench chaos", description=__doc__.partition("\n")[0])
+    parser.add_argument(
+        "--seconds", type=float, default=120.0, help="how long agents go on (1800: the longest setting)"
+    )
+    parser.add_argument("--agents", type=int, default=32, help="agent threads")
+    parser.add_argument("--workers", type=int, default=2, help="worker processes")
+    parser.add_argument("--seed", type=int, default=0, help="of the agents' and the monkeys' choices")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    options = parser.parse_args(argv)
+    logging.getLogger("mp_rerank").addHandler(logging.NullHandler())  # a warning for each death is too much
+    with tempfile.TemporaryDirectory() as marks:
+        report = Chaos(options.seconds, options.agents, options.workers, options.seed, Path(marks)).run()
+    print(json.dumps(report, indent=2) if options.json else _table(report))
+    return 1 if any(report[name] for name in FAULTS) else 0
+
+
+FAULTS = ("lost", "wrong", "unexplained", "leaked_processes", "leaked_threads", "leaked_files", "unreleased")
+
+
+class Chaos:
+    """One run and its ledger."""
+
+    def __init__(self, seconds: float, agents: int, workers: int, seed: int, marks: Path) -> None:
+        self.seconds = seconds
+        self.agents = agents
+        self.workers = workers
+        self.seed = seed
+        self.marks = marks
+        self.stop = threading.Event()
+        self.lock = threading.Lock()
+        self.outcomes: Counter[str] = Counter()
+        self.kills: Counter[str] = Counter()
+        self.pairs = 0
+        self.waits: list[float] = []
+        self.wrong: list[str] = []
+        self.lost: list[str] = []
+        self.unexplained: list[str] = []
+        self.errors: list[BaseException] = []
+
+    def run(self) -> dict[str, Any]:
+        """Everything, from one quiet state of the process to another."""
+        pool = self._pool()
+        pool.start().close()  # what a first pool leaves for good, such as multiprocessing's tracker, is not a leak
+        start = _Footprint.now()
+        pool = self._pool().start()
+        began = time.monotonic()
+        threads = [threading.Thread(target=self._guard, args=(self._agent, pool, n)) for n in range(self.agents)]
+        threads.append(threading.Thread(target=self._guard, args=(self._killer, pool, -1)))
+        threads.append(threading.Thread(target=self._guard, args=(self._reloader, pool, -2)))
+        for thread in threads:
+            thread.start()
+        settled = None
+        while (left := self.seconds - (time.monotonic() - began)) > 0:
+            self.stop.wait(min(left, 5.0))
+            if settled is None and time.monotonic() - began > min(60.0, self.seconds / 4):
+                settled = psutil.Process().memory_info().rss
+        self.stop.set()
+        for thread in threads:
+            thread.join()
+        seconds = time.monotonic() - began
+        stats = pool.stats()
+        workers = [info.state for info in pool.workers()]
+        pool.close()
+        end = _Footprint.now(until=start)
+        if self.errors:
+            raise self.errors[0]
+        return {
+            "seconds": round(seconds, 1),
+            "agents": self.agents,
+            "workers": self.workers,
+            "requests": sum(self.outcomes.values()),
+            "outcomes": dict(sorted(self.outcomes.items())),
+            "pairs_checked": self.pairs,
+            "p50_seconds": round(_quantile(self.waits, 0.5), 2),
+            "p99_seconds": round(_quantile(self.waits, 0.99), 2),
+            "slowest_seconds": round(_quantile(self.waits, 1.0), 2),
+            "kills": dict(sorted(self.kills.items())),
+            "crashes": stats.crashes,
+            "restarts": stats.restarts,
+            "recycled": stats.recycled,
+            "reloads": stats.reloads,
+            "worker_states_at_end": workers,
+            "lost": len(self.lost),
+            "wrong": len(self.wrong),
+            "unexplained": len(self.unexplained),
+            "unreleased": stats.pending_requests + stats.pending_pairs,
+            "leaked_processes": max(0, end.processes - start.processes),
+            "leaked_threads": max(0, end.threads - start.threads),
+            "leaked_files": max(0, end.files - start.files),
+            "processes": [start.processes, end.processes],
+            "threads": [start.threads, end.threads],
+            "files": [start.files, end.files],
+            "rss_mib": [round(n / 2**20, 1) for n in (start.rss, settled or end.rss, end.rss)],
+            "examples": [*self.lost, *self.wrong, *self.unexplained][:5],
+        }
+
+    def _pool(self) -> RerankerPool:
+        return RerankerPool(
+            _spec(MODELS[0]),
+            devices="cpu",
+            workers=self.workers,
+            threads_per_worker=1,
+            start_timeout=START_TIMEOUT,
+            hang_timeout=HANG_TIMEOUT,
+            restart_backoff=0.05,
+            max_restarts=10**6,
+            max_slices_per_worker=40,
+            max_pending_pairs=20_000,
+        )
+
+    def _guard(self, work: Callable[[RerankerPool, random.Random], None], pool: RerankerPool, number: int) -> None:
+        try:
+            work(pool, random.Random(self.seed * 1000 + number))
+        except BaseException as error:
+            self.errors.append(error)
+            self.stop.set()
+
+    # The agents.
+
+    def _agent(self, pool: RerankerPool, chance: random.Random) -> None:
+        turn = 0
+        while not self.stop.is_set():
+            turn += 1
+            query = f"query {chance.random()}"
+            size = chance.choice([1, 1, 3, 10, 10, 10, 30, 100, 400])
+            documents = [f"{i} " + "word " * chance.randrange(30) for i in range(size)]
+            kind = chance.choices(
+                ["plain", "cancel", "deadline", "partial", "priority", "mortal", "poison", "hang"],
+                [60, 8, 8, 8, 8, 6, 1, 1],
+            )[0]
+            getattr(self, f"_{kind}")(pool, chance, query, documents)
+
+    def _plain(self, pool: RerankerPool, chance: random.Random, query: str, documents: list[str]) -> None:
+        self._conclude(pool.submit(query, documents), query, documents, "scored")
+
+    def _priority(self, pool: RerankerPool, chance: random.Random, query: str, documents: list[str]) -> None:
+        future = pool.submit(query, documents, priority=chance.randint(-3, 3))
+        self._conclude(future, query, documents, "scored")
+
+    def _cancel(self, pool: RerankerPool, chance: random.Random, query: str, documents: list[str]) -> None:
+        future = pool.submit(query, documents)
+        time.sleep(chance.random() * 0.05)
+        if future.cancel():
+            self._count("cancelled")
+        else:
+            self._conclude(future, query, documents, "scored")
+
+    def _deadline(self, pool: RerankerPool, chance: random.Random, query: str, documents: list[str]) -> None:
+        try:
+            future = pool.submit(query, documents, timeout=chance.random() * 0.2 + 1e-6)
+        except RequestTimeoutError:
+            self._count("timed out")
+        else:
+            self._conclude(future, query, documents, "scored", allowed=RequestTimeoutError)
+
+    def _partial(self, pool: RerankerPool, chance: random.Random, query: str, documents: list[str]) -> None:
+        try:
+            future = pool.submit(query, documents, timeout=chance.random() * 0.2 + 1e-6, on_timeout="partial")
+        except RequestTimeoutError:
+            self._count("timed out")
+        else:
+            self._conclude(future, query, documents, "scored", partial=True)
+
+    def _mortal(self, pool: RerankerPool, chance: random.Random, query: str, documents: list[str]) -> None:
+        verb = chance.choice(["!kill", "!segfault", "!exit"])
+        mark = self.marks / f"{chance.getrandbits(64):x}"
+        documents.insert(chance.randrange(len(documents) + 1), f"{verb} {mark}")
+        with self.lock:
+            self.kills[f"document {verb[1:]}"] += 1
+        # Other deaths may meet it too: then it is one of three, and blamed as a poison would be.
+        self._conclude(pool.submit(query, documents), query, documents, "scored", allowed=WorkerCrashedError)
+
+    def _poison(self, pool: RerankerPool, chance: random.Random, query: str, documents: list[str]) -> None:
+        index = chance.randrange(len(documents) + 1)
+        documents.insert(index, chance.choice(["!kill", "!segfault", "!exit"]))
+        error = self._conclude(pool.submit(query, documents), query, documents, None, allowed=WorkerCrashedError)
+        if isinstance(error, WorkerCrashedError) and error.attempts < 3:
+            self._note(self.unexplained, f"blamed after {error.attempts} deaths: {error}")
+
+    def _hang(self, pool: RerankerPool, chance: random.Random, query: str, documents: list[str]) -> None:
+        mark = self.marks / f"{chance.getrandbits(64):x}"
+        documents.insert(chance.randrange(len(documents) + 1), f"!hang {mark}")
+        with self.lock:
+            self.kills["document hang"] += 1
+        self._conclude(pool.submit(query, documents), query, documents, "scored", allowed=WorkerCrashedError)
+
+    def _conclude(
+        self,
+        future: Future[list[RerankResult]],
+        query: str,
+        documents: list[str],
+        expected: str | None,
+        *,
+        allowed: type[Exception] | None = None,
+        partial: bool = False,
+    ) -> BaseException | None:
+        """Wait for the outcome, check it and count it."""
+        began = time.monotonic()
+        while not future.done() and not self.stop.is_set():
+            wait([future], timeout=1.0)
+        try:
+            error = future.exception(PATIENCE)
+            with self.lock:
+                self.waits.append(time.monotonic() - began)
+        except TimeoutError:
+            self._note(self.lost, f"no outcome: {query}, {len(documents)} documents")
+            self._count("lost")
+            return None
+        except CancelledError:
+            self._note(self.lost, f"cancelled by nobody: {query}")
+            self._count("lost")
+            return None
+        if error is not None:
+            if isinstance(error, WorkerCrashedError) and error.attempts >= 3 and error.document_index is not None:
+                # A document that met three random deaths is blamed like a poison; the order itself is what was asked.
+                self._count("blamed" if allowed is WorkerCrashedError else "blamed by chance")
+            elif allowed is not None and isinstance(error, allowed):
+                self._count("timed out")
+            else:
+                self._note(self.unexplained, f"{error!r} for {query}, {len(documents)} documents")
+                self._count("unexplained")
+            return error
+        if expected is None:
+            self._note(self.unexplained, f"a poison document was scored: {query}")
+        self._count(self._check(future.result(), query, documents, partial))
+        return None
+
+    def _check(self, results: list[RerankResult], query: str, documents: list[str], partial: bool) -> str:
+        """Every score against both models' formulas: all of one, each in its place, best first, none missing."""
+        scored = [result for result in results if result.relevance_score is not None]
+        complete = len(scored) == len(documents)
+        problem = ""
+        if sorted(result.index for result in results) != list(range(len(documents))):
+            problem = "documents missing or doubled"
+        elif not complete and not partial:
+            problem = "unscored documents in a whole ranking"
+        elif any(result.document != documents[result.index] for result in results):
+            problem = "another document"
+        elif not any(
+            all(result.relevance_score == score_of(model, query, result.document) for result in scored)
+            for model in MODELS
+        ):
+            problem = "scores of neither model, or of both"
+        elif [r.relevance_score for r in scored] != sorted((r.relevance_score for r in scored), reverse=True):
+            problem = "not best first"
+        if problem:
+            self._note(self.wrong, f"{problem}: {query}, {len(documents)} documents")
+        with self.lock:
+            self.pairs += len(scored)
+        return "scored" if complete else "partly scored"
+
+    def _count(self, outcome: str) -> None:
+        with self.lock:
+            self.outcomes[outcome] += 1
+
+    def _note(self, where: list[str], text: str) -> None:
+        with self.lock:
+            where.append(text)
+
+    # What happens to the pool meanwhile.
+
+    def _killer(self, pool: RerankerPool, chance: random.Random) -> None:
+        """Kill, stop and crash workers, loading, idle or busy."""
+        while not self.stop.wait(chance.random() * 1.5):
+            pids = [info.pid for info in pool.workers() if info.pid is not None]
+            if not pids:
+                continue
+            name = chance.choice(["SIGKILL", "SIGKILL", "SIGSEGV", "SIGTERM", "SIGSTOP"])
+            try:
+                process = psutil.Process(chance.choice(pids))
+                if process.ppid() == os.getpid():
+                    process.send_signal(getattr(signal, name))
+                    self.kills[name] += 1
+            except psutil.Error:
+                pass
+
+    def _reloader(self, pool: RerankerPool, chance: random.Random) -> None:
+        turn = 0
+        while not self.stop.wait(3.0 + chance.random() * 7.0):
+            turn += 1
+            pool.reload(_spec(MODELS[turn % 2]))
+
+
+class _Footprint:
+    """What this process holds: child processes, threads, open files, memory."""
+
+    def __init__(self) -> None:
+        gc.collect()
+        process = psutil.Process()
+        self.processes = len(process.children(recursive=True))
+        self.threads = threading.active_count()
+        self.files = process.num_fds() if hasattr(process, "num_fds") else process.num_handles()
+        self.rss = process.memory_info().rss
+
+    @classmethod
+    def now(cls, until: _Footprint | None = None) -> _Footprint:
+        """The footprint, once it is no more than ``until``'s, or after some seconds: threads take a moment to end."""
+        deadline = time.monotonic() + 20.0
+        while True:
+            found = cls()
+            within = until is not None and (
+                found.processes <= until.processes and found.threads <= until.threads and found.files <= until.files
+            )
+            if until is None or within or time.monotonic() > deadline:
+                return found
+            time.sleep(0.1)
+
+
+def _quantile(values: list[float], share: float) -> float:
+    return sorted(values)[round(share * (len(values) - 1))] if values else 0.0
+
+
+def _spec(model: str) -> ModelSpec:
+    return ModelSpec(f"{model}:{SECONDS_PER_TOKEN}", loader="bench.fakemodel:load")
+
+
+def _table(report: dict[str, Any]) -> str:
+    lines = []
+    for name, value in report.items():
+        label = name.replace("_", " ")
+        if isinstance(value, dict):
+            lines.append(f"{label:<22} {sum(value.values()):>10,}")
+            lines += [f"  {key:<20} {count:>10,}" for key, count in value.items()]
+        elif isinstance(value, list):
+            lines.append(f"{label:<22} {' -> '.join(str(item) for item in value)}")
+        else:
+            lines.append(f"{label:<22} {value:>10,}")
+    lines.append("nothing lost" if not any(report[name] for name in FAULTS) else "NOT AS IT MUST BE")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
