@@ -1,0 +1,410 @@
+"""Threads that load and score with ``CrossEncoder``: ``python -m mp_rerank.race.cases FOLDER THREADS ROUNDS``.
+
+The models are made in FOLDER, and reference scores left there. A line of JSON leaves for each round, with what went
+wrong in it. Rounds run in processes of their own, forked from this one where that can be, which has the libraries
+imported and has used none of them. A process in which a round left something wrong or hung runs no other.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import multiprocessing
+import os
+import sys
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import torch
+import transformers
+from sentence_transformers import CrossEncoder
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import BertConfig, BertForMaskedLM, BertForSequenceClassification, PreTrainedTokenizerFast
+
+from mp_rerank.race.rounds import (
+    HUNG,
+    MODELS,
+    PATIENCE,
+    REFERENCE,
+    TIED,
+    Pairs,
+    Reference,
+    Round,
+    key_of,
+    kind_of,
+    only_json,
+    requests,
+    together,
+)
+
+__all__ = ["CASES", "apart", "has_library_pool", "load", "make_models", "named", "network", "predict"]
+
+# Many small layers: what races is Python code that runs for each module, and it must run for longer than a thread's
+# turn (5 ms) for two threads to be in it at once.
+LAYERS = 12
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+LIBRARY_POOL_WORKERS = 2
+# A round takes a few seconds, and gives up threads that hang; this is for the process that hangs whole.
+LIMIT_SECONDS = 4 * PATIENCE
+
+Case = Callable[[Path, int, int, Reference], Iterator[Round]]
+
+
+def make_models(folder: Path) -> None:
+    """Two rerankers, and a model whose output weights are tied to its embeddings, with random weights drawn wide.
+
+    With the usual narrow ones every pair would score the same, and scores that were mixed up would not show.
+    """
+    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *(f"word{i}" for i in range(200))]
+    numbers = {token: number for number, token in enumerate(vocabulary)}
+    words = Tokenizer(models.WordLevel(numbers, unk_token="[UNK]"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    words.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]",
+        pair="[CLS] $A [SEP] $B:1 [SEP]:1",
+        special_tokens=[("[CLS]", numbers["[CLS]"]), ("[SEP]", numbers["[SEP]"])],
+    )
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=words,
+        model_max_length=128,
+        pad_token="[PAD]",
+        unk_token="[UNK]",
+        cls_token="[CLS]",
+        sep_token="[SEP]",
+        mask_token="[MASK]",
+    )
+    config = BertConfig(
+        vocab_size=len(vocabulary),
+        hidden_size=32,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=4,
+        intermediate_size=64,
+        max_position_embeddings=128,
+        initializer_range=0.2,
+        num_labels=1,
+    )
+    for seed, name in enumerate((*MODELS, TIED)):
+        torch.manual_seed(seed)
+        model = BertForMaskedLM(config) if name == TIED else BertForSequenceClassification(config)
+        if name != TIED:
+            torch.nn.init.normal_(model.classifier.weight, std=0.5)
+        model.save_pretrained(folder / name)
+        tokenizer.save_pretrained(folder / name)
+
+
+def load(folder: Path, name: str = MODELS[0], dtype: str | None = None) -> Any:
+    """A ``CrossEncoder`` on the CPU, whatever this version calls its arguments."""
+    accepted = inspect.signature(CrossEncoder.__init__).parameters
+    loading = "model_kwargs" if "model_kwargs" in accepted else "automodel_args"
+    argument = "dtype" if version_of(transformers) >= (4, 56) else "torch_dtype"
+    options: dict[str, Any] = {} if dtype is None else {loading: {argument: DTYPES[dtype]}}
+    return CrossEncoder(str(folder / name), device="cpu", **options)
+
+
+def version_of(package: Any) -> tuple[int, int]:
+    major, minor = package.__version__.split(".")[:2]
+    return int(major), int(minor)
+
+
+def network(model: Any) -> torch.nn.Module:
+    """The torch module of a ``CrossEncoder``, which is one itself since sentence-transformers 4."""
+    return model if isinstance(model, torch.nn.Module) else model.model
+
+
+def dtypes_of(model: Any) -> set[torch.dtype]:
+    return {parameter.dtype for parameter in network(model).parameters()}
+
+
+def predict(model: Any, pairs: Pairs, activation: torch.nn.Module | None = None, **options: Any) -> np.ndarray:
+    if activation is not None:
+        accepted = inspect.signature(CrossEncoder.predict).parameters
+        options["activation_fn" if "activation_fct" not in accepted else "activation_fct"] = activation
+    # As a tensor: sentence-transformers 3.0 cannot make an array of bfloat16.
+    scores = model.predict(pairs, show_progress_bar=False, convert_to_tensor=True, **options)
+    found: np.ndarray = scores.float().cpu().numpy()
+    return found
+
+
+def process_state() -> dict[str, Any]:
+    """What loading changes for the whole process and should put back."""
+    base = transformers.PreTrainedModel
+    return {
+        "torch.get_default_dtype()": torch.get_default_dtype(),
+        "torch.nn.Module.register_parameter": torch.nn.Module.register_parameter,
+        "torch.nn.Module.register_buffer": torch.nn.Module.register_buffer,
+        "torch.nn.init.normal_": torch.nn.init.normal_,
+        "torch.linspace": torch.linspace,
+        "PreTrainedModel.tie_weights": base.tie_weights,
+        "PreTrainedModel.init_weights": base.init_weights,
+        "transformers.modeling_utils._init_weights": getattr(transformers.modeling_utils, "_init_weights", None),
+    }
+
+
+ORIGINAL = process_state()
+
+
+def altered() -> list[str]:
+    """Which of it is no longer what it was when this process began, and what it is now."""
+    return [f"{name} is {named(now)}" for name, now in process_state().items() if now is not ORIGINAL[name]]
+
+
+def named(value: Any) -> str:
+    """A function by where it was defined, anything else as it prints."""
+    if not hasattr(value, "__qualname__"):
+        return str(value)
+    return ".".join(filter(None, [getattr(value, "__module__", None), value.__qualname__]))
+
+
+def poison(folder: Path, of: Round) -> list[str]:
+    """What is wrong with loading now that nothing races: alone, in this thread, in this process."""
+    found = []
+    try:
+        model = load(folder)
+        if dtypes_of(model) != {torch.float32}:
+            found.append("a load alone comes out in the wrong dtype")
+        elif not of.as_expected(predict(model, requests(1)[0]), 0, key_of(MODELS[0])):
+            found.append("a load alone scores wrongly")
+    except Exception as error:
+        found.append(f"a load alone raises {kind_of(error)}")
+    try:
+        tied = BertForMaskedLM.from_pretrained(folder / TIED)
+        if tied.get_output_embeddings().weight is not tied.get_input_embeddings().weight:
+            found.append("a model with tied weights, loaded alone, has random ones in their place")
+    except Exception as error:
+        found.append(f"a model with tied weights, loaded alone, raises {kind_of(error)}")
+    if torch.zeros(1).dtype != torch.float32:
+        found.append(f"every new tensor is {torch.zeros(1).dtype}")
+    return found
+
+
+# The cases. Each yields a Round at a time, and is not asked for another after one that left poison or hung threads.
+
+
+def control(folder: Path, threads: int, rounds: int, _: Reference) -> Iterator[Round]:
+    """Everything the threads will do, one after another: what it says is what the others are held against."""
+    make_models(folder)
+    reference: Reference = {}
+    asked = requests(threads)
+    for turn in range(rounds):
+        result = Round(reference)
+        for number in range(max(threads, 4)):
+            name, dtype = MODELS[number % 2], ("float32", "bfloat16")[number // 2 % 2]
+            model = load(folder, name, dtype)
+            result.tries += 1
+            result.wrong_dtypes += dtypes_of(model) != {DTYPES[dtype]}
+            if turn == 0 and number < 4:
+                for logits in (False, True):
+                    activation = torch.nn.Identity() if logits else torch.nn.Sigmoid()
+                    scores = [predict(model, pairs, activation).tolist() for pairs in asked]
+                    reference[key_of(name, dtype, logits=logits)] = scores
+            else:
+                result.check_scores(predict(model, asked[number % threads]), number % threads, key_of(name, dtype))
+        (folder / REFERENCE).write_text(json.dumps(reference))
+        result.altered, result.poison = altered(), poison(folder, result)
+        yield result
+
+
+def loads(
+    choose: Callable[[int], tuple[str, str | None]],
+) -> Case:
+    """The case in which each thread loads the model and dtype that ``choose`` says for its number."""
+
+    def case(folder: Path, threads: int, rounds: int, reference: Reference) -> Iterator[Round]:
+        asked = requests(threads)
+        for _ in range(rounds):
+            result = Round(reference)
+            wanted = [choose(i) for i in range(threads)]
+            loaded = result.take(together([partial(load, folder, *want) for want in wanted]))
+            result.altered = altered()
+            for number, (model, (name, dtype)) in enumerate(zip(loaded, wanted, strict=True)):
+                if model is None:
+                    continue
+                if dtypes_of(model) != {DTYPES[dtype or "float32"]}:
+                    result.wrong_dtypes += 1
+                else:  # scored here, where nothing races any more
+                    try:
+                        result.check_scores(predict(model, asked[number]), number, key_of(name, dtype))
+                    except Exception as error:
+                        result.errors[f"in predict: {kind_of(error)}"] += 1
+            result.poison = poison(folder, result)
+            yield result
+
+    return case
+
+
+def shared_model(folder: Path, threads: int, rounds: int, reference: Reference) -> Iterator[Round]:
+    """All threads score with one model."""
+    return _predictions(folder, threads, rounds, reference, own_activations=False)
+
+
+def own_activations(folder: Path, threads: int, rounds: int, reference: Reference) -> Iterator[Round]:
+    """All threads score with one model, each with the activation it names: half sigmoid, half identity."""
+    return _predictions(folder, threads, rounds, reference, own_activations=True)
+
+
+def _predictions(
+    folder: Path, threads: int, rounds: int, reference: Reference, own_activations: bool
+) -> Iterator[Round]:
+    asked = requests(threads)
+    for _ in range(rounds):
+        model = load(folder)  # a new one each time: its first use is when it still has something to set up
+        result = Round(reference)
+
+        def work(number: int, model: Any = model) -> list[tuple[str, Any]]:
+            logits = own_activations and number % 2
+            activation = (torch.nn.Identity() if logits else torch.nn.Sigmoid()) if own_activations else None
+            key = key_of(MODELS[0], logits=bool(logits))
+            return [(key, predict(model, asked[number], activation, batch_size=8)) for _ in range(4)]
+
+        for number, outcome in enumerate(result.take(together([partial(work, number) for number in range(threads)]))):
+            # Some calls of a thread's may be right: it counts once, as an error of its does.
+            result.wrong_scores += any(not result.as_expected(s, number, key) for key, s in outcome or ())
+        result.altered, result.poison = altered(), poison(folder, result)
+        yield result
+
+
+def library_pool(
+    chunk_size: int | None,
+) -> Case:
+    """The case in which all threads score through the library's own pool of processes."""
+
+    def case(folder: Path, threads: int, rounds: int, reference: Reference) -> Iterator[Round]:
+        asked = requests(threads)
+        model = load(folder)
+        processes = model.start_multi_process_pool(["cpu"] * LIBRARY_POOL_WORKERS)
+        key = key_of(MODELS[0])
+        try:
+            alone = predict(model, asked[0], pool=processes, chunk_size=chunk_size)  # its workers have started
+
+            def work(pairs: Pairs) -> list[np.ndarray]:
+                return [predict(model, pairs, pool=processes, chunk_size=chunk_size) for _ in range(4)]
+
+            for _ in range(rounds):
+                result = Round(reference)
+                assert result.as_expected(alone, 0, key)
+                outcomes = result.take(together([partial(work, pairs) for pairs in asked]))
+                for number, scores in enumerate(outcomes):
+                    result.wrong_scores += any(not result.as_expected(s, number, key) for s in scores or ())
+                result.altered = altered()
+                [later] = together([partial(predict, model, asked[0], pool=processes, chunk_size=chunk_size)])
+                if later is HUNG:
+                    result.poison = ["a later call alone hangs"]
+                elif isinstance(later, Exception):
+                    result.poison = [f"a later call alone raises {kind_of(later)}"]
+                elif not result.as_expected(later, 0, key):
+                    result.poison = ["a later call alone gets another's scores"]
+                yield result
+        finally:
+            model.stop_multi_process_pool(processes)
+
+    return case
+
+
+def has_library_pool() -> bool:
+    """Whether this version's ``CrossEncoder`` has a pool of its own."""
+    accepted = inspect.signature(CrossEncoder.predict).parameters
+    return hasattr(CrossEncoder, "start_multi_process_pool") and "pool" in accepted
+
+
+CASES: dict[str, Case] = {
+    "control": control,
+    "load": loads(lambda i: (MODELS[0], None)),
+    "dtypes": loads(lambda i: (MODELS[0], ("float32", "bfloat16")[i % 2])),
+    "models": loads(lambda i: (MODELS[i % 2], None)),
+    "predict": shared_model,
+    "activations": own_activations,
+    "library-pool": library_pool(None),
+    "library-pool-one-chunk": library_pool(1000),
+}
+
+
+def run_rounds(send: Connection, case: str, folder: Path, threads: int, rounds: int) -> None:
+    """Run rounds of a case until one leaves this process unfit for another."""
+    reference = {} if case == "control" else json.loads((folder / REFERENCE).read_text())
+    running = CASES[case](folder, threads, rounds, reference)
+    for result in running:
+        send.send(result.as_json())
+        if result.poison or result.hangs:
+            break
+    running.close()  # type: ignore[attr-defined]
+
+
+def run_case(case: str, folder: Path, threads: int, rounds: int) -> Iterator[Any]:
+    """Run rounds of a case, in as many processes as it takes: what each says, or how its process failed instead."""
+    while rounds > 0:
+        for said in apart(run_rounds, case, folder, threads, rounds):
+            yield said
+            rounds -= 1
+
+
+def apart(target: Callable[..., None], *arguments: Any, limit: float = LIMIT_SECONDS) -> Iterator[Any]:
+    """Call ``target(connection, *arguments)`` in a process of its own, and yield what it sends.
+
+    A process that fails, or sends nothing for ``limit`` seconds and is killed, has ``{"failure": ...}`` in its place.
+    """
+    context: Any = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=_begin, args=(target, sender, arguments))
+    process.start()
+    sender.close()
+    try:
+        while receiver.poll(limit):
+            yield receiver.recv()
+    except EOFError:
+        process.join()
+        if process.exitcode:
+            yield {"failure": f"the process ended with {process.exitcode}"}
+    else:
+        kill_tree(process.pid)
+        process.join()
+        yield {"failure": "hung"}
+
+
+def _begin(target: Callable[..., None], send: Connection, arguments: Sequence[Any]) -> None:
+    torch.set_num_threads(1)
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        target(send, *arguments)
+    except Exception as error:
+        traceback.print_exc()
+        sys.stderr.flush()
+        send.send({"failure": f"outside of the threads: {kind_of(error)}"})
+    send.close()
+    os._exit(0)  # a thread that hangs must not keep it
+
+
+def kill_tree(pid: int) -> None:
+    """End a process and all that it started."""
+    try:
+        tree = psutil.Process(pid)
+        for process in (*tree.children(recursive=True), tree):
+            try:
+                process.kill()
+            except psutil.NoSuchProcess:
+                pass
+    except psutil.NoSuchProcess:
+        pass
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Run every case; see the module's docstring."""
+    place, threads, rounds = arguments
+    with only_json() as out:
+        for case in CASES:
+            if case.startswith("library-pool") and not has_library_pool():
+                print(json.dumps({"case": case, "absent": True}), file=out, flush=True)
+                continue
+            for said in run_case(case, Path(place), int(threads), int(rounds)):
+                print(json.dumps({"case": case, **said}), file=out, flush=True)
+            if not (Path(place) / REFERENCE).is_file():
+                return  # the control failed: there is nothing to hold others against
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,307 @@
+"""Run the cases, add up what they say, and print it. Exit codes:
+
+0   neither threads that load and score with ``CrossEncoder`` nor the pool went wrong here
+1   the pool went wrong, or loading one after another did: nothing can be said of threads then
+2   a mistake in the call
+3   threads went wrong, and the pool did not: this environment is affected
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+import mp_rerank
+from mp_rerank.race.rounds import REFERENCE
+
+__all__ = ["AFFECTED", "FAILED", "Case", "Report", "race", "run"]
+
+FAILED = 1
+AFFECTED = 3
+
+SERIAL, THREADS, POOL = "one after another", "CrossEncoder in threads", "RerankerPool in threads"
+# What is run, for whom, in the order of the table.
+CASES = {
+    "control": (SERIAL, "each loads one"),
+    "load": (THREADS, "each loads one"),
+    "dtypes": (THREADS, "each loads one, half in bfloat16"),
+    "models": (THREADS, "each loads one, of two models"),
+    "predict": (THREADS, "all score with one"),
+    "activations": (THREADS, "all score with one, half as logits"),
+    "library-pool": (THREADS, "all score through its process pool"),
+    "library-pool-one-chunk": (THREADS, "the same, a call in one chunk"),
+    "pool": (POOL, "all start one and score"),
+    "pools": (POOL, "the same, of three at once"),
+}
+COLUMNS = ("tries", "errors", "dtypes", "scores", "hangs", "poisoned")
+# For the process that runs all cases of a kind and has limits of its own for what hangs in it: the last resort.
+LIMIT_SECONDS = 3600.0
+WHERE_LIMIT_SECONDS = 900.0
+
+
+@dataclass
+class Case:
+    """What went wrong in all rounds of one case."""
+
+    name: str
+    who: str
+    what: str
+    rounds: int = 0
+    tries: int = 0
+    errors: Counter[str] = field(default_factory=Counter)
+    wrong_dtypes: int = 0
+    wrong_scores: int = 0
+    hangs: int = 0
+    poisoned: int = 0  # rounds
+    poison: Counter[str] = field(default_factory=Counter)  # each of what it was, in rounds
+    altered: Counter[str] = field(default_factory=Counter)
+    absent: bool = False  # this version of the library has nothing of the kind
+
+    def add(self, said: Mapping[str, Any], threads: int) -> None:
+        """Add what a line of JSON says: of a round, or of the process that was to run it."""
+        if "absent" in said:
+            self.absent = True
+            return
+        self.rounds += 1
+        if "failure" in said:
+            self.tries += threads
+            if said["failure"] == "hung":
+                self.hangs += threads
+            else:
+                self.errors[said["failure"]] += 1
+            return
+        self.tries += said["tries"]
+        self.errors.update(said["errors"])
+        self.wrong_dtypes += said["wrong_dtypes"]
+        self.wrong_scores += said["wrong_scores"]
+        self.hangs += said["hangs"]
+        self.poisoned += bool(said["poison"])
+        self.poison.update(said["poison"])
+        self.altered.update(said["altered"])
+
+    @property
+    def clean(self) -> bool:
+        """Whether nothing went wrong."""
+        return not (self.errors or self.wrong_dtypes or self.wrong_scores or self.hangs or self.poisoned)
+
+    @property
+    def row(self) -> tuple[str, ...]:
+        """Its cells, under ``COLUMNS``."""
+        if not self.rounds:
+            return ("none" if self.absent else "not run",) + ("",) * (len(COLUMNS) - 1)
+        counts = (self.tries, self.errors.total(), self.wrong_dtypes, self.wrong_scores, self.hangs)
+        return (*map(str, counts), f"{self.poisoned} of {self.rounds}")
+
+
+@dataclass
+class Report:
+    """A whole run."""
+
+    versions: dict[str, str]
+    threads: int
+    rounds: int
+    cases: list[Case]
+    seconds: float
+
+    @property
+    def affected(self) -> bool:
+        """Whether threads with a ``CrossEncoder`` went wrong."""
+        return any(not case.clean for case in self.cases if case.who == THREADS)
+
+    @property
+    def failed(self) -> bool:
+        """Whether the pool went wrong, or the control."""
+        return any(not case.clean for case in self.cases if case.who != THREADS)
+
+    @property
+    def exit_code(self) -> int:
+        """See the module's docstring."""
+        return FAILED if self.failed else AFFECTED if self.affected else 0
+
+    def as_json(self) -> dict[str, Any]:
+        """Everything, with the verdict."""
+        # Not dataclasses.asdict, which makes a mess of a Counter before Python 3.12.
+        verdict = {"affected": self.affected, "failed": self.failed, "exit_code": self.exit_code}
+        return {**vars(self), "cases": [vars(case) for case in self.cases], **verdict}
+
+    def as_text(self) -> str:
+        """A table, what the counts are made of, and the verdict."""
+        lines = [
+            ", ".join(f"{name} {number}" for name, number in self.versions.items()),
+            f"{self.threads} threads, {self.rounds} rounds, {self.seconds:.0f} s",
+            "",
+        ]
+        width = max(len(case.what) for case in self.cases) + 2
+        who = ""
+        for case in self.cases:
+            if case.who != who:
+                if who:
+                    lines.append("")
+                who = case.who
+                lines.append(f"{who:<{width}}" + "".join(f"{name:>10}" for name in COLUMNS))
+            lines.append((f"  {case.what:<{width - 2}}" + "".join(f"{cell:>10}" for cell in case.row)).rstrip())
+        lines.append("")
+        for case in self.cases:
+            details = [
+                *(f"{count} x {kind}" for kind, count in case.errors.most_common()),
+                *(
+                    f"afterwards, in {count} of {case.rounds} rounds: {what}"
+                    for what, count in case.poison.most_common()
+                ),
+                *(f"left behind in {count} of {case.rounds} rounds: {what}" for what, count in case.altered.items()),
+            ]
+            if details:
+                lines += [f"{case.who}, {case.what}:", *(f"  {detail}" for detail in details)]
+        if lines[-1]:
+            lines.append("")
+        lines.append(self.verdict)
+        return "\n".join(lines)
+
+    @property
+    def verdict(self) -> str:
+        """The result in a line."""
+        if self.failed:
+            return "RerankerPool, or loading one after another, went wrong here."
+        if self.affected:
+            return "Affected: threads with a CrossEncoder went wrong here. RerankerPool did not."
+        return "Not affected: nothing went wrong here, with threads or with RerankerPool."
+
+
+def race(
+    threads: int = 8,
+    rounds: int = 3,
+    *,
+    limit: float = LIMIT_SECONDS,
+    tell: Callable[[str], None] = lambda _: None,
+) -> Report:
+    """Run every case.
+
+    Args:
+        threads: how many race.
+        rounds: how often; a process that a round left unfit is replaced for the next.
+        limit: seconds for all cases of a kind, after which what is running counts as hung and is killed.
+        tell: called with a line when a kind begins.
+    """
+    start = time.monotonic()
+    cases = {name: Case(name, who, what) for name, (who, what) in CASES.items()}
+    with tempfile.TemporaryDirectory(prefix="mp_rerank_race_") as folder:
+        for module, kinds in (("cases", (SERIAL, THREADS)), ("pools", (POOL,))):
+            mine = [case for case in cases.values() if case.who in kinds]
+            tell(", ".join(kinds))
+            lines, failure = _run_process(module, [folder, str(threads), str(rounds)], limit)
+            for line in lines:
+                said = json.loads(line)
+                cases[said["case"]].add(said, threads)
+            if failure:
+                missing = [case for case in mine if not case.rounds and not case.absent] or mine[-1:]
+                missing[0].add({"failure": failure}, threads)
+            if not (Path(folder) / REFERENCE).is_file():
+                break  # the control failed: there is nothing to hold others against
+    return Report(versions(), threads, rounds, list(cases.values()), time.monotonic() - start)
+
+
+def versions() -> dict[str, str]:
+    """Of everything whose version matters here."""
+    found = {"python": platform.python_version(), "mp-rerank": mp_rerank.__version__}
+    for name in ("torch", "transformers", "sentence-transformers", "tokenizers"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "none"
+    return found
+
+
+def _run_process(module: str, arguments: list[str], limit: float) -> tuple[list[str], str]:
+    """Run a module of this package's: the lines it printed, and ``"hung"``, how it died, or nothing."""
+    environment = {
+        **os.environ,
+        "HF_HUB_OFFLINE": "1",
+        "OMP_NUM_THREADS": "1",
+        "OPENBLAS_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join(
+            filter(None, [str(Path(mp_rerank.__file__).parent.parent), os.environ.get("PYTHONPATH")])
+        ),
+    }
+    environment.pop("PYTHONWARNINGS", None)
+    process = subprocess.Popen(
+        [sys.executable, "-W", "ignore", "-m", f"mp_rerank.race.{module}", *arguments],
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        encoding="utf-8",
+        errors="replace",
+    )
+    try:
+        out, err = process.communicate(timeout=limit)
+        failure = ""
+        if process.returncode:
+            said = err.strip().splitlines()
+            failure = f"the process ended with {process.returncode}: {said[-1][:200] if said else ''}"
+        return out.splitlines(), failure
+    except subprocess.TimeoutExpired:
+        _kill_tree(process.pid)
+        out, _ = process.communicate()
+        return out.splitlines(), "hung"
+    finally:
+        if process.poll() is None:
+            _kill_tree(process.pid)
+            process.communicate()
+
+
+def _kill_tree(pid: int) -> None:
+    """End a process and all that it started, children first."""
+    try:
+        tree = psutil.Process(pid)
+        for process in (*tree.children(recursive=True), tree):
+            try:
+                process.kill()
+            except psutil.NoSuchProcess:
+                pass
+    except psutil.NoSuchProcess:
+        pass
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """The command: print the report, return the exit code."""
+    for name, least in (("threads", 2), ("rounds", 1)):
+        if getattr(arguments, name) < least:
+            raise ValueError(f"--{name}: at least {least} is needed, not {getattr(arguments, name)}")
+    if arguments.where:
+        return _where(arguments)
+
+    def tell(line: str) -> None:
+        if sys.stderr.isatty():
+            print(f"\r\x1b[K{line}", end="", file=sys.stderr, flush=True)
+
+    report = race(arguments.threads, arguments.rounds, tell=tell)
+    if sys.stderr.isatty():
+        print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+    print(json.dumps(report.as_json(), indent=2) if arguments.json else report.as_text())
+    return report.exit_code
+
+
+def _where(arguments: argparse.Namespace) -> int:
+    lines, failure = _run_process(
+        "where", [str(arguments.threads), "json" if arguments.json else "text"], WHERE_LIMIT_SECONDS
+    )
+    print("\n".join(lines))
+    if failure:
+        print(f"mp-rerank race: {failure}", file=sys.stderr)
+        return FAILED
+    return 0
