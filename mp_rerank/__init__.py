@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     )
     from mp_rerank.pool import RerankerPool
     from mp_rerank.results import PoolMemory, PoolStats, RerankResult, WorkerInfo, WorkerMemory
+    from mp_rerank.shared import shared_pool
 
 __version__ = "0.1.0"
 
@@ -48,9 +49,10 @@ __all__ = [
     "WorkerCrashedError",
     "WorkerInfo",
     "WorkerMemory",
+    "shared_pool",
 ]
 
-_MODULES = ("errors", "config", "results", "pool")
+_MODULES = ("errors", "config", "results", "pool", "shared")
 
 
 def __getattr__(name: str) -> Any:

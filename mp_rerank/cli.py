@@ -1,6 +1,8 @@
 """``mp-rerank``, the command.
 
     mp-rerank rank QUERY [FILE]     rank the documents of FILE, or of standard input
+    mp-rerank run --queries Q --corpus C --run R --output O
+                                    rerank a whole run of a first stage, from files to a file
     mp-rerank plan                  which workers a pool would start here, and why
 
 Exit codes: 0; 1 where the work failed; 2 for a mistake in the call or in the input; 130 after Ctrl-C.
@@ -9,6 +11,7 @@ Exit codes: 0; 1 where the work failed; 2 for a mistake in the call or in the in
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import logging
@@ -107,7 +110,88 @@ def _parser() -> argparse.ArgumentParser:
 
     plan = commands.add_parser("plan", parents=[common], help="show the workers a pool would start, and why")
     plan.set_defaults(run=_plan)
+
+    run = commands.add_parser(
+        "run",
+        parents=[common],
+        help="rerank a whole run, from files to a file",
+        description="Rerank the candidates of many queries. Ended in the middle, it goes on from there when run again.",
+    )
+    run.add_argument("--queries", required=True, metavar="FILE", help="BEIR's JSONL, or lines of id, tab, text")
+    run.add_argument("--corpus", required=True, metavar="FILE", help="BEIR's JSONL, or lines of id, tab, text")
+    run.add_argument(
+        "--run", required=True, metavar="FILE", dest="candidates", help="the first stage's, as TREC has it"
+    )
+    run.add_argument("--output", required=True, metavar="FILE", help="the run to write, or to go on with")
+    run.add_argument("--top-n", type=int, metavar="N", help="write the best N of each query only")
+    run.add_argument("--overwrite", action="store_true", help="begin again, whatever is in the output")
+    run.add_argument("--qrels", metavar="FILE", help="judgements, TREC's or BEIR's: print measures of both runs")
+    run.add_argument(
+        "--metrics", nargs="+", metavar="NAME", help="which measures (default: nDCG@10 RR@10 R@100; needs ir-measures)"
+    )
+    run.add_argument("--dtype", help="float32, bfloat16, float16 or auto")
+    run.add_argument("--max-length", type=int, metavar="N", help="truncate pairs to so many tokens")
+    run.set_defaults(run=_run)
+
+    race = commands.add_parser(
+        "race",
+        help="show whether threads with a CrossEncoder go wrong here, and where",
+        description="Load and score in threads, with CrossEncoder and with the pool, on a model made for it. "
+        "Exit code 3: CrossEncoder in threads went wrong here; 0: it did not; 1: the pool did.",
+    )
+    race.add_argument("--threads", type=int, default=8, metavar="N", help="threads that race (default: 8)")
+    race.add_argument("--rounds", type=int, default=3, metavar="N", help="how often each case is run (default: 3)")
+    race.add_argument("--json", action="store_true", help="print JSON")
+    race.add_argument(
+        "--where", action="store_true", help="show instead which state two threads are in at once, with their stacks"
+    )
+    race.set_defaults(run=_race, verbose=False)
     return parser
+
+
+def _race(arguments: argparse.Namespace) -> int:
+    from mp_rerank.race.command import run
+
+    return run(arguments)
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    from mp_rerank import bulk
+
+    if arguments.metrics and not arguments.qrels:
+        raise _InputError("--metrics: they need --qrels")
+    measures = arguments.metrics or bulk.DEFAULT_MEASURES
+    if arguments.qrels:
+        try:
+            bulk.parse_measures(measures)  # before the work and not after it
+        except ModuleNotFoundError as error:
+            raise _InputError(str(error)) from error
+    spec = ModelSpec(arguments.model, dtype=arguments.dtype, max_length=arguments.max_length)
+    pool = RerankerPool(
+        spec, devices=arguments.devices, workers=arguments.workers, threads_per_worker=arguments.threads
+    )
+    with contextlib.closing(pool):
+        done = bulk.rerank_run(
+            pool,
+            queries=arguments.queries,
+            corpus=arguments.corpus,
+            run=arguments.candidates,
+            output=arguments.output,
+            top_n=arguments.top_n,
+            tag=bulk.model_tag(spec),
+            overwrite=arguments.overwrite,
+            progress=None,
+        )
+    print(f"{arguments.output}: {done}", file=sys.stderr)
+    runs = [arguments.candidates, arguments.output] if arguments.qrels else []
+    means = bulk.evaluate(arguments.qrels, runs, measures) if runs else []
+    if arguments.json:
+        print(json.dumps({**dataclasses.asdict(done), "metrics": dict(zip(runs, means, strict=True))}, indent=2))
+    elif runs:
+        print("  ".join(["run".ljust(max(map(len, runs))), *means[0]]))
+        for name, row in zip(runs, means, strict=True):
+            print("  ".join([name.ljust(max(map(len, runs))), *(f"{v:.4f}".rjust(len(k)) for k, v in row.items())]))
+    return 0
 
 
 def _rank(arguments: argparse.Namespace) -> int:

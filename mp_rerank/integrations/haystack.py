@@ -1,0 +1,182 @@
+"""Haystack: `PoolRanker`, a component for pipelines, sync and async.
+
+    components:
+      ranker:
+        type: mp_rerank.integrations.haystack.PoolRanker
+        init_parameters:
+          model: cross-encoder/ms-marco-MiniLM-L6-v2
+          top_k: 5
+
+    Pipeline.loads(text, allowed_modules=["mp_rerank.integrations.haystack"])
+
+Haystack 3 loads only what it is told to trust. This module is not on its list by itself, since ``model_options`` can
+name code to run (``loader``, ``trust_remote_code``): allow it for YAML you trust.
+
+Scores follow Haystack's ``SentenceTransformersSimilarityRanker``: the sigmoid of the model's logit, in [0, 1], with
+``scale_score`` (its default), and the bare logit without. The pool therefore holds the model without its activation.
+Documents come back as copies with ``score`` set; of several with the same id, one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+from haystack import Document, component, default_from_dict, default_to_dict
+
+from mp_rerank.config import BUILTIN, ModelSpec
+from mp_rerank.pool import RerankerPool
+from mp_rerank.results import RerankResult
+from mp_rerank.shared import shared_pool
+
+__all__ = ["PoolRanker"]
+
+
+@component
+class PoolRanker:
+    """Ranks documents by their relevance to a query, in the process's shared pool for its model and device.
+
+    Args:
+        model: ``"builtin"``, a hub name, or the path of a local folder.
+        device: as for ``shared_pool``.
+        top_k: how many documents to return; ``None``: all.
+        query_prefix, document_prefix: put before the query and before each document's text.
+        meta_fields_to_embed: metadata put before the text, joined by ``embedding_separator``.
+        scale_score: whether scores are sigmoids or logits.
+        score_threshold: return only documents that score at least so much.
+        model_options: other fields of ``ModelSpec``, but for ``activation``.
+        pool_options: other keywords of ``shared_pool``.
+    """
+
+    def __init__(
+        self,
+        model: str = BUILTIN,
+        device: str | None = None,
+        top_k: int | None = 10,
+        query_prefix: str = "",
+        document_prefix: str = "",
+        meta_fields_to_embed: list[str] | None = None,
+        embedding_separator: str = "\n",
+        scale_score: bool = True,
+        score_threshold: float | None = None,
+        model_options: dict[str, Any] | None = None,
+        pool_options: dict[str, Any] | None = None,
+    ) -> None:
+        _check_top_k(top_k)
+        self.model = model
+        self.device = device
+        self.top_k = top_k
+        self.query_prefix = query_prefix
+        self.document_prefix = document_prefix
+        self.meta_fields_to_embed = meta_fields_to_embed or []
+        self.embedding_separator = embedding_separator
+        self.scale_score = scale_score
+        self.score_threshold = score_threshold
+        self.model_options = model_options or {}
+        self.pool_options = pool_options or {}
+
+    @property
+    def pool(self) -> RerankerPool:
+        """The pool that scores."""
+        spec = ModelSpec(self.model, activation="identity", **self.model_options)
+        return shared_pool(spec, self.device, **self.pool_options)
+
+    def warm_up(self) -> None:
+        """Start the pool, if nobody has; ``run`` would, too."""
+        self.pool.start()
+
+    async def warm_up_async(self) -> None:
+        """``warm_up`` while the loop goes on."""
+        await asyncio.to_thread(self.warm_up)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Its parameters, as Haystack keeps them in YAML."""
+        data: dict[str, Any] = default_to_dict(
+            self,
+            model=self.model,
+            device=self.device,
+            top_k=self.top_k,
+            query_prefix=self.query_prefix,
+            document_prefix=self.document_prefix,
+            meta_fields_to_embed=self.meta_fields_to_embed,
+            embedding_separator=self.embedding_separator,
+            scale_score=self.scale_score,
+            score_threshold=self.score_threshold,
+            model_options=self.model_options,
+            pool_options=self.pool_options,
+        )
+        return data
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> PoolRanker:
+        """The component ``to_dict`` told of."""
+        ranker: PoolRanker = default_from_dict(cls, data)
+        return ranker
+
+    @component.output_types(documents=list[Document])
+    def run(
+        self,
+        query: str,
+        documents: list[Document],
+        top_k: int | None = None,
+        scale_score: bool | None = None,
+        score_threshold: float | None = None,
+    ) -> dict[str, list[Document]]:
+        """The best documents, best first; ``None`` stands for the component's own setting.
+
+        Raises:
+            ValueError: ``top_k`` is less than 1.
+        """
+        _check_top_k(top_k)
+        kept, texts = self._texts(documents)
+        results = self.pool.rerank(self.query_prefix + query, texts)
+        return {"documents": self._ranked(kept, results, top_k, scale_score, score_threshold)}
+
+    @component.output_types(documents=list[Document])
+    async def run_async(
+        self,
+        query: str,
+        documents: list[Document],
+        top_k: int | None = None,
+        scale_score: bool | None = None,
+        score_threshold: float | None = None,
+    ) -> dict[str, list[Document]]:
+        """``run`` while the loop goes on; no thread waits."""
+        _check_top_k(top_k)
+        kept, texts = self._texts(documents)
+        results = await self.pool.arerank(self.query_prefix + query, texts)
+        return {"documents": self._ranked(kept, results, top_k, scale_score, score_threshold)}
+
+    def _texts(self, documents: list[Document]) -> tuple[list[Document], list[str]]:
+        kept = list({document.id: document for document in reversed(documents)}.values())[::-1]
+        texts = []
+        for document in kept:
+            fields = [str(document.meta[name]) for name in self.meta_fields_to_embed if document.meta.get(name)]
+            texts.append(self.document_prefix + self.embedding_separator.join([*fields, document.content or ""]))
+        return kept, texts
+
+    def _ranked(
+        self,
+        documents: list[Document],
+        results: list[RerankResult],
+        top_k: int | None,
+        scale_score: bool | None,
+        score_threshold: float | None,
+    ) -> list[Document]:
+        scale = self.scale_score if scale_score is None else scale_score
+        threshold = self.score_threshold if score_threshold is None else score_threshold
+        logits = np.array([result.relevance_score for result in results], dtype=np.float64)
+        scores = 1.0 / (1.0 + np.exp(-np.clip(logits, -700, 700))) if scale else logits
+        ranked = [
+            replace(documents[result.index], score=score)
+            for result, score in zip(results, scores.tolist(), strict=True)
+            if threshold is None or score >= threshold
+        ]
+        return ranked[: self.top_k if top_k is None else top_k]
+
+
+def _check_top_k(top_k: int | None) -> None:
+    if top_k is not None and top_k < 1:
+        raise ValueError(f"top_k: at least 1 is needed, not {top_k}")

@@ -1,0 +1,81 @@
+"""Langroid: every ``DocChatAgent`` reranks in a pool, all at once, with `install`; or some do, with `PoolRerankMixin`.
+
+    from mp_rerank.integrations import langroid
+
+    langroid.install()          # before or after agents are made; their code stays as it is
+
+    class MyAgent(langroid.PoolRerankMixin, DocChatAgent): ...      # or only these
+
+Langroid (0.69) keeps one ``CrossEncoder`` a model and device, behind a lock: agents wait for each other. ``install``
+replaces the function that looks into that cache, so that it gives the process's shared pool and a lock that holds up
+nobody.
+
+The configuration keeps its meaning: ``cross_encoder_reranking_model`` names the model (``"builtin"`` works too) and
+``cross_encoder_device`` the device, ``None`` being the best there is; only that ``None`` and ``"cuda"`` mean every
+visible GPU and not just the first. Langroid takes ``CrossEncoder.predict``'s scores, after the model's activation, and
+applies a sigmoid of its own before it sorts; it still does after ``install``. The mixin sorts by the scores themselves,
+which is the same order. Passages are given back as they are.
+"""
+
+from __future__ import annotations
+
+import inspect
+from contextlib import nullcontext
+from typing import Any, ClassVar
+
+from langroid.agent.special import doc_chat_agent
+from langroid.mytypes import Document
+
+from mp_rerank.shared import shared_pool
+
+__all__ = ["PoolRerankMixin", "install", "uninstall"]
+
+_original = getattr(doc_chat_agent, "_get_cross_encoder_entry", None)
+
+
+def install(**options: Any) -> None:
+    """Give the process's shared pool to every ``DocChatAgent``. Called again, it replaces the options.
+
+    Args:
+        options: keywords of ``shared_pool``, for every model.
+
+    Raises:
+        RuntimeError: this version of Langroid keeps its cross-encoders in some other way.
+    """
+    entry_type = getattr(doc_chat_agent, "_CrossEncoderCacheEntry", None)
+    parameters = [] if _original is None else list(inspect.signature(_original).parameters)
+    if entry_type is None or parameters != ["model_name", "device"]:
+        raise RuntimeError(
+            "this version of Langroid has no cache of cross-encoders that is known here (0.69 has); "
+            "use PoolRerankMixin in place of install()"
+        )
+
+    def get_entry(model_name: str, device: str | None) -> Any:
+        return entry_type(model=shared_pool(model_name, device, **options), lock=nullcontext())
+
+    doc_chat_agent._get_cross_encoder_entry = get_entry
+
+
+def uninstall() -> None:
+    """Give Langroid its own cache back. Pools are left to those who use them."""
+    if _original is not None:
+        doc_chat_agent._get_cross_encoder_entry = _original
+
+
+class PoolRerankMixin:
+    """For a subclass of ``DocChatAgent``, named before it; needs none of Langroid's private names.
+
+    Attributes:
+        pool_options: keywords of ``shared_pool``.
+    """
+
+    pool_options: ClassVar[dict[str, Any]] = {}
+    config: Any
+
+    def rerank_with_cross_encoder(self, query: str, passages: list[Document]) -> list[Document]:
+        """The passages, best first."""
+        pool = shared_pool(
+            self.config.cross_encoder_reranking_model, self.config.cross_encoder_device, **self.pool_options
+        )
+        ranked = pool.rerank(query, [passage.content for passage in passages])
+        return [passages[result.index] for result in ranked]

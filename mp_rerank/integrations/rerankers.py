@@ -1,0 +1,120 @@
+"""rerankers: `PoolRanker`, a ranker like those ``Reranker(...)`` returns.
+
+    from mp_rerank.integrations.rerankers import PoolRanker
+
+    ranker = PoolRanker("cross-encoder/ms-marco-MiniLM-L6-v2")
+    ranker.rank("how do birds fly?", documents).top_k(5)
+
+Scores follow ``TransformerRanker``: the bare logits, higher is better. The pool therefore holds the model without its
+activation. Documents given as ``Document`` keep ids and metadata and are not changed; ids or metadata given beside them
+go to copies.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any, TypeAlias
+
+from rerankers.documents import Document
+from rerankers.models.ranker import BaseRanker
+from rerankers.results import RankedResults, Result
+
+from mp_rerank.config import BUILTIN, ModelSpec
+from mp_rerank.pool import RerankerPool
+from mp_rerank.results import RerankResult
+from mp_rerank.shared import shared_pool
+
+__all__ = ["PoolRanker"]
+
+Docs: TypeAlias = "str | Document | Sequence[str] | Sequence[Document]"
+
+
+class PoolRanker(BaseRanker):
+    """Ranks in the process's shared pool for its model and device.
+
+    Args:
+        model_name_or_path: ``"builtin"``, a hub name, the path of a local folder, or a ``ModelSpec`` (whose
+            ``activation`` then decides over the scores).
+        verbose: accepted; nothing is printed.
+        device: as for ``shared_pool``.
+        options: other keywords of ``shared_pool``.
+    """
+
+    ranking_type = "pointwise"
+
+    def __init__(
+        self,
+        model_name_or_path: str | ModelSpec = BUILTIN,
+        verbose: int = 0,
+        device: str | None = None,
+        **options: Any,
+    ) -> None:
+        self.verbose = verbose
+        self.device = device
+        self._options = options
+        self._spec = (
+            model_name_or_path
+            if isinstance(model_name_or_path, ModelSpec)
+            else ModelSpec(model_name_or_path, activation="identity")
+        )
+
+    @property
+    def pool(self) -> RerankerPool:
+        """The pool that scores."""
+        return shared_pool(self._spec, self.device, **self._options)
+
+    def score(self, query: str, doc: str) -> float:
+        """The logit of one document."""
+        return float(self.pool.submit_pairs([(query, doc)]).result()[0])
+
+    def rank(
+        self,
+        query: str,
+        docs: Docs,
+        doc_ids: Sequence[str] | Sequence[int] | None = None,
+        metadata: Sequence[dict[str, Any]] | None = None,
+    ) -> RankedResults:
+        """All documents, best first, with ranks from 1. Without ids of their own they are numbered from 0."""
+        documents = _documents(docs, doc_ids, metadata)
+        return _ranked(query, documents, self.pool.rerank(query, [document.text for document in documents]))
+
+    async def rank_async(
+        self,
+        query: str,
+        docs: Docs,
+        doc_ids: Sequence[str] | Sequence[int] | None = None,
+        metadata: Sequence[dict[str, Any]] | None = None,
+    ) -> RankedResults:
+        """``rank`` while the loop goes on; no thread waits."""
+        documents = _documents(docs, doc_ids, metadata)
+        return _ranked(query, documents, await self.pool.arerank(query, [document.text for document in documents]))
+
+
+def _documents(docs: Docs, doc_ids: Sequence[Any] | None, metadata: Sequence[dict[str, Any]] | None) -> list[Document]:
+    given = [docs] if isinstance(docs, (str, Document)) else list(docs)
+    for name, values in (("doc_ids", doc_ids), ("metadata", metadata)):
+        if values is not None and len(values) != len(given):
+            raise ValueError(f"{name}: {len(given)} are needed, one a document, not {len(values)}")
+    documents = []
+    for place, doc in enumerate(given):
+        document = copy.copy(doc) if isinstance(doc, Document) else Document(doc)
+        if doc_ids is not None:
+            document.doc_id = doc_ids[place]
+        elif document.doc_id is None:
+            document.doc_id = place
+        if metadata is not None:
+            document.metadata = metadata[place]
+        documents.append(document)
+    return documents
+
+
+def _ranked(query: str, documents: list[Document], results: list[RerankResult]) -> RankedResults:
+    return RankedResults(
+        results=[
+            Result(document=documents[result.index], score=result.relevance_score, rank=rank)
+            for rank, result in enumerate(results, 1)
+        ],
+        query=query,
+        has_scores=True,
+    )

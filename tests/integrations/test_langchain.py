@@ -1,0 +1,120 @@
+"""The pool in LangChain: its own retriever, compressor and cross-encoder seam."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+from conftest import PATIENCE, Fifo
+from fakes import score_of
+from frameworks import need
+
+from mp_rerank import ModelSpec, RequestTimeoutError, RerankerPool
+
+need("langchain_core")
+need("langchain_classic.retrievers.document_compressors")
+
+from langchain_classic.retrievers import ContextualCompressionRetriever  # noqa: E402
+from langchain_classic.retrievers.document_compressors import CrossEncoderReranker  # noqa: E402
+from langchain_core.documents import Document  # noqa: E402
+from langchain_core.retrievers import BaseRetriever  # noqa: E402
+
+from mp_rerank.integrations.langchain import PoolCrossEncoder, PoolReranker  # noqa: E402
+
+MakePool = Callable[..., RerankerPool]
+
+
+def documents_of(query: str) -> list[Document]:
+    return [
+        Document(id=f"id {i}", page_content=f"{query}, document {i}", metadata={"source": f"file {i}", "nested": {}})
+        for i in range(20)
+    ]
+
+
+class Retriever(BaseRetriever):
+    """A first stage that finds the same number of documents for every query."""
+
+    def _get_relevant_documents(self, query: str, **_: Any) -> list[Document]:
+        return documents_of(query)
+
+
+def expected(query: str, top_n: int | None) -> list[tuple[str | None, str, dict[str, Any]]]:
+    scored = [(score_of(query, d.page_content), d) for d in documents_of(query)]
+    scored.sort(key=lambda pair: -pair[0])
+    return [(d.id, d.page_content, {**d.metadata, "relevance_score": score}) for score, d in scored[:top_n]]
+
+
+def plain(documents: list[Document]) -> list[tuple[str | None, str, dict[str, Any]]]:
+    return [(d.id, d.page_content, d.metadata) for d in documents]
+
+
+def test_many_threads_retrieve_through_one_pool(make_pool: MakePool) -> None:
+    with make_pool() as pool, ThreadPoolExecutor(16) as agents:
+        retriever = ContextualCompressionRetriever(
+            base_compressor=PoolReranker(pool=pool, top_n=5), base_retriever=Retriever()
+        )
+        queries = [f"query {i}" for i in range(64)]
+        for query, found in zip(queries, agents.map(retriever.invoke, queries), strict=True):
+            assert plain(found) == expected(query, 5)
+
+
+def test_many_tasks_retrieve_through_one_pool_on_its_futures(
+    make_pool: MakePool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def agents(retriever: ContextualCompressionRetriever) -> list[list[Document]]:
+        return await asyncio.gather(*(retriever.ainvoke(f"query {i}") for i in range(64)))
+
+    with make_pool() as pool:
+        monkeypatch.setattr(PoolReranker, "compress_documents", None)  # what the base class would run in a thread
+        compressor = PoolReranker(pool=pool, top_n=None)
+        retriever = ContextualCompressionRetriever(base_compressor=compressor, base_retriever=Retriever())
+        for i, found in enumerate(asyncio.run(agents(retriever))):
+            assert plain(found) == expected(f"query {i}", None)
+
+
+def test_documents_given_are_left_as_they_were(make_pool: MakePool) -> None:
+    class Tagged(Document):
+        tag: str = "mine"
+
+    with make_pool() as pool:
+        documents = [Tagged(page_content="text", metadata={"source": "here"})]
+        [ranked] = PoolReranker(pool=pool).compress_documents(documents, "query")
+    assert documents == [Tagged(page_content="text", metadata={"source": "here"})]
+    assert isinstance(ranked, Tagged)
+    assert ranked.tag == "mine"
+    assert ranked.metadata == {"source": "here", "relevance_score": score_of("query", "text")}
+
+
+def test_no_documents_are_ranked_to_none(make_pool: MakePool) -> None:
+    with make_pool() as pool:
+        assert PoolReranker(pool=pool).compress_documents([], "query") == []
+        assert asyncio.run(PoolReranker(pool=pool).acompress_documents([], "query")) == []
+
+
+def test_a_timeout_is_kept(make_pool: MakePool, fifo: Fifo) -> None:
+    with make_pool(workers=1) as pool:
+        blocking = pool.submit("query", [fifo.order])
+        fifo.wait_until_read()
+        with pytest.raises(RequestTimeoutError):
+            PoolReranker(pool=pool, timeout=0.01).compress_documents(documents_of("query"), "query")
+        fifo.release()
+        blocking.result(PATIENCE)
+
+
+def test_langchains_own_reranker_takes_the_pool_as_its_cross_encoder(make_pool: MakePool) -> None:
+    with make_pool() as pool:
+        found = CrossEncoderReranker(model=PoolCrossEncoder(pool), top_n=4).compress_documents(
+            documents_of("query"), "query"
+        )
+        assert [d.id for d in found] == [id_ for id_, _, _ in expected("query", 4)]
+        scores = PoolCrossEncoder(pool).score([("q", "a"), ("r", "b")])
+        assert scores == [score_of("q", "a"), score_of("r", "b")]
+        assert all(type(score) is float for score in scores)
+
+
+def test_of_several_labels_the_second_is_relevance(make_pool: MakePool) -> None:
+    with make_pool(ModelSpec("three", loader="fakes:load_three_labels")) as pool:
+        assert PoolCrossEncoder(pool).score([("q", "a")]) == [score_of("a", "q")]

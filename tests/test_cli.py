@@ -1,0 +1,137 @@
+"""The command, as a shell user meets it."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import psutil
+import pytest
+from conftest import PATIENCE
+
+ROOT = Path(__file__).parent.parent
+BERLIN = ROOT / "examples" / "berlin.txt"
+COMMAND = [sys.executable, "-m", "mp_rerank.cli"]
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+
+
+def mp_rerank(*arguments: str, text: str | None = None) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [*COMMAND, *arguments], env=ENVIRONMENT, input=text, capture_output=True, text=True, timeout=2 * PATIENCE
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text", "words"),
+    [
+        (["rank", "q", "missing.txt"], None, "missing.txt: No such file or directory"),
+        (["rank", "q", "."], None, ".: Is a directory"),
+        (["rank", "q"], "", "standard input: there are no documents in it"),
+        (["rank", "q", "--format", "jsonl"], '"a"\n\n{"text": ', "standard input, line 3: not JSON: Expecting value"),
+        (
+            ["rank", "q", "--format", "jsonl"],
+            '{"body": "a"}',
+            "line 1: neither a string nor an object with a string as",
+        ),
+        (["rank", "q", "--top-n", "-1"], "a", "--top-n: at least 0 is needed, not -1"),
+        (["rank", "q", "--devices", "gpu"], "a", "devices: unknown device 'gpu'"),
+        (["rank", "q", "--workers", "0"], "a", "workers: at least 1 is needed, not 0"),
+        (["rank", "q", "--model", "./nothing"], "a", "model: there is no folder './nothing'"),
+        (["rank", "q", "--dtype", "int3"], "a", "dtype: one of"),
+        (["plan", "--devices", "gpu"], None, "devices: unknown device 'gpu'"),
+    ],
+)
+def test_a_mistake_is_one_line_and_exit_code_2(arguments: list[str], text: str | None, words: str) -> None:
+    done = mp_rerank(*arguments, text=text)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr.startswith("mp-rerank: error: ")
+    assert words in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_bytes_that_are_no_text_are_named_by_line(tmp_path: Path) -> None:
+    (tmp_path / "latin1.txt").write_bytes("gut\nschön\n".encode("latin-1"))
+    done = mp_rerank("rank", "q", str(tmp_path / "latin1.txt"))
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "latin1.txt, line 2: not UTF-8" in done.stderr
+
+
+def test_the_plan_says_how_many_workers_and_why() -> None:
+    done = mp_rerank("plan", "--devices", "cpu", "--workers", "3", "--threads", "2")
+    assert done.returncode == 0
+    assert "logical CPUs" in done.stdout
+    assert "3 workers: asked for" in done.stdout
+    assert done.stdout.splitlines()[-3:] == [f"worker {i}: cpu, 2 threads" for i in range(3)]
+    made = json.loads(mp_rerank("plan", "--devices", "cpu", "--workers", "1", "--threads", "1", "--json").stdout)
+    assert made["seats"] == [{"device": "cpu", "threads": 1}]
+
+
+def test_no_command_is_a_usage_error() -> None:
+    done = mp_rerank()
+    assert done.returncode == 2
+    assert "usage: mp-rerank" in done.stderr
+
+
+@pytest.mark.real
+def test_documents_are_ranked_offline_by_the_built_in_model() -> None:
+    done = mp_rerank("rank", "How many people live in Berlin?", str(BERLIN), "--devices", "cpu", "--top-n", "3")
+    assert (done.returncode, done.stderr) == (0, "")
+    header, first, *rest = done.stdout.splitlines()
+    assert header.split() == ["rank", "score", "document"]
+    assert first.split()[0] == "1"
+    assert len(rest) == 2
+
+
+@pytest.mark.real
+def test_records_come_back_whole_as_json() -> None:
+    records = [{"id": i, "text": line} for i, line in enumerate(BERLIN.read_text().splitlines())]
+    lines = "\n".join(json.dumps(record) for record in records)
+    done = mp_rerank("rank", "bread", "--format", "jsonl", "--json", "--devices", "cpu", "--workers", "1", text=lines)
+    assert (done.returncode, done.stderr) == (0, "")
+    ranked = json.loads(done.stdout)
+    assert ranked[0]["document"].startswith("To make bread")
+    assert sorted(r["index"] for r in ranked) == list(range(len(records)))
+    assert all(r["record"] == records[r["index"]] for r in ranked)
+    scores = [r["relevance_score"] for r in ranked]
+    assert scores == sorted(scores, reverse=True)
+
+
+@pytest.mark.real
+def test_a_model_that_cannot_be_loaded_is_one_line_and_exit_code_1(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    done = mp_rerank("rank", "q", "--model", str(tmp_path), "--devices", "cpu", "--workers", "1", text="a")
+    assert (done.returncode, done.stdout) == (1, "")
+    error = done.stderr.splitlines()[-1]
+    assert error.startswith(f"mp-rerank: error: {tmp_path} could not be loaded on cpu: ")
+
+
+@pytest.mark.skipif(os.name == "nt", reason="a console's Ctrl-C cannot be sent to one process group alone")
+@pytest.mark.real
+def test_ctrl_c_ends_it_quietly_and_leaves_no_process() -> None:
+    documents = "\n".join(f"{i} {'many words ' * 200}" for i in range(2000))
+    command = subprocess.Popen(
+        [*COMMAND, "rank", "words", "--devices", "cpu"],
+        env=ENVIRONMENT,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    process = psutil.Process(command.pid)
+    assert command.stdin is not None
+    command.stdin.write(documents)
+    command.stdin.close()
+    command.stdin = None
+    while not process.children():  # until the first worker is being started; each pass is a system call or two
+        assert command.poll() is None
+    children = process.children(recursive=True)
+    os.killpg(command.pid, signal.SIGINT)
+    stdout, stderr = command.communicate(timeout=PATIENCE)
+    assert (command.returncode, stdout, stderr) == (130, "", "")
+    assert psutil.wait_procs(children, timeout=PATIENCE)[1] == []
