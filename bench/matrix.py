@@ -67,11 +67,11 @@ def run(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
     )
     seconds = time.monotonic() - start
     said = tested.stdout + tested.stderr
+    options = ["--json", "--threads", str(arguments.threads), "--rounds", str(arguments.rounds)]
     raced = subprocess.run(
         [
             *tox("exec", "-q", "-e", name, "--skip-pkg-install"),
-            "--",
-            *("mp-rerank", "race", "--json", "--threads", str(arguments.threads), "--rounds", str(arguments.rounds)),
+            *("--", "python", "-m", "mp_rerank.cli", "race", *options),
         ],
         capture_output=True,
         text=True,

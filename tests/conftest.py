@@ -120,7 +120,7 @@ def _nothing_left_behind() -> Iterator[None]:
         child for child in psutil.Process().children(recursive=True) if child not in before and not _is_tracker(child)
     ]
     _, alive = psutil.wait_procs(left, timeout=PATIENCE)
-    assert not alive, f"processes left behind: {alive}"
+    assert not alive, f"processes left behind: {[(process, process.cmdline()) for process in alive]}"
 
 
 def _is_tracker(process: psutil.Process) -> bool:

@@ -200,7 +200,7 @@ class Script:
             for process in psutil.Process(self.process.pid).children(recursive=True)
             if "resource_tracker" not in " ".join(cmdline(process))
         ]
-        assert self.workers or state in ("broken", "restarting") or program == SPAWNING
+        assert self.workers or state in ("broken", "restarting") or program in (SPAWNING, FORKED_WHILE_SPAWNING)
 
     def wait_for(self, word: str) -> None:
         until(lambda: word in self.said or not self.reading[0].is_alive())
