@@ -123,7 +123,7 @@ class PoolConfig:
         threads_per_worker: compute threads of each; ``None`` shares the cores out.
         isolation: ``"process"``, or ``"thread"``: one model in this process, one prediction at a time.
         batch_tokens: padded tokens of one forward pass; ``None``: 1,024 on a CPU, 16,384 elsewhere.
-        slice_tokens: tokens of one piece of work sent to a worker; ``None``: two batches. Smaller is fairer.
+        slice_tokens: tokens of one piece of work sent to a worker; ``None``: about one batch. Smaller is fairer.
         max_pending_pairs, max_pending_tokens: the bound on work admitted and unfinished.
         overload: at the bound, ``"block"`` until there is room (or the request's own timeout), ``"raise"``
             PoolOverloadedError, or a number of seconds to wait before raising it.
