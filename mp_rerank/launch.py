@@ -18,7 +18,6 @@ import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import contextmanager
-from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnContext, SpawnProcess
 from typing import Any, Protocol
@@ -219,8 +218,6 @@ class _WorkerProcess(SpawnProcess):
 
     @staticmethod
     def _Popen(process_obj: Any) -> Any:
-        if os.name == "posix":
-            resource_tracker.ensure_running()  # starting it unblocks SIGINT, so not in between
         _launching.without_main = True
         try:
             with _interrupts_blocked():
@@ -266,7 +263,11 @@ if hasattr(os, "register_at_fork"):
 
 @contextmanager
 def _interrupts_blocked() -> Iterator[None]:
-    """A process started within inherits the mask: Ctrl-C never reaches it, not even while its interpreter starts."""
+    """A process started within inherits the mask: Ctrl-C never reaches it, not even while its interpreter starts.
+
+    For the moment of the start only, and not the dispatcher's thread for good: multiprocessing unblocks the signal when
+    it starts its resource tracker, as it does for an executor's first semaphore.
+    """
     if not hasattr(signal, "pthread_sigmask"):
         yield
         return

@@ -33,7 +33,7 @@ class WorkerInfo:
         generation: how many workers have had this seat; 1 is the first.
         device: the seat's device; its workers never leave it.
         threads: compute threads of the worker.
-        pid: the worker's process (the caller's own under ``isolation="thread"``); ``None`` before it has started.
+        pid: the worker's process (the caller's own under ``isolation="thread"``); ``None`` while there is none.
         dtype: the dtype of the weights; two joined by ``+`` where the architecture itself mixes them.
         load_seconds: imports and loading, in the worker.
         weights_bytes: size of parameters and buffers.

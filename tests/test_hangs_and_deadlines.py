@@ -194,6 +194,13 @@ def test_a_worker_that_does_not_leave_is_killed_after_its_grace() -> None:
     assert not crew.alive
 
 
+def test_a_worker_that_loads_has_nothing_to_finish() -> None:
+    crew, standing, _ = busy_crew(10, 0.001)
+    crew.slots[0].state = SlotState.STARTING
+    crew.close(7.0, kill=False)
+    assert standing.killed
+
+
 # Deadlines.
 
 

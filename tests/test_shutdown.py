@@ -364,6 +364,28 @@ def test_ctrl_c_while_workers_are_being_spawned_and_import(run: Callable[..., Sc
     until(lambda: not [p for p in psutil.process_iter() if in_session(p, script.process.pid)])
 
 
+INTERRUPTED_WORKER = """
+pool = make()
+starting = threading.Thread(target=pool.start)
+starting.start()
+while starting.is_alive():
+    for info in pool.workers():
+        if info.pid is not None:
+            os.kill(info.pid, signal.SIGINT)
+    time.sleep(0.002)
+os.kill(pool.workers()[0].pid, signal.SIGINT)
+assert len(pool.rerank("query", ["document"] * 9)) == 9
+say(f"crashes {pool.stats().crashes}")
+pool.close()
+say("ready")
+"""
+
+
+def test_a_worker_hears_of_no_ctrl_c_from_its_first_moment(run: Callable[..., Script]) -> None:
+    """Nor the very first, with which multiprocessing starts its tracker: that unblocks the signal."""
+    check(run(INTERRUPTED_WORKER, "restarting"), words=("crashes 0",))
+
+
 def in_session(process: psutil.Process, session: int) -> bool:
     try:
         return os.getsid(process.pid) == session and process.status() != psutil.STATUS_ZOMBIE
