@@ -68,9 +68,11 @@ def obey(order: str) -> None:
         bytearray(2**62)
     if verb == "!once":
         path, _, order = rest.partition(" ")
-        if not Path(path).exists():
-            Path(path).touch()
-            obey(order)
+        try:
+            Path(path).touch(exist_ok=False)  # one step: two workers at once must not both be the first
+        except FileExistsError:
+            return
+        obey(order)
     if verb == "!read":
         Path(f"{rest}.pid").write_text(str(os.getpid()))
         Path(rest).read_bytes()
