@@ -26,9 +26,10 @@ class Collection:
 
 @dataclass(frozen=True)
 class Answered:
-    """A question whose answer lies at a known place of a passage (XQuAD)."""
+    """A question whose answer lies at a known place of a passage (XQuAD, SQuAD)."""
 
     article: int
+    title: str
     paragraph: str
     question: str
     answer: str
@@ -99,9 +100,14 @@ def cisi(data: Path) -> Collection:
 
 def xquad(data: Path) -> list[Answered]:
     """XQuAD in English: 1,190 questions of SQuAD's development set on 240 paragraphs of 48 articles."""
-    articles = json.loads((data / "xquad_en" / "xquad.en.json").read_text(encoding="utf-8"))["data"]
+    return squad(data / "xquad_en" / "xquad.en.json")
+
+
+def squad(path: Path) -> list[Answered]:
+    """The answerable questions of one file in SQuAD's form (1.1 or 2.0), whole or a part of it."""
+    articles = json.loads(path.read_text(encoding="utf-8"))["data"]
     return [
-        Answered(number, paragraph["context"], qa["question"], answer["text"], answer["answer_start"])
+        Answered(number, article["title"], paragraph["context"], qa["question"], answer["text"], answer["answer_start"])
         for number, article in enumerate(articles)
         for paragraph in article["paragraphs"]
         for qa in paragraph["qas"]

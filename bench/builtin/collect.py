@@ -3,7 +3,7 @@
     python -m bench builtin collect --work W --data DIR --docs NAME=DIR[,DIR...] ...
 
 Passages that compete with each other share a pool: abstracts, sentences of abstracts, paragraphs and sentences of
-XQuAD (its last articles apart, for validation), and one pool for every `--docs NAME`.
+XQuAD and SQuAD (XQuAD's last articles apart, for validation), and one pool for every `--docs NAME`.
 """
 
 import argparse
@@ -43,17 +43,30 @@ def findings(data: Path, limit: int, generator: random.Random) -> Iterator[Passa
         yield Passage("findings", conclusion, question)
 
 
-def encyclopedia(data: Path) -> Iterator[Passage]:
-    """XQuAD's paragraphs, whole and as sentences."""
-    seen = set()
+def answered(data: Path, squad: list[Path]) -> Iterator[tuple[datasets.Answered, bool]]:
+    """XQuAD's questions and whether each is for validation; then SQuAD's, without the articles kept for validation."""
+    kept = set()
     for item in datasets.xquad(data):
+        validation = item.article >= VALIDATION_ARTICLE
+        if validation:
+            kept.add(item.title)
+        yield item, validation
+    for path in squad:
+        yield from ((item, False) for item in datasets.squad(path) if item.title not in kept)
+
+
+def encyclopedia(data: Path, squad: list[Path]) -> Iterator[Passage]:
+    """The paragraphs of XQuAD and SQuAD, whole and as sentences, each once."""
+    seen = set()
+    for item, validation in answered(data, squad):
         if item.paragraph in seen:
             continue
-        seen.add(item.paragraph)
-        suffix = "-validation" if item.article >= VALIDATION_ARTICLE else ""
+        suffix = "-validation" if validation else ""
         yield Passage("paragraphs" + suffix, item.paragraph)
         for sentence in sentences(item.paragraph):
-            yield Passage("sentences" + suffix, sentence)
+            if sentence not in seen:
+                yield Passage("sentences" + suffix, sentence)
+        seen.update((item.paragraph, *sentences(item.paragraph)))
 
 
 def documentation(name: str, roots: list[Path], limit: int, generator: random.Random) -> Iterator[Passage]:
@@ -81,6 +94,7 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench builtin collect", description=__doc__.splitlines()[0])
     parser.add_argument("--work", type=Path, required=True, help="the folder of intermediate files")
     parser.add_argument("--data", type=Path, required=True, help="the folder with scifact/, pubmedqa/ and xquad_en/")
+    parser.add_argument("--squad", type=Path, nargs="*", default=[], help="files in SQuAD's form, whole or parts")
     parser.add_argument("--docs", action="append", default=[], metavar="NAME=DIR[,DIR]", help="a pool of documentation")
     parser.add_argument("--per-pool", type=int, default=5000, help="passages of each pool of documentation")
     parser.add_argument("--findings", type=int, default=8000, help="single sentences of abstracts")
@@ -89,7 +103,7 @@ def main(argv: list[str]) -> int:
     generator = random.Random(options.seed)
 
     found = [*abstracts(options.data), *findings(options.data, options.findings, generator)]
-    found += encyclopedia(options.data)
+    found += encyclopedia(options.data, options.squad)
     for pool in options.docs:
         name, _, roots = pool.partition("=")
         before = len(found)

@@ -2,9 +2,10 @@
 
     python -m bench builtin queries --work W --data DIR
 
-People's own come from SciFact's training claims, PubMedQA and XQuAD. The others are made from a passage and stand for
-how people search: a title, a sentence, a sentence with words missing, a few key terms, "what is" and "how to", and
-questions for a number, a year, a name or a place, made from a sentence by leaving that answer out.
+People's own come from SciFact's training claims, PubMedQA, XQuAD and SQuAD. The others are made from a passage and
+stand for how people search: a title, a sentence, a sentence with words missing, several sentences that describe what is
+wanted, a few key terms, "what is" and "how to", and questions for a number, a year, a name or a place, made from a
+sentence by leaving that answer out.
 """
 
 import argparse
@@ -16,7 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from bench import datasets
-from bench.builtin.collect import VALIDATION_ARTICLE
+from bench.builtin.collect import answered
 from bench.builtin.records import Passage, Query, read, sentences, write
 
 _WORD = re.compile(r"[A-Za-z][A-Za-z0-9'-]*|\d[\d.,]*")
@@ -82,6 +83,22 @@ def thinned(passage: Passage, generator: random.Random) -> str | None:
     keep = generator.uniform(0.35, 0.7)
     words = [word for word in chosen.split() if generator.random() < keep]
     return " ".join(words).strip(" .,;:") if len(words) >= 3 else None
+
+
+def description(passage: Passage, generator: random.Random) -> str | None:
+    """Several sentences in a row, 25 to 150 words, some of them missing: someone describes at length what is wanted."""
+    parts = sentences(passage.text)
+    if len(parts) < 2:
+        return None
+    first, wanted = generator.randrange(len(parts) - 1), generator.randint(25, 150)
+    keep = generator.choice((1.0, 0.85, 0.7))
+    words = [word for part in parts[first:] for word in part.split() if generator.random() < keep]
+    if len(words) < 25:
+        return None
+    opening = generator.choice(
+        ("", "", "", "I am looking for work on ", "I am interested in ", "This is about ", "Find studies of ")
+    )
+    return opening + " ".join(words[:wanted]).strip(" ,;:")
 
 
 def cloze_question(passage: Passage, generator: random.Random) -> str | None:
@@ -155,6 +172,7 @@ def makers(rarity: Rarity) -> list[tuple[str, Maker, float]]:
 
     return [
         ("title", title, 0.2),
+        ("description", description, 0.25),
         ("sentence", sentence, 0.13),
         ("thinned", thinned, 0.15),
         ("key terms", key_terms, 0.17),
@@ -165,7 +183,7 @@ def makers(rarity: Rarity) -> list[tuple[str, Maker, float]]:
     ]
 
 
-def labelled(data: Path, passages: list[Passage]) -> list[Query]:
+def labelled(data: Path, squad: list[Path], passages: list[Passage]) -> list[Query]:
     """The training sets' own questions; a tenth or so of each is for validation."""
     places = {(item.pool, item.text): number for number, item in enumerate(passages)}
     found = []
@@ -179,18 +197,19 @@ def labelled(data: Path, passages: list[Passage]) -> list[Query]:
     for number, (question, abstract, conclusion) in enumerate(datasets.pubmedqa(data)):
         for pool, text in (("abstracts", abstract), ("findings", conclusion)):
             found.append(Query(pool, "pubmedqa", question, [places[pool, text]], True, number % 8 == 0))
+        abstract_place = [places["abstracts", abstract]]
+        found.append(Query("abstracts", "conclusion", conclusion, abstract_place, True, number % 8 == 0))
 
-    for item in datasets.xquad(data):
-        validation = item.article >= VALIDATION_ARTICLE
+    for item, validation in answered(data, squad):
         suffix = "-validation" if validation else ""
         paragraph = places["paragraphs" + suffix, item.paragraph]
-        found.append(Query("paragraphs" + suffix, "xquad", item.question, [paragraph], True, validation))
+        found.append(Query("paragraphs" + suffix, "squad", item.question, [paragraph], True, validation))
         position = 0
         for text in sentences(item.paragraph):
             position = item.paragraph.index(text, position)
             if position <= item.start < position + len(text):
                 place = places["sentences" + suffix, text]
-                found.append(Query("sentences" + suffix, "xquad", item.question, [place], True, validation))
+                found.append(Query("sentences" + suffix, "squad", item.question, [place], True, validation))
     return found
 
 
@@ -207,7 +226,7 @@ def made(passages: list[Passage], count: int, generator: random.Random) -> list[
         passage = passages[number]
         kind, maker, _ = generator.choices(kinds, [share for *_, share in kinds])[0]
         text = maker(passage, generator)
-        if text and 2 <= len(text.split()) <= 40 and text not in found:
+        if text and 2 <= len(text.split()) <= 160 and text not in found:
             found[text] = Query(passage.pool, kind, text, [number])
     return list(found.values())
 
@@ -226,11 +245,12 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench builtin queries", description=__doc__.splitlines()[0])
     parser.add_argument("--work", type=Path, required=True, help="the folder of intermediate files")
     parser.add_argument("--data", type=Path, required=True, help="the folder with scifact/, pubmedqa/ and xquad_en/")
+    parser.add_argument("--squad", type=Path, nargs="*", default=[], help="the same files as for `collect`")
     parser.add_argument("--count", type=int, default=40_000, help="queries to make, beside the labelled ones")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(argv)
     passages = read(options.work / "passages.jsonl", Passage)
-    found = labelled(options.data, passages) + made(passages, options.count, random.Random(options.seed))
+    found = labelled(options.data, options.squad, passages) + made(passages, options.count, random.Random(options.seed))
     write(options.work / "queries.jsonl", found)
     print(f"{len(found)} queries: {dict(collections.Counter(query.kind for query in found))}")
     return 0

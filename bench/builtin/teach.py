@@ -4,8 +4,9 @@
 
 The teacher is the sum of two z-scores, taken for each query over BM25's 100 best passages of its pool: the
 bi-encoder's cosine and BM25. A list for the student keeps the passages known to be relevant, the teacher's best, near
-misses of BM25, and some at random; a made query loses the passage it was made from every other time, so that the
-student must also rank passages that nobody wrote the query for.
+misses of BM25, those nearest by cosine in the whole pool (they may share no word with the query), and some at random. A
+made query loses the passage it was made from every other time, a description always, so that the student must also rank
+passages that nobody wrote the query for.
 
 What the labelled queries say about (BM25, cosine) becomes a probability by logistic regression: `calibration.json`.
 """
@@ -23,8 +24,8 @@ from bench.builtin.records import Passage, Query, RankedList, read, write
 from bench.retrieval import BM25, BiEncoder
 
 DEPTH = 100
-#: of a list: the teacher's best, BM25's best, at random among the candidates, at random from the pool
-BEST, LEXICAL, OTHERS, STRANGERS = 7, 4, 9, 2
+#: of a list: the teacher's best, BM25's best, the nearest by cosine, at random among the candidates, and from the pool
+BEST, LEXICAL, NEAREST, OTHERS, STRANGERS = 6, 4, 4, 7, 2
 
 
 def z_scores(values: np.ndarray, sample: np.ndarray) -> np.ndarray:
@@ -33,15 +34,21 @@ def z_scores(values: np.ndarray, sample: np.ndarray) -> np.ndarray:
 
 
 def choose(
-    query: Query, found: np.ndarray, teacher: np.ndarray, pool: list[int], generator: random.Random
+    query: Query,
+    found: np.ndarray,
+    teacher: np.ndarray,
+    nearest: np.ndarray,
+    pool: list[int],
+    generator: random.Random,
 ) -> list[int]:
     """The passages of one list, in no order that tells anything."""
-    skip = set() if query.labelled or generator.random() < 0.5 else set(query.relevant)
+    skip = set() if query.labelled or (query.kind != "description" and generator.random() < 0.5) else {*query.relevant}
     ranked = [int(found[i]) for i in np.argsort(-teacher)]
     candidates = [int(i) for i in found]
     chosen = dict.fromkeys(query.relevant)
     chosen.update(dict.fromkeys(ranked[:BEST]))
     chosen.update(dict.fromkeys(candidates[:LEXICAL]))
+    chosen.update(dict.fromkeys(int(i) for i in nearest))
     chosen.update(dict.fromkeys(generator.sample(candidates, min(OTHERS, len(candidates)))))
     chosen.update(dict.fromkeys(generator.sample(pool, min(STRANGERS, len(pool)))))
     kept = [doc for doc in chosen if doc not in skip]
@@ -82,7 +89,9 @@ def main(argv: list[str]) -> int:
         for number, rows, bm25 in zip(numbers, found, scores, strict=True):
             query, docs = queries[number], places[rows]
             cosine = vectors[docs] @ questions[number]
-            chosen = choose(query, docs, z_scores(cosine, cosine) + z_scores(bm25, bm25), members[pool], generator)
+            teacher = z_scores(cosine, cosine) + z_scores(bm25, bm25)
+            nearest = places[np.argpartition(vectors[places] @ questions[number], -NEAREST)[-NEAREST:]]
+            chosen = choose(query, docs, teacher, nearest, members[pool], generator)
             known = dict(zip(docs.tolist(), bm25.tolist(), strict=True))
             similarity = vectors[chosen] @ questions[number]
             lexical = np.array([known.get(doc, min(bm25)) for doc in chosen])
