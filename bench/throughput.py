@@ -69,9 +69,10 @@ def make_model(folder: str, shape: dict[str, int]) -> None:
     """Save a model of ``shape`` with random weights, and the built-in model's tokenizer."""
     tokenizer = AutoTokenizer.from_pretrained(BUILTIN_FOLDER)
     torch.manual_seed(0)
-    # A wider spread than BERT's 0.02, so that scores differ and a mix-up would show.
+    # A wider spread than BERT's 0.02, so that scores differ and a mix-up would show; narrower for wider layers, whose
+    # sums would otherwise saturate.
     model = BertForSequenceClassification(
-        BertConfig(vocab_size=len(tokenizer), num_labels=1, initializer_range=0.1, **shape)
+        BertConfig(vocab_size=len(tokenizer), num_labels=1, initializer_range=2 / shape["hidden_size"] ** 0.5, **shape)
     )
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

@@ -20,8 +20,9 @@ from tqdm import tqdm
 from transformers.utils import logging as transformers_logging
 
 from mp_rerank.config import ModelSpec
+from mp_rerank.prepack import prepack
 from mp_rerank.tokens import estimate_pair, estimate_text
-from mp_rerank.worker import in_worker_process
+from mp_rerank.worker import CANARY, in_worker_process
 
 __all__ = ["Engine", "prove"]
 
@@ -69,6 +70,8 @@ class Engine:
         network.eval()
         self.dtype, self.weights_bytes = prove(network, torch.device(device), spec.dtype)
         self.max_length = _max_length(self.model)
+        if loaded is None or in_worker_process():  # else a loader's, in a process where others may be using it
+            self.prepacked = prepack(network, lambda: self.predict(CANARY))
 
     def facts(self) -> dict[str, Any]:
         """What there is to say of the loaded model, under ``WorkerFacts``' names."""

@@ -1,0 +1,114 @@
+"""Prepacked layers give the scores that plain ones do, or are not used at all."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from mp_rerank import ModelSpec
+
+torch = pytest.importorskip("torch")
+models = pytest.importorskip("models")
+from mp_rerank import prepack as module  # noqa: E402
+from mp_rerank.engine import Engine  # noqa: E402
+
+pytestmark = [
+    pytest.mark.real,
+    pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch is built without oneDNN"),
+]
+
+PAIRS = [(query, document) for query in models.TEXT[:3] for document in (*models.TEXT, "", "long " * 300)]
+#: of the two tiny layers of each architecture
+FUSED = {"bert": 2, "roberta": 2, "xlm-roberta": 2, "deberta-v2": 2, "electra": 2}
+
+
+@pytest.fixture
+def always(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every shape is worth packing, also those too small to gain by it."""
+    monkeypatch.setattr(module, "_share_of_time", lambda *times: 0.0)
+
+
+def engine(folder: str, dtype: str | None = None) -> Engine:
+    return Engine(ModelSpec(folder, dtype=dtype), "cpu", None, 256)
+
+
+def replaced(network: Any) -> list[Any]:
+    return [part for part in network.modules() if "forward" in vars(part)]
+
+
+def plain_linears(network: Any) -> Iterator[Any]:
+    return (part for part in network.modules() if type(part) is torch.nn.Linear and "forward" not in vars(part))
+
+
+@pytest.mark.usefixtures("always")
+@pytest.mark.parametrize("family", [*models.ENCODERS, *models.DECODERS])
+def test_scores_are_the_plain_model_s(family: str, tmp_path: Path) -> None:
+    folder = models.build(family, tmp_path)
+    packed, plain = engine(folder), models.load(folder, "cpu")
+    assert packed.prepacked > 6
+    assert not list(plain_linears(packed.model.model))
+    assert len(replaced(packed.model.model)) == packed.prepacked + FUSED.get(family, 0)
+    np.testing.assert_allclose(packed.predict(PAIRS), plain.predict(PAIRS), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.usefixtures("always")
+def test_bfloat16_stays_within_its_own_rounding(tmp_path: Path) -> None:
+    folder = models.build("bert", tmp_path)
+    packed = engine(folder, "bfloat16")
+    assert packed.prepacked
+    np.testing.assert_allclose(packed.predict(PAIRS), models.load(folder, "cpu").predict(PAIRS), atol=0.1)
+
+
+@pytest.mark.usefixtures("always")
+def test_a_packed_weight_takes_no_memory_twice(tmp_path: Path) -> None:
+    packed = engine(models.build("bert", tmp_path)).model.model
+    weight = packed.bert.encoder.layer[0].intermediate.dense.weight
+    assert weight.shape == (64, 32)
+    assert weight.untyped_storage().nbytes() == weight.element_size()
+    assert weight.isnan().all(), "whoever reads it should not mistake it for the weight"
+
+
+def test_layers_that_are_not_faster_are_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_share_of_time", lambda *times: 1.0)
+    plain = engine(models.build("bert", tmp_path))
+    assert plain.prepacked == 0
+    assert not replaced(plain.model.model)
+
+
+@pytest.mark.usefixtures("always")
+def test_layers_that_compute_something_else_are_put_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = models.build("bert", tmp_path)
+    multiply = module._Packed.__call__
+    monkeypatch.setattr(module._Packed, "__call__", lambda self, input: 1.01 * multiply(self, input))
+    plain = engine(folder)
+    assert plain.prepacked == 0
+    assert not replaced(plain.model.model)
+    np.testing.assert_allclose(plain.predict(PAIRS), models.load(folder, "cpu").predict(PAIRS), atol=1e-6)
+
+
+@pytest.mark.usefixtures("always")
+def test_layers_that_cannot_be_packed_are_put_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = models.build("bert", tmp_path)
+
+    def fail(self: Any, input: Any) -> None:
+        raise RuntimeError("no such operator")
+
+    monkeypatch.setattr(module._Packed, "__call__", fail)
+    plain = engine(folder)
+    assert plain.prepacked == 0
+    np.testing.assert_allclose(plain.predict(PAIRS), models.load(folder, "cpu").predict(PAIRS), atol=1e-6)
+
+
+@pytest.mark.usefixtures("always")
+def test_a_weight_that_another_layer_reads_stays(tmp_path: Path) -> None:
+    network = models.load(models.build("bert", tmp_path), "cpu")
+    layers = network.model.bert.encoder.layer
+    layers[1].output.dense.weight = layers[0].output.dense.weight
+    before = network.predict(PAIRS)
+    assert module.prepack(network, lambda: network.predict(PAIRS[:4])) > 0
+    assert not layers[0].output.dense.weight.isnan().any()
+    np.testing.assert_allclose(network.predict(PAIRS), before, rtol=1e-5, atol=1e-5)
