@@ -50,9 +50,11 @@ MAX_BACKOFF_SECONDS = 30.0
 # A worker told to leave is killed after so many seconds (it has nothing to lose), and the slices of one that has ended
 # are given up as lost (they have come back by then, unless a fork of this process holds the worker's pipes open).
 GRACE_SECONDS = 5.0
-# Largest difference, relative and absolute, between two workers' scores of the canary.
+# Largest difference, relative and absolute, between two workers' scores of the canary: alike, in 16 bits, and on
+# devices that are not the same.
 CANARY_TOLERANCE = 1e-5
-CANARY_TOLERANCE_MIXED = 5e-2  # of other devices, or in 16 bits
+CANARY_TOLERANCE_16_BITS = 5e-3
+CANARY_TOLERANCE_MIXED = 5e-2
 
 
 class Crew:
@@ -274,8 +276,12 @@ class Crew:
         """The error for a worker whose model is not that of the others."""
         if self.facts is None:
             return None
-        alike = slot.seat.device == self._canary_device and facts.dtype in ("", "float32", "float64")
-        tolerance = CANARY_TOLERANCE if alike else CANARY_TOLERANCE_MIXED
+        if slot.seat.device != self._canary_device:
+            tolerance = CANARY_TOLERANCE_MIXED
+        elif facts.dtype in ("", "float32", "float64"):
+            tolerance = CANARY_TOLERANCE
+        else:
+            tolerance = CANARY_TOLERANCE_16_BITS
         if facts.num_labels == self.facts.num_labels and np.allclose(
             facts.canary, self.facts.canary, rtol=tolerance, atol=tolerance
         ):

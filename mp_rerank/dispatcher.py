@@ -32,6 +32,7 @@ from mp_rerank.admission import Admission
 from mp_rerank.config import ModelSpec, PoolConfig
 from mp_rerank.crew import Crew, Outcome
 from mp_rerank.errors import PoolClosedError, RerankError
+from mp_rerank.launch import launching
 from mp_rerank.plan import Seat
 from mp_rerank.request import Request
 from mp_rerank.results import PoolStats, WorkerInfo
@@ -184,15 +185,16 @@ class Dispatcher:
 
     def _run(self) -> None:
         error = PoolClosedError("the pool was closed")
-        try:
-            self._crew.start(time.monotonic())
-            while self._step():
-                pass
-        except BaseException as bug:
-            logger.exception("the dispatcher failed")
-            error = PoolClosedError(f"the pool's dispatcher failed: {bug!r}")
-        finally:
-            self._end(error)
+        with launching(self.config.start_method):
+            try:
+                self._crew.start(time.monotonic())
+                while self._step():
+                    pass
+            except BaseException as bug:
+                logger.exception("the dispatcher failed")
+                error = PoolClosedError(f"the pool's dispatcher failed: {bug!r}")
+            finally:
+                self._end(error)
 
     def _step(self) -> bool:
         """Wait for something to do, do all of it; whether to go on."""

@@ -62,6 +62,8 @@ class Engine:
             # tqdm's own lock is a semaphore shared by processes; of a worker that is killed, the interpreter's resource
             # tracker would call it leaked, in the user's terminal.
             tqdm.set_lock(threading.RLock())
+            # Weights that a checkpoint lacks are drawn at random: differently in each worker, so that the canary tells.
+            torch.seed()
         self.batch_tokens = batch_tokens
         self.model = _load(spec, device) if loaded is None else loaded
         if not callable(getattr(self.model, "predict", None)):

@@ -28,7 +28,7 @@ from mp_rerank import worker
 from mp_rerank.config import ModelSpec
 from mp_rerank.logs import WORKER_LOGGER, repeat_log
 
-__all__ = ["ProcessWorker", "ThreadWorker", "Worker", "check_may_spawn"]
+__all__ = ["ProcessWorker", "ThreadWorker", "Worker", "check_may_spawn", "launching"]
 
 
 class Worker(Protocol):
@@ -53,10 +53,11 @@ class Worker(Protocol):
 
 
 class ProcessWorker:
-    """A spawned process in a ``ProcessPoolExecutor(1)``.
+    """A process in a ``ProcessPoolExecutor(1)``.
 
     Args:
         name: what its logs and its process are called.
+        start_method: ``"spawn"`` or ``"forkserver"``; for the latter somebody holds a lease on the server.
         spec, device, threads, batch_tokens, offline: for ``worker.initialize_process``.
         on_exit: called on a thread of its own with the exit code, once, when the process has ended, for whatever
             reason.
@@ -68,6 +69,7 @@ class ProcessWorker:
     def __init__(
         self,
         name: str,
+        start_method: str,
         spec: ModelSpec,
         device: str,
         threads: int,
@@ -77,7 +79,7 @@ class ProcessWorker:
         on_exit: Callable[[int | None], None],
     ) -> None:
         self.name = name
-        context = _WorkerContext(name)
+        context = _WorkerContext(name, start_method)
         logs, child_logs = context.Pipe(duplex=False)
         level = logging.getLogger(WORKER_LOGGER).getEffectiveLevel()
         self.executor: Executor = ProcessPoolExecutor(
@@ -156,6 +158,7 @@ class ProcessWorker:
             if process.exitcode is not None:
                 break
             threading.Event().wait(0.01)
+        self.kill()  # a fork server that dies takes its children's exit codes along, not the children
         process.join(0.0)  # multiprocessing keeps it, and its files, until somebody has joined it
         on_exit(process.exitcode)
 
@@ -188,6 +191,21 @@ class ThreadWorker:
         """See ``alive``."""
 
 
+@contextmanager
+def launching(start_method: str) -> Iterator[None]:
+    """Worker processes are started within, and have all ended at its end."""
+    if start_method != "forkserver":
+        yield
+        return
+    from mp_rerank import forkserver
+
+    forkserver.lease()
+    try:
+        yield
+    finally:
+        forkserver.release()
+
+
 def check_may_spawn() -> None:
     """Raise ``RuntimeError`` where starting workers would be wrong, and say why.
 
@@ -214,13 +232,19 @@ def _psutil_process(pid: int) -> psutil.Process | None:
 
 
 class _WorkerProcess(SpawnProcess):
-    """A spawned process that does not run the parent's main module."""
+    """A process that does not run the parent's main module; spawned, or forked by the server."""
+
+    by_server = False
 
     @staticmethod
     def _Popen(process_obj: Any) -> Any:
         _launching.without_main = True
         try:
             with _interrupts_blocked():
+                if process_obj.by_server:
+                    from mp_rerank import forkserver
+
+                    return forkserver.Popen(process_obj)
                 return SpawnProcess._Popen(process_obj)
         finally:
             _launching.without_main = False
@@ -237,15 +261,17 @@ class _WorkerProcess(SpawnProcess):
 
 
 class _WorkerContext(SpawnContext):
-    """The spawn context of one executor, which makes one process: ``started``."""
+    """The context of one executor, which makes one process: ``started``."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, start_method: str) -> None:
         self.worker_name = name
+        self.worker_start_method = start_method
         self.started: multiprocessing.process.BaseProcess | None = None
 
     def Process(self, *, target: Any, args: Any) -> multiprocessing.process.BaseProcess:  # type: ignore[override]
-        self.started = _WorkerProcess(target=target, args=args, name=self.worker_name)
-        return self.started
+        self.started = process = _WorkerProcess(target=target, args=args, name=self.worker_name)
+        process.by_server = self.worker_start_method == "forkserver"
+        return process
 
 
 _processes: weakref.WeakSet[_WorkerProcess] = weakref.WeakSet()

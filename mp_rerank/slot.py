@@ -145,6 +145,7 @@ class Slot:
         else:
             launched = ProcessWorker(
                 name,
+                config.start_method,
                 spec,
                 self.seat.device,
                 self.seat.threads,

@@ -22,6 +22,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from multiprocessing import parent_process
 from multiprocessing.connection import Connection
+from multiprocessing.util import Finalize
 from typing import Any, NoReturn, Protocol
 
 from mp_rerank.config import ModelSpec
@@ -98,6 +99,7 @@ def initialize_process(
     global _process_is_worker
     _process_is_worker = True
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    Finalize(None, _leave_at_once, exitpriority=-1000)  # after everybody else's
     threading.Thread(target=_leave_with_parent, name="parent-watch", daemon=True).start()
     os.environ.update(dict.fromkeys(THREAD_VARIABLES, str(threads)), **QUIET_VARIABLES)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false" if threads == 1 else "true")
@@ -210,6 +212,12 @@ def _predict(scorer: Scorer, pairs: Pairs) -> tuple[bytes, int | None]:
 
 def _in_words(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+
+
+def _leave_at_once() -> NoReturn:
+    """End this process without taking the interpreter apart, which takes a second with torch in it."""
+    logging.shutdown()
+    os._exit(0)
 
 
 def _leave_with_parent() -> NoReturn:

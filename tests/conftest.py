@@ -37,16 +37,32 @@ def device(request: pytest.FixtureRequest) -> str:
     return str(request.config.getoption("--cross-encoder-device"))
 
 
+@pytest.fixture(scope="session")
+def fork_server() -> Iterator[str]:
+    """Keeps the fork server, and with it what it has imported, from test to test; the start method's name."""
+    forkserver = pytest.importorskip("mp_rerank.forkserver", exc_type=ImportError)
+    forkserver.lease()
+    yield "forkserver"
+    forkserver.release()
+
+
 @pytest.fixture
-def make_pool() -> Iterator[Callable[..., RerankerPool]]:
-    """Makes pools, of the fake model unless another is named, and closes them when the test ends."""
+def make_pool(request: pytest.FixtureRequest) -> Iterator[Callable[..., RerankerPool]]:
+    """Makes pools, of the fake model unless another is named, and closes them when the test ends.
+
+    Those of a real model are forked: importing torch anew for every worker of every test would take most of the time.
+    """
     pools: list[RerankerPool] = []
+    start_method = "spawn"
+    if request.node.get_closest_marker("real"):
+        start_method = request.getfixturevalue("fork_server")
 
     def make(model: str | ModelSpec = FAKE, **options: Any) -> RerankerPool:
         options.setdefault("devices", "cpu")
         if options.get("isolation") != "thread":
             options.setdefault("workers", 2)
         options.setdefault("restart_backoff", 0.01)
+        options.setdefault("start_method", start_method)
         pool = RerankerPool(model, **options)
         pools.append(pool)
         return pool
@@ -116,16 +132,15 @@ def _nothing_left_behind() -> Iterator[None]:
         thread.join(PATIENCE)
     stuck = [thread for thread in ours if thread.is_alive()]
     assert not stuck, f"threads left behind: {stuck}"
-    left = [
-        child for child in psutil.Process().children(recursive=True) if child not in before and not _is_tracker(child)
-    ]
+    left = [child for child in psutil.Process().children(recursive=True) if child not in before and not _stays(child)]
     _, alive = psutil.wait_procs(left, timeout=PATIENCE)
     assert not alive, f"processes left behind: {[(process, process.cmdline()) for process in alive]}"
 
 
-def _is_tracker(process: psutil.Process) -> bool:
-    """The tracker of multiprocessing's own, one for the life of this interpreter."""
+def _stays(process: psutil.Process) -> bool:
+    """The tracker of multiprocessing, one for the life of this interpreter, and the tests' fork server."""
     try:
-        return any("resource_tracker" in part for part in process.cmdline())
+        line = " ".join(process.cmdline())
+        return "resource_tracker" in line or ("forkserver" in line and process.ppid() == os.getpid())
     except psutil.Error:
         return False

@@ -1,4 +1,4 @@
-"""What a pool promises, whatever its workers are: the same suite over processes and over a thread."""
+"""What a pool promises, whatever its workers are: spawned processes, processes forked by a server, or a thread."""
 
 from __future__ import annotations
 
@@ -19,14 +19,23 @@ MakePool = Callable[..., RerankerPool]
 THREE_LABELS = ModelSpec("three", loader="fakes:load_three_labels")
 
 
-@pytest.fixture(params=["process", "thread"])
-def isolation(request: pytest.FixtureRequest) -> str:
-    return str(request.param)
+KINDS: dict[str, dict[str, str]] = {
+    "process": {},
+    "forked process": {"start_method": "forkserver"},
+    "thread": {"isolation": "thread"},
+}
+
+
+@pytest.fixture(params=KINDS)
+def kind(request: pytest.FixtureRequest) -> dict[str, str]:
+    if request.param == "forked process":
+        request.getfixturevalue("fork_server")
+    return KINDS[request.param]
 
 
 @pytest.fixture
-def pool(make_pool: MakePool, isolation: str) -> Iterator[RerankerPool]:
-    with make_pool(isolation=isolation) as pool:
+def pool(make_pool: MakePool, kind: dict[str, str]) -> Iterator[RerankerPool]:
+    with make_pool(**kind) as pool:
         yield pool
 
 
@@ -90,8 +99,8 @@ def test_pairs_of_any_queries(pool: RerankerPool) -> None:
     assert pool.submit_pairs([]).result(PATIENCE).shape == (0,)
 
 
-def test_several_labels_are_scored_and_not_ranked(make_pool: MakePool, isolation: str) -> None:
-    with make_pool(THREE_LABELS, isolation=isolation) as pool:
+def test_several_labels_are_scored_and_not_ranked(make_pool: MakePool, kind: dict[str, str]) -> None:
+    with make_pool(THREE_LABELS, **kind) as pool:
         pairs = [("query", "d" * i) for i in range(9)]
         scores = pool.submit_pairs(pairs).result(PATIENCE)
         assert scores.shape == (9, 3)
@@ -116,7 +125,7 @@ def test_it_stands_in_for_a_cross_encoder(pool: RerankerPool) -> None:
     assert pool.rank("query", documents, return_documents=True)[0]["text"] == documents[best]
 
 
-def test_a_document_the_model_raises_on_fails_its_request_alone(pool: RerankerPool, isolation: str) -> None:
+def test_a_document_the_model_raises_on_fails_its_request_alone(pool: RerankerPool, kind: dict[str, str]) -> None:
     bad = pool.submit("query", ["good", "!raise too odd", "fine"])
     good = [pool.submit("query", [f"document {i}"]) for i in range(20)]
     with pytest.raises(ScoringError, match=r"document 1 .* too odd") as caught:
@@ -187,9 +196,9 @@ def test_callbacks_run_apart_and_may_submit(pool: RerankerPool) -> None:
     stop.set()
 
 
-def test_workers_say_who_they_are(pool: RerankerPool, isolation: str) -> None:
+def test_workers_say_who_they_are(pool: RerankerPool, kind: dict[str, str]) -> None:
     workers = pool.workers()
-    assert len(workers) == (1 if isolation == "thread" else 2)
+    assert len(workers) == (1 if "isolation" in kind else 2)
     assert {w.state for w in workers} == {"ready"}
     assert {w.generation for w in workers} == {1}
     assert {w.device for w in workers} == {"cpu"}
@@ -200,8 +209,8 @@ def test_workers_say_who_they_are(pool: RerankerPool, isolation: str) -> None:
     assert all(m.rss > 0 for m in (memory.parent, *memory.workers))
 
 
-def test_a_closed_pool_says_so(make_pool: MakePool, isolation: str) -> None:
-    pool = make_pool(isolation=isolation)
+def test_a_closed_pool_says_so(make_pool: MakePool, kind: dict[str, str]) -> None:
+    pool = make_pool(**kind)
     assert pool.workers() == []
     pool.start()
     pending = [pool.submit("query", [f"document {i}"]) for i in range(10)]
@@ -216,8 +225,8 @@ def test_a_closed_pool_says_so(make_pool: MakePool, isolation: str) -> None:
     pool.close()
 
 
-def test_the_first_request_starts_the_pool(make_pool: MakePool, isolation: str) -> None:
-    pool = make_pool(isolation=isolation)
+def test_the_first_request_starts_the_pool(make_pool: MakePool, kind: dict[str, str]) -> None:
+    pool = make_pool(**kind)
     assert "not started" in repr(pool)
     assert asyncio.run(pool.arerank("query", ["document"])) == expected("query", ["document"])
     assert "ready" in repr(pool)

@@ -125,7 +125,7 @@ def test_workers_say_what_they_hold(folder: str, make_pool: MakePool, device: st
         workers = pool.workers()
         assert [worker.slot for worker in workers] == [0, 1]
         assert len({worker.pid for worker in workers} - {os.getpid()}) == 2
-        assert {psutil.Process(worker.pid).ppid() for worker in workers} == {os.getpid()}
+        assert {worker.pid for worker in workers} < {child.pid for child in psutil.Process().children(recursive=True)}
         model = models.load(folder, device)
         size = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
         for worker in workers:

@@ -67,12 +67,14 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., str]:
 
 
 @pytest.fixture(scope="module", params=[*models.ENCODERS, *models.DECODERS, models.LOGIT_SCORE])
-def rivals(request: pytest.FixtureRequest, folders: Callable[..., str], device: str) -> Iterator[Rivals]:
+def rivals(
+    request: pytest.FixtureRequest, folders: Callable[..., str], device: str, fork_server: str
+) -> Iterator[Rivals]:
     if request.param == models.LOGIT_SCORE and not models.has_logit_score():
         pytest.skip("this sentence-transformers takes a decoder only with a classification head")
     folder = folders(request.param)
     # Small batches and slices: many boundaries for a pair to get lost at.
-    with RerankerPool(folder, devices=device, workers=2, batch_tokens=256) as pool:
+    with RerankerPool(folder, devices=device, workers=2, batch_tokens=256, start_method=fork_server) as pool:
         yield Rivals(pool, models.load(folder, device))
 
 
@@ -155,9 +157,9 @@ def test_three_labels_of_every_architecture_in_a_thread(
 
 
 @pytest.fixture(scope="module")
-def bert(folders: Callable[..., str], device: str) -> Iterator[Rivals]:
+def bert(folders: Callable[..., str], device: str, fork_server: str) -> Iterator[Rivals]:
     folder = folders("bert")
-    with RerankerPool(folder, devices=device, workers=2) as pool:
+    with RerankerPool(folder, devices=device, workers=2, start_method=fork_server) as pool:
         yield Rivals(pool, models.load(folder, device))
 
 

@@ -6,6 +6,7 @@ terminal.
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -42,7 +43,8 @@ def say(word):
 
 def make():
     options = {"restart_backoff": 30.0} if STATE == "restarting" else {"restart_backoff": 0.01, "max_restarts": 1}
-    return RerankerPool(MODELS.get(STATE, ModelSpec("fake", loader="fakes:load")), devices="cpu", workers=1, **options)
+    options.update(devices="cpu", workers=1, start_method=os.environ["START_METHOD"])
+    return RerankerPool(MODELS.get(STATE, ModelSpec("fake", loader="fakes:load")), **options)
 
 def bring(pool):
     "Bring the pool into STATE, say so, and return its futures."
@@ -173,12 +175,12 @@ report(futures)
 class Script:
     """A script that runs, its workers, and what it says."""
 
-    def __init__(self, program: str, state: str, gate: Path, parting: str = "") -> None:
+    def __init__(self, program: str, state: str, gate: Path, parting: str = "", start_method: str = "spawn") -> None:
         os.mkfifo(gate)
         path = os.pathsep.join([str(TESTS), str(TESTS.parent)])
         self.process = subprocess.Popen(
             [sys.executable, "-c", PRELUDE + program, state, str(gate), parting],
-            env={**os.environ, "PYTHONPATH": path},
+            env={**os.environ, "PYTHONPATH": path, "START_METHOD": start_method},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -260,8 +262,8 @@ class Script:
 def run(tmp_path: Path) -> Iterator[Callable[..., Script]]:
     scripts: list[Script] = []
 
-    def make(program: str, state: str, parting: str = "") -> Script:
-        scripts.append(Script(program, state, tmp_path / f"gate{len(scripts)}", parting))
+    def make(program: str, state: str, parting: str = "", start_method: str = "spawn") -> Script:
+        scripts.append(Script(program, state, tmp_path / f"gate{len(scripts)}", parting, start_method))
         return scripts[-1]
 
     yield make
@@ -290,6 +292,18 @@ def test_every_ending_from_every_state(run: Callable[..., Script], ending: str, 
         pytest.skip("it waits for a worker, as it was told to, for the thirty seconds of its back-off")
     code = 1 if ending == "an error nobody catches" else 0
     check(script, release=state == "busy" and drains, code=code)
+
+
+@pytest.mark.skipif("forkserver" not in multiprocessing.get_all_start_methods(), reason="no fork server here")
+@pytest.mark.parametrize("ending", ["close at once", "interpreter exit", "killed"])
+def test_a_fork_server_and_its_workers_leave_too(run: Callable[..., Script], ending: str) -> None:
+    script = run(ENDINGS.get(ending, STAYING), "busy", start_method="forkserver")
+    assert len(script.workers) == 2, "the server and the worker"
+    if ending == "killed":
+        script.process.kill()
+        script.end()
+    else:
+        check(script)
 
 
 WAITING = """

@@ -1,0 +1,21 @@
+"""Imported by the fork server, once: what every worker needs, so that each fork has it already.
+
+One thread only: a fork does not take threads along, and a library that has started some would wait for them. A worker
+sets its own number before the first of them is needed. Nothing may touch a GPU: a fork could not use it afterwards.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import io
+import os
+
+from mp_rerank.worker import QUIET_VARIABLES, THREAD_VARIABLES
+
+os.environ.update(dict.fromkeys(THREAD_VARIABLES, "1"), **QUIET_VARIABLES)
+os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # torch.cuda.is_available() then asks the driver's library, not CUDA
+
+# Whatever goes wrong goes wrong again in the worker, where it is reported.
+with contextlib.suppress(Exception), contextlib.redirect_stderr(io.StringIO()):
+    importlib.import_module("mp_rerank.engine")
