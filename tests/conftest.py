@@ -132,13 +132,13 @@ def _nothing_left_behind() -> Iterator[None]:
         thread.join(PATIENCE)
     stuck = [thread for thread in ours if thread.is_alive()]
     assert not stuck, f"threads left behind: {stuck}"
-    left = [child for child in psutil.Process().children(recursive=True) if child not in before and not _stays(child)]
+    left = [child for child in psutil.Process().children(recursive=True) if child not in before and not stays(child)]
     _, alive = psutil.wait_procs(left, timeout=PATIENCE)
     assert not alive, f"processes left behind: {[(process, process.cmdline()) for process in alive]}"
 
 
-def _stays(process: psutil.Process) -> bool:
-    """The tracker of multiprocessing, one for the life of this interpreter, and the tests' fork server."""
+def stays(process: psutil.Process) -> bool:
+    """Whether it is no worker, but multiprocessing's tracker, of which there is one, or the tests' fork server."""
     try:
         line = " ".join(process.cmdline())
         return "resource_tracker" in line or ("forkserver" in line and process.ppid() == os.getpid())

@@ -1,4 +1,4 @@
-"""A short chaos run, as CI has it; ``python -m bench chaos`` runs longer ones."""
+"""A few seconds of chaos; two minutes of it are a tox environment, and ``python -m bench chaos`` takes any time."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from pathlib import Path
 
 
 def test_agents_lose_nothing_while_workers_die() -> None:
-    command = [sys.executable, "-m", "bench", "chaos", "--seconds", "15", "--agents", "32", "--workers", "2", "--json"]
+    command = [sys.executable, "-m", "bench", "chaos", "--seconds", "5", "--agents", "32", "--workers", "2", "--json"]
     done = subprocess.run(command, cwd=Path(__file__).parent.parent, capture_output=True, text=True, timeout=250)
     assert done.returncode == 0, (done.stdout, done.stderr)
     assert done.stderr == ""
     report = json.loads(done.stdout)
-    assert report["crashes"] > 5
-    assert report["outcomes"]["scored"] > 50
+    assert report["crashes"] > 0
+    assert report["outcomes"]["scored"] > 10
     for fault in ("lost", "wrong", "unexplained", "leaked_processes", "leaked_threads", "leaked_files", "unreleased"):
         assert report[fault] == 0

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from conftest import PATIENCE, Fifo, ranked, until
+from conftest import PATIENCE, Fifo, ranked, stays, until
 from fakes import Obeying, scores_of
 
 from mp_rerank import ModelSpec, PoolClosedError, RerankerPool, ScoringError, WorkerCrashedError
@@ -233,9 +233,7 @@ def test_a_crash_loop_while_loading_ends_the_start(make_pool: MakePool) -> None:
     for _ in range(2):
         with pytest.raises(WorkerCrashedError):
             pool.submit("query", ["document"])
-    assert psutil.Process().children() == [] or all(
-        "resource_tracker" in " ".join(child.cmdline()) for child in psutil.Process().children()
-    )
+    assert all(stays(child) for child in psutil.Process().children())
 
 
 def test_the_pool_goes_on_with_the_seats_that_are_left(
