@@ -4,8 +4,9 @@
     python -m bench matrix -e ENV [ENV ...]   these, then the page of all that have run
     python -m bench matrix --gather           the page alone
 
-An environment goes through ``tox run`` (made, then the whole test suite) and then ``mp-rerank race --json`` in it. What
-it said is kept in RESULTS, one file each, so that environments can run on different days or machines.
+An environment goes through ``tox run`` (made, then the tests of real models; the others import none of what it pins,
+and run on each Python in ``py3…-core``) and then ``mp-rerank race --json`` in it. What it said is kept in RESULTS, one
+file each, so that environments can run on different days or machines.
 """
 
 from __future__ import annotations
@@ -106,8 +107,8 @@ def page(results: Sequence[dict[str, Any]]) -> Iterator[str]:
     """The page: a table of all environments, and each one's race."""
     yield "# The matrix"
     yield ""
-    yield "Written by `python -m bench matrix`: each environment made by tox, the whole test suite run in it, and then"
-    yield "`mp-rerank race` ([what its columns mean](race.md)). Time is that of making it and of its tests."
+    yield "Written by `python -m bench matrix`: each environment made by tox, the tests of real models run in it, and"
+    yield "then `mp-rerank race` ([what its columns mean](race.md)). Time is that of making it and of its tests."
     yield ""
     yield "| environment | Python | torch | transformers | sentence-transformers | tests | s | GB | threads | pool |"
     yield "|---|---|---|---|---|---|---:|---:|---|---|"
