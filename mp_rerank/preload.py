@@ -7,15 +7,13 @@ sets its own number before the first of them is needed. Nothing may touch a GPU:
 from __future__ import annotations
 
 import contextlib
-import importlib
 import io
 import os
 
-from mp_rerank.worker import QUIET_VARIABLES, THREAD_VARIABLES
+from mp_rerank.worker import QUIET_VARIABLES, THREAD_VARIABLES, import_engine
 
 os.environ.update(dict.fromkeys(THREAD_VARIABLES, "1"), **QUIET_VARIABLES)
 os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # torch.cuda.is_available() then asks the driver's library, not CUDA
 
-# Whatever goes wrong goes wrong again in the worker, where it is reported.
-with contextlib.suppress(Exception), contextlib.redirect_stderr(io.StringIO()):
-    importlib.import_module("mp_rerank.engine")
+with contextlib.redirect_stderr(io.StringIO()):
+    import_engine()

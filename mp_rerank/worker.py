@@ -11,6 +11,8 @@ The state is thread-local: a worker is one thread, the only one of its process o
 
 from __future__ import annotations
 
+import contextlib
+import importlib
 import logging
 import os
 import pickle
@@ -26,6 +28,7 @@ from multiprocessing.util import Finalize
 from typing import Any, NoReturn, Protocol
 
 from mp_rerank.config import ModelSpec
+from mp_rerank.deferral import deferred
 from mp_rerank.errors import ModelLoadError, ScoringError
 from mp_rerank.logs import redirect_output
 from mp_rerank.tokens import estimate_pair, estimate_text
@@ -181,10 +184,21 @@ def _load(spec: ModelSpec, device: str, threads: int | None, batch_tokens: int) 
                 raise TypeError(f"the loader returned {type(loaded).__name__}, which has no predict(pairs)")
             facts = {"dtype": "", "weights_bytes": 0, "max_length": spec.max_length}
             return loaded, facts
+    if in_worker_process():
+        import_engine()
     from mp_rerank.engine import Engine
 
     engine = Engine(spec, device, threads, batch_tokens, loaded)
     return engine, engine.facts()
+
+
+def import_engine() -> None:
+    """Import what it takes to load and score, and no more: this process will do nothing else.
+
+    Fails in silence: whatever is wrong is wrong again when it is imported in the plain way, and is told there.
+    """
+    with contextlib.suppress(Exception), deferred("sklearn"):
+        importlib.import_module("mp_rerank.engine")
 
 
 def _sing(scorer: Scorer) -> tuple[tuple[float, ...], float]:
