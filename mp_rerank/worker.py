@@ -46,6 +46,8 @@ THREAD_VARIABLES = (
     "NUMEXPR_NUM_THREADS",
     "RAYON_NUM_THREADS",  # the tokenizer's
 )
+# The exit code of a worker whose process can use its GPU no more: another process can.
+EXIT_DEVICE_LOST = 75
 QUIET_VARIABLES = {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "TQDM_DISABLE": "1"}
 
 # Scored by every worker after loading: two workers that disagree on it do not hold the same model. The long one makes
@@ -161,6 +163,9 @@ def score(pairs: Pairs) -> Scored:
     try:
         scores, num_labels = _predict(_state.scorer, pairs)
     except BaseException as error:
+        if _process_is_worker and _has_lost_its_device(error):
+            logging.getLogger(__name__).error("leaving, for this process cannot use its GPU any more: %s", error)
+            os._exit(EXIT_DEVICE_LOST)
         raise ScoringError(
             f"the model raised {_in_words(error)}",
             device=_state.device,
@@ -222,6 +227,11 @@ def _predict(scorer: Scorer, pairs: Pairs) -> tuple[bytes, int | None]:
     if scores.ndim not in (1, 2) or len(scores) != len(pairs):
         raise ValueError(f"scores of shape {scores.shape} for {len(pairs)} pairs")
     return scores.tobytes(), None if scores.ndim == 1 else scores.shape[1]
+
+
+def _has_lost_its_device(error: BaseException) -> bool:
+    """Whether every later call to CUDA in this process fails too, as it does not once memory has run out."""
+    return isinstance(error, RuntimeError) and str(error).startswith("CUDA error")
 
 
 def _in_words(error: BaseException) -> str:

@@ -1,6 +1,7 @@
 """Models for tests: importable by a worker, no torch, and obedient. A document that starts with ``!`` is an order.
 
 !raise TEXT        raise ValueError(TEXT)
+!lose-device       raise what torch raises once a kernel has failed
 !sys.exit          sys.exit(7)
 !os._exit CODE     os._exit(CODE)
 !segfault          read from address 0
@@ -47,6 +48,8 @@ def obey(order: str) -> None:
     verb, _, rest = order.partition(" ")
     if verb == "!raise":
         raise ValueError(rest)
+    if verb == "!lose-device":
+        raise RuntimeError("CUDA error: device-side assert triggered")
     if verb == "!sys.exit":
         sys.exit(7)
     if verb == "!os._exit":

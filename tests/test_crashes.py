@@ -154,6 +154,20 @@ def test_out_of_memory_as_an_exception_is_the_document_s_own(make_pool: MakePool
         assert pool.stats().crashes == 0
 
 
+def test_a_worker_that_has_lost_its_gpu_leaves_and_its_slice_is_scored_by_another(
+    make_pool: MakePool, tmp_path: Path
+) -> None:
+    """The error stays with the process: whatever it scored next would fail too, whoever's it is."""
+    with make_pool() as pool:
+        order = f"!once {tmp_path / 'lost'} !lose-device"
+        texts = [*documents(9), order]
+        assert pool.rerank("query", texts) == ranked("query", texts)
+        assert pool.stats().crashes == 1
+        with pytest.raises(WorkerCrashedError, match="exit code 75") as caught:
+            pool.rerank("query", ["!lose-device"])
+        assert caught.value.document_index == 0
+
+
 @pytest.mark.parametrize("order", DEATHS)
 def test_a_poison_document_fails_alone(make_pool: MakePool, fifo: Fifo, order: str) -> None:
     with make_pool(workers=1) as pool:
