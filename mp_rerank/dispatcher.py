@@ -259,12 +259,15 @@ class Dispatcher:
                 self._dismiss(crew, now)
                 done.set_exception(crew.failure)
             elif crew.ready:
-                # Whatever has begun with the old model ends with it; the rest, and all that follows, gets the new.
+                # Whatever has begun with the old model ends with it; the rest, and all that follows, gets the new. What
+                # waits for scores of another shape than the new one's stays too: it was asked for of the old.
                 self._incoming = None
                 old, self._crew = self._crew, crew
                 self._retiring.append(old)
-                for request in old.queue.drop_untouched():
-                    crew.submit(request)
+                assert crew.facts is not None
+                if old.facts is None or old.facts.num_labels == crew.facts.num_labels:
+                    for request in old.queue.drop_untouched():
+                        crew.submit(request)
                 self.facts = crew.facts
                 self._counts.reloads += 1
                 done.set_result(None)

@@ -146,6 +146,18 @@ def test_what_has_begun_ends_with_the_old_model_and_what_waits_gets_the_new(make
         until(lambda: not psutil.pid_exists(old))
 
 
+def test_what_waits_for_one_score_a_pair_is_not_given_three(make_pool: MakePool, fifo: Fifo) -> None:
+    with make_pool(workers=1, slice_tokens=10) as pool:
+        begun = pool.submit("query", [fifo.order])
+        fifo.wait_until_read()
+        waiting = [pool.submit("query", documents(20)) for _ in range(5)]
+        pool.reload(ModelSpec("three", loader="fakes:load_three_labels"))
+        fifo.release()
+        assert begun.result(PATIENCE)
+        assert [future.result(PATIENCE) for future in waiting] == [ranked("query", documents(20))] * 5
+        assert pool.predict([("query", "document")]).shape == (1, 3)
+
+
 def test_a_model_that_cannot_be_loaded_leaves_the_old_one(make_pool: MakePool) -> None:
     with make_pool(max_restarts=1) as pool:
         with pytest.raises(ModelLoadError, match="not this one"):
