@@ -84,7 +84,7 @@ def run(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
     summaries = [line for line in said.splitlines() if re.search(r"\d+ (passed|failed).* in [\d.]+s", line)]
     failures = [line for line in said.splitlines() if re.match(r"(FAILED|ERROR|SKIPPED|XFAIL) ", line)]
     try:
-        race = json.loads(raced.stdout[raced.stdout.index("{") :])
+        race, _ = json.JSONDecoder().raw_decode(raced.stdout, raced.stdout.index("{"))  # tox has the last word
     except ValueError:
         race = {"failed": True, "said": (raced.stdout + raced.stderr)[-2000:]}
     return {

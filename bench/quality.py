@@ -16,11 +16,11 @@ from pathlib import Path
 
 import ir_measures
 import numpy as np
-import torch
 from ir_measures import nDCG
 
 from bench.datasets import HELD_OUT, Collection
 from bench.retrieval import BM25, BiEncoder
+from mp_rerank import ModelSpec, RerankerPool
 
 BUILTIN = Path(__file__).resolve().parent.parent / "mp_rerank" / "builtin"
 DEPTH = 100
@@ -86,17 +86,19 @@ def bi_encoder(collection: Collection, pool: Candidates) -> Scorer:
     return lambda query, batch: np.stack([vectors[text] for text in batch]) @ encoder.encode([query])[0]
 
 
-def cross_encoder(model: str, bfloat16: bool) -> Scorer:
-    """The scores of a plain `CrossEncoder`, the reference for everything that is faster."""
-    from sentence_transformers import CrossEncoder
-
-    loaded = CrossEncoder(model, device="cpu")
-
-    def score(query: str, texts: list[str]) -> np.ndarray:
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=bfloat16):
-            return loaded.predict([(query, text) for text in texts], batch_size=8, show_progress_bar=False)
-
-    return score
+def cross_encoder(model: str, dtype: str, collection: Collection, found: Candidates) -> tuple[Run, float]:
+    """A cross-encoder's run, and the seconds its scoring took: a pool's, whose scores are `CrossEncoder.predict`'s."""
+    with RerankerPool(ModelSpec(model, dtype=dtype), devices="cpu") as pool:
+        start = time.perf_counter()
+        futures = {
+            query: pool.submit(collection.queries[query], [collection.documents[key] for key, _ in ranked])
+            for query, ranked in found.items()
+        }
+        run = {
+            query: {found[query][result.index][0]: float(result.relevance_score) for result in future.result()}
+            for query, future in futures.items()
+        }
+        return run, time.perf_counter() - start
 
 
 @dataclass
@@ -108,7 +110,7 @@ class Measured:
     seconds: dict[str, float]  # cross-encoder -> time spent scoring, all sets together
 
 
-def measure(data: Path, names: list[str], models: list[str], seed: int, bfloat16: bool) -> Measured:
+def measure(data: Path, names: list[str], models: list[str], seed: int, dtype: str) -> Measured:
     """Every ranker on every set, with a line on standard error as each set is done."""
     found = Measured({"random": {}, "BM25": {}, "bi-encoder": {}}, {}, {})
     for name in names:
@@ -119,10 +121,8 @@ def measure(data: Path, names: list[str], models: list[str], seed: int, bfloat16
         found.ndcg["bi-encoder"][name] = ndcg(collection, rerank(collection, pool, bi_encoder(collection, pool)))
         for model in models:
             title = "built-in" if model == str(BUILTIN) else model
-            score = cross_encoder(model, bfloat16)
-            start = time.perf_counter()
-            run = rerank(collection, pool, score)
-            found.seconds[title] = found.seconds.get(title, 0.0) + time.perf_counter() - start
+            run, seconds = cross_encoder(model, dtype, collection, pool)
+            found.seconds[title] = found.seconds.get(title, 0.0) + seconds
             found.ndcg.setdefault(title, {})[name] = ndcg(collection, run)
             found.scores.setdefault(title, {})[name] = quantiles(collection, run)
         print(name, {ranker: round(row[name], 4) for ranker, row in found.ndcg.items()}, file=sys.stderr, flush=True)
@@ -157,13 +157,13 @@ def main(argv: list[str]) -> int:
     )
     parser.add_argument("--model", action="append", default=[], help="a further cross-encoder: a name or a path")
     parser.add_argument("--no-builtin", action="store_true", help="leave the built-in model out")
-    parser.add_argument("--bfloat16", action="store_true", help="autocast the cross-encoders: faster, not quite equal")
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="of the cross-encoders")
     parser.add_argument("--json", type=Path, help="also write the numbers here")
     parser.add_argument("--seed", type=int, default=0, help="of the random order")
     options = parser.parse_args(argv)
     models = ([] if options.no_builtin else [str(BUILTIN)]) + options.model
     names = options.sets or list(HELD_OUT)
-    found = measure(options.data, names, models, options.seed, options.bfloat16)
+    found = measure(options.data, names, models, options.seed, options.dtype)
     print(markdown(found, names))
     if options.json:
         options.json.write_text(json.dumps(asdict(found), indent=2) + "\n")
