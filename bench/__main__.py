@@ -9,6 +9,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "chaos": ("bench.chaos", "agents, dying workers, and a ledger of every request"),
     "fairness": ("bench.fairness", "delays of small requests with and without a large one"),
     "matrix": ("bench.matrix", "every environment of the tox matrix tested and raced, on one page"),
+    "start": ("bench.start", "time and memory of starting workers, spawned and forked"),
     "throughput": ("bench.throughput", "pairs a second beside the locked model and the library's pool, in one run"),
     "quality": ("bench.quality", "nDCG@10 of rerankers beside random, BM25 and the bi-encoder"),
 }

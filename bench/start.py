@@ -1,0 +1,76 @@
+"""`python -m bench start`: what it takes to start workers, to have one back after its death, and to close, and what
+memory a worker holds, for both start methods in turns.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import statistics
+import time
+from collections import defaultdict
+from collections.abc import Sequence
+
+import psutil
+
+from mp_rerank import RerankerPool
+
+METHODS = ("spawn", "forkserver")
+PAIR = ("How many people live in Berlin?", ["Berlin had a population of 3,520,031 registered inhabitants."])
+
+
+def main(argv: Sequence[str]) -> int:
+    """Measure and print the medians."""
+    parser = argparse.ArgumentParser(prog="python -m bench start", description=__doc__.partition("\n\n")[0])
+    parser.add_argument("--model", default="builtin", help="a hub name or a folder (default: the built-in model)")
+    parser.add_argument("--workers", type=int, default=2, help="worker processes (default: 2)")
+    parser.add_argument("--rounds", type=int, default=3, help="rounds of each start method (default: 3)")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    options = parser.parse_args(argv)
+    logging.getLogger("mp_rerank").addHandler(logging.NullHandler())  # the deaths are meant
+    found: dict[str, dict[str, list[float]]] = {method: defaultdict(list) for method in METHODS}
+    for _ in range(options.rounds):
+        for method in METHODS:
+            for name, value in measure(method, options.model, options.workers).items():
+                found[method][name].append(value)
+    medians = {
+        method: {name: statistics.median(values) for name, values in row.items()} for method, row in found.items()
+    }
+    if options.json:
+        print(json.dumps(medians, indent=2))
+        return 0
+    columns = list(medians["spawn"])
+    print(f"| start method | {' | '.join(columns)} |")
+    print("|---|" + "---:|" * len(columns))
+    for method, row in medians.items():
+        print(
+            f"| {method} | {' | '.join(f'{value:.2f}' if value < 50 else f'{value:.0f}' for value in row.values())} |"
+        )
+    return 0
+
+
+def measure(method: str, model: str, workers: int) -> dict[str, float]:
+    """One pool's life."""
+    begun = time.perf_counter()
+    with RerankerPool(model, devices="cpu", workers=workers, start_method=method) as pool:
+        started = time.perf_counter()
+        pool.rerank(*PAIR)
+        memory = pool.memory().workers
+        pid = pool.workers()[0].pid
+        assert pid is not None
+        psutil.Process(pid).kill()
+        killed = time.perf_counter()
+        while pool.workers()[0].generation == 1 or pool.workers()[0].state != "ready":
+            time.sleep(0.005)
+        back = time.perf_counter()
+        pool.rerank(*PAIR)
+        closing = time.perf_counter()
+    closed = time.perf_counter()
+    return {
+        f"start of {workers}, s": started - begun,
+        "back after SIGKILL, s": back - killed,
+        "close, s": closed - closing,
+        "USS a worker, MiB": statistics.mean(worker.uss for worker in memory) / 2**20,
+        "PSS a worker, MiB": statistics.mean(worker.pss for worker in memory) / 2**20,
+    }
