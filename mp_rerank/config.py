@@ -122,6 +122,8 @@ class PoolConfig:
             one worker each unless ``workers`` says more. ``"cuda"`` means every visible GPU.
         workers: workers in all; ``None``: one for each GPU, or as many as cores and memory allow on the CPU.
         threads_per_worker: compute threads of each; ``None`` shares the cores out.
+        pin: keep each worker that computes on the CPU on one NUMA node, near its weights, where the machine has several
+            nodes. Otherwise, and with ``False``, workers run wherever this process may.
         isolation: ``"process"``, or ``"thread"``: one model in this process, one prediction at a time.
         start_method: ``"spawn"``, or ``"forkserver"`` (not on Windows): workers are forked from a process that has done
             the imports. The first start takes about as long, a restart less than half, and workers share memory.
@@ -146,6 +148,7 @@ class PoolConfig:
     devices: str | Sequence[str] = "auto"
     workers: int | None = None
     threads_per_worker: int | None = None
+    pin: bool = True
     isolation: Literal["process", "thread"] = "process"
     start_method: Literal["spawn", "forkserver"] = "spawn"
     batch_tokens: int | None = None
@@ -176,6 +179,7 @@ class PoolConfig:
         _check_optional_count("max_memory_per_worker", self.max_memory_per_worker)
         for name in ("max_pending_pairs", "max_pending_tokens", "max_attempts"):
             _check_count(name, getattr(self, name))
+        _check_flag("pin", self.pin)
         if self.isolation not in ("process", "thread"):
             raise ValueError(f"isolation: 'process' or 'thread' is needed, not {self.isolation!r}")
         if self.start_method not in ("spawn", "forkserver"):
@@ -211,6 +215,11 @@ def _check_count(name: str, value: object) -> None:
         raise TypeError(f"{name}: a whole number is needed, not {value!r}")
     if value < 1:
         raise ValueError(f"{name}: at least 1 is needed, not {value}")
+
+
+def _check_flag(name: str, value: object) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name}: True or False is needed, not {value!r}")
 
 
 def _check_optional_count(name: str, value: object) -> None:

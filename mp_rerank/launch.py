@@ -15,7 +15,7 @@ import signal
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import contextmanager
 from multiprocessing.connection import Connection, wait
@@ -58,7 +58,7 @@ class ProcessWorker:
     Args:
         name: what its logs and its process are called.
         start_method: ``"spawn"`` or ``"forkserver"``; for the latter somebody holds a lease on the server.
-        spec, device, threads, batch_tokens, offline: for ``worker.initialize_process``.
+        spec, device, threads, batch_tokens, cpus, offline: for ``worker.initialize_process``.
         on_exit: called on a thread of its own with the exit code, once, when the process has ended, for whatever
             reason.
 
@@ -75,6 +75,7 @@ class ProcessWorker:
         threads: int,
         batch_tokens: int,
         *,
+        cpus: Sequence[int],
         offline: bool,
         on_exit: Callable[[int | None], None],
     ) -> None:
@@ -86,7 +87,7 @@ class ProcessWorker:
             max_workers=1,
             mp_context=context,
             initializer=worker.initialize_process,
-            initargs=(pickle.dumps(spec), device, threads, batch_tokens, child_logs, level, offline),
+            initargs=(pickle.dumps(spec), device, threads, batch_tokens, tuple(cpus), child_logs, level, offline),
         )
         self._watch = threading.Thread(target=self._watch_exit, args=(on_exit,), name=f"{name}-watch", daemon=True)
         self._logs = threading.Thread(target=self._repeat_logs, args=(logs,), name=f"{name}-logs", daemon=True)

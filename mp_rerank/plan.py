@@ -2,29 +2,20 @@
 
 Measured on CPUs, several workers of one thread beat one worker of several: a reranker's matrices are too small to be
 worth splitting. So the plan is one worker a physical core that this process may use, fewer where memory does not hold
-that many models (each worker then gets more threads), and one worker a GPU.
+that many models (each worker then gets more threads), and one worker a GPU. On a machine of several NUMA nodes each
+worker on the CPU is kept on one of them.
 """
 
 from __future__ import annotations
 
-import importlib.util
-import math
-import os
-import platform
-import re
-import shutil
-import subprocess
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
-import psutil
-
+from mp_rerank.checkpoint import weight_files
 from mp_rerank.config import ModelSpec, PoolConfig
+from mp_rerank.machine import Machine, Node, read_machine
 
-__all__ = ["Machine", "Plan", "Seat", "make_plan", "read_machine"]
-
-CGROUP = Path("/sys/fs/cgroup")
-CPU_TOPOLOGY = Path("/sys/devices/system/cpu")
+__all__ = ["Plan", "Seat", "make_plan"]
 
 # A spawned worker's own memory apart from the weights: 330 MB measured for imports and a small model's buffers.
 WORKER_BYTES = 450 * 2**20
@@ -35,38 +26,18 @@ MEMORY_SHARE = 0.8
 
 
 @dataclass(frozen=True)
-class Machine:
-    """What this process may use.
+class Seat:
+    """A place for a worker, for as long as the pool lives.
 
     Attributes:
-        logical: logical CPUs of the machine.
-        affinity: logical CPUs this process may run on.
-        physical: physical cores among those.
-        quota: CPUs' worth of time the container allows; ``None`` without a limit.
-        memory_available: bytes that can be taken without swapping, within the container's limit.
-        gpus: devices torch would offer, such as ``("cuda:0",)``.
+        device: the worker's device.
+        threads: its compute threads.
+        cpus: the logical CPUs it is kept on; empty: wherever this process may run.
     """
-
-    logical: int
-    affinity: int
-    physical: int
-    quota: float | None
-    memory_available: int
-    gpus: tuple[str, ...]
-
-    @property
-    def cores(self) -> int:
-        """Cores worth a worker: the physical ones, as far as the quota goes, at least 1."""
-        cores = self.physical if self.quota is None else min(self.physical, math.floor(self.quota))
-        return max(1, cores)
-
-
-@dataclass(frozen=True)
-class Seat:
-    """A place for a worker: its device and compute threads, for as long as the pool lives."""
 
     device: str
     threads: int
+    cpus: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -84,7 +55,7 @@ def make_plan(config: PoolConfig, spec: ModelSpec, machine: Machine | None = Non
         ValueError: a device was named that this machine plainly lacks.
     """
     machine = machine or read_machine()
-    reasons = [_describe(machine)]
+    reasons = [str(machine)]
     devices = _devices(config, machine, reasons)
     named = len(devices) > 1 or devices[0] != "cpu"
     if config.isolation == "thread":
@@ -105,30 +76,10 @@ def make_plan(config: PoolConfig, spec: ModelSpec, machine: Machine | None = Non
         reasons.append(f"{threads} threads a worker: {machine.cores} cores shared by {count}")
     else:
         reasons.append(f"{threads} threads a worker: asked for")
-    return Plan(tuple(Seat(device, threads) for device in seated), tuple(reasons))
-
-
-def read_machine() -> Machine:
-    """What this process may use of its machine, within its affinity and its container."""
-    cpus = _affinity()
-    return Machine(
-        logical=os.cpu_count() or 1,
-        affinity=len(cpus),
-        physical=_physical_cores(cpus),
-        quota=_cpu_quota(),
-        memory_available=_memory_available(),
-        gpus=_gpus(),
-    )
-
-
-def _describe(machine: Machine) -> str:
-    quota = "no CPU quota" if machine.quota is None else f"a quota of {machine.quota:g} CPUs"
-    gpus = ", ".join(machine.gpus) or "none"
-    return (
-        f"{machine.logical} logical CPUs, {machine.affinity} allowed to this process, "
-        f"{machine.physical} physical cores, {quota}; "
-        f"{machine.memory_available / 2**30:.1f} GiB of memory available; GPUs: {gpus}"
-    )
+    seats = [Seat(device, threads) for device in seated]
+    if config.pin and config.isolation == "process":
+        seats = _on_nodes(seats, machine.nodes, reasons)
+    return Plan(tuple(seats), tuple(reasons))
 
 
 def _devices(config: PoolConfig, machine: Machine, reasons: list[str]) -> list[str]:
@@ -147,7 +98,7 @@ def _devices(config: PoolConfig, machine: Machine, reasons: list[str]) -> list[s
 
 
 def _workers_for_cpu(machine: Machine, spec: ModelSpec, reasons: list[str]) -> int:
-    weights = _weights_bytes(spec)
+    weights = sum(file.stat().st_size for file in weight_files(spec))
     each = WORKER_BYTES + int(weights * WEIGHTS_FACTOR)
     fitting = max(1, int(machine.memory_available * MEMORY_SHARE) // each)
     size = f"{weights / 2**20:.0f} MiB of weights" if weights else "weights of unknown size"
@@ -160,115 +111,27 @@ def _workers_for_cpu(machine: Machine, spec: ModelSpec, reasons: list[str]) -> i
     return machine.cores
 
 
-def _weights_bytes(spec: ModelSpec) -> int:
-    """Bytes of the checkpoint's weight files; 0 where they are not in a local folder."""
-    folder = Path(spec.path)
-    if spec.loader is not None or not folder.is_dir():
-        return 0
-    sizes = [sum(f.stat().st_size for f in folder.glob(pattern)) for pattern in ("*.safetensors", "pytorch_model*.bin")]
-    return max(sizes)
+def _on_nodes(seats: list[Seat], nodes: Sequence[Node], reasons: list[str]) -> list[Seat]:
+    """``seats``, those on the CPU each kept on one NUMA node, shared out by the nodes' cores.
 
-
-def _affinity() -> list[int]:
-    try:
-        return list(psutil.Process().cpu_affinity())
-    except AttributeError:  # macOS has no affinity
-        return list(range(os.cpu_count() or 1))
-
-
-def _physical_cores(cpus: list[int]) -> int:
-    """Distinct cores behind the logical CPUs ``cpus``."""
-    siblings = set()
-    for cpu in cpus:
-        try:
-            siblings.add((CPU_TOPOLOGY / f"cpu{cpu}/topology/thread_siblings_list").read_text().strip())
-        except OSError:
-            whole = psutil.cpu_count(logical=False) or len(cpus)
-            return max(1, min(whole, len(cpus)))
-    return len(siblings)
-
-
-def _cgroup_folders(controller: str) -> list[Path]:
-    """The cgroup folder of this process and every one above it, v2 and v1: a limit anywhere on the way holds."""
-    folders: list[Path] = []
-    try:
-        lines = Path("/proc/self/cgroup").read_text().splitlines()
-    except OSError:
-        return folders
-    for line in lines:
-        _, controllers, path = line.split(":", 2)
-        if controllers == "":
-            root = CGROUP
-        elif controller in controllers.split(","):
-            root = CGROUP / controller
-        else:
-            continue
-        inner = root / path.lstrip("/")
-        folders += [folder for folder in (inner, *inner.parents) if folder == root or root in folder.parents]
-    return folders
-
-
-def _read_numbers(path: Path) -> list[float]:
-    """The file's numbers; none for a missing file, and infinity for the word ``max``."""
-    try:
-        return [math.inf if word == "max" else float(word) for word in path.read_text().split()]
-    except (OSError, ValueError):
-        return []
-
-
-def _cpu_quota() -> float | None:
-    quotas = []
-    for folder in _cgroup_folders("cpu"):
-        numbers = _read_numbers(folder / "cpu.max")
-        if not numbers:
-            numbers = _read_numbers(folder / "cpu.cfs_quota_us") + _read_numbers(folder / "cpu.cfs_period_us")
-        if len(numbers) == 2 and numbers[0] > 0 and numbers[1] > 0:
-            quotas.append(numbers[0] / numbers[1])
-    tightest = min(quotas, default=math.inf)
-    return None if math.isinf(tightest) else tightest
-
-
-def _memory_available() -> int:
-    available = float(psutil.virtual_memory().available)
-    for folder in _cgroup_folders("memory"):
-        for limit_file, usage_file in (
-            ("memory.max", "memory.current"),
-            ("memory.limit_in_bytes", "memory.usage_in_bytes"),
-        ):
-            limit, usage = _read_numbers(folder / limit_file), _read_numbers(folder / usage_file)
-            if limit and usage:
-                available = min(available, max(0.0, limit[0] - usage[0]))
-    return int(available)
-
-
-def _gpus() -> tuple[str, ...]:
-    """Devices the installed torch would offer, found without importing it."""
-    if platform.system() == "Darwin":
-        return ("mps",) if platform.machine() == "arm64" else ()
-    if not _torch_has_cuda():
-        return ()
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible is not None:
-        names = [name for name in visible.split(",") if name.strip() and name.strip() != "-1"]
-        return tuple(f"cuda:{i}" for i in range(len(names)))
-    command = shutil.which("nvidia-smi")
-    if command is None:
-        return ()
-    try:
-        listing = subprocess.run([command, "-L"], capture_output=True, text=True, timeout=20, check=True).stdout
-    except (OSError, subprocess.SubprocessError):
-        return ()
-    count = sum(line.startswith("GPU ") for line in listing.splitlines())
-    return tuple(f"cuda:{i}" for i in range(count))
-
-
-def _torch_has_cuda() -> bool:
-    """Whether the installed torch is a CUDA (or ROCm) build, read from its version file."""
-    found = importlib.util.find_spec("torch")
-    if found is None or found.origin is None:
-        return False
-    try:
-        text = (Path(found.origin).parent / "version.py").read_text()
-    except OSError:
-        return False
-    return re.search(r"^(cuda|hip)\b[^=]*=\s*['\"]", text, re.MULTILINE) is not None
+    Not on one core: a neighbour on that core, of which a shared machine says nothing, would have the worker wait while
+    others are idle. The node is enough for what counts, that the weights are in the memory next to the cores.
+    """
+    on_cpu = [number for number, seat in enumerate(seats) if seat.device.startswith("cpu")]
+    if len(nodes) < 2 or not on_cpu:
+        return seats
+    threads = seats[on_cpu[0]].threads
+    if threads > max(node.physical for node in nodes):
+        reasons.append(f"not pinned: {threads} threads are more than a NUMA node has cores")
+        return seats
+    taken = [0] * len(nodes)
+    pinned = list(seats)
+    for number in on_cpu:
+        emptiest = min(range(len(nodes)), key=lambda i: (taken[i] + threads) / nodes[i].physical)
+        taken[emptiest] += threads
+        pinned[number] = replace(seats[number], cpus=nodes[emptiest].cpus)
+    reasons.append(
+        f"pinned to NUMA nodes, not to single cores: {', '.join(str(n // threads) for n in taken)} workers "
+        f"on the {len(nodes)} nodes"
+    )
+    return pinned

@@ -10,9 +10,9 @@ import contextlib
 import io
 import os
 
-from mp_rerank.worker import QUIET_VARIABLES, THREAD_VARIABLES, import_engine
+from mp_rerank.worker import import_engine, set_threads
 
-os.environ.update(dict.fromkeys(THREAD_VARIABLES, "1"), **QUIET_VARIABLES)
+set_threads(1)
 os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # torch.cuda.is_available() then asks the driver's library, not CUDA
 
 with contextlib.redirect_stderr(io.StringIO()):

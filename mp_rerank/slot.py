@@ -150,6 +150,7 @@ class Slot:
                 self.seat.device,
                 self.seat.threads,
                 batch_tokens,
+                cpus=self.seat.cpus,
                 offline=offline,
                 on_exit=lambda code: self.notify(Exited(self, generation, code)),
             )

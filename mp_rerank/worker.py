@@ -33,7 +33,16 @@ from mp_rerank.errors import ModelLoadError, ScoringError
 from mp_rerank.logs import redirect_output
 from mp_rerank.tokens import estimate_pair, estimate_text
 
-__all__ = ["Scored", "WorkerFacts", "describe", "in_worker_process", "initialize", "initialize_process", "score"]
+__all__ = [
+    "Scored",
+    "WorkerFacts",
+    "describe",
+    "in_worker_process",
+    "initialize",
+    "initialize_process",
+    "score",
+    "set_threads",
+]
 
 Pairs = Sequence[tuple[str, str]]
 
@@ -46,6 +55,9 @@ THREAD_VARIABLES = (
     "NUMEXPR_NUM_THREADS",
     "RAYON_NUM_THREADS",  # the tokenizer's
 )
+# Any of these, or OMP_PROC_BIND=true, makes a process bind its threads from the first CPU on: measured, every worker of
+# one thread then sits on CPU 0.
+BINDING_VARIABLES = ("GOMP_CPU_AFFINITY", "KMP_AFFINITY", "OMP_PLACES")
 # The exit code of a worker whose process can use its GPU no more: another process can.
 EXIT_DEVICE_LOST = 75
 QUIET_VARIABLES = {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "TQDM_DISABLE": "1"}
@@ -98,20 +110,37 @@ def in_worker_process() -> bool:
 
 
 def initialize_process(
-    spec: bytes, device: str, threads: int, batch_tokens: int, logs: Connection, log_level: int, offline: bool
+    spec: bytes,
+    device: str,
+    threads: int,
+    batch_tokens: int,
+    cpus: Sequence[int],
+    logs: Connection,
+    log_level: int,
+    offline: bool,
 ) -> None:
     """The initializer of a worker process. ``spec`` is a pickled ``ModelSpec``: unpickling it may import anything."""
     global _process_is_worker
     _process_is_worker = True
+    pinned = not cpus or _pin(cpus)  # before there is a second thread, which would inherit the old affinity
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
     Finalize(None, _leave_at_once, exitpriority=-1000)  # after everybody else's
     threading.Thread(target=_leave_with_parent, name="parent-watch", daemon=True).start()
-    os.environ.update(dict.fromkeys(THREAD_VARIABLES, str(threads)), **QUIET_VARIABLES)
+    set_threads(threads)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false" if threads == 1 else "true")
     if offline:
         os.environ["HF_HUB_OFFLINE"] = "1"
     redirect_output(logs, log_level)
+    if not pinned:
+        logging.getLogger(__name__).warning("this worker cannot be kept on the CPUs %s", cpus)
     initialize(spec, device, threads, batch_tokens)
+
+
+def set_threads(threads: int) -> None:
+    """Let what is imported from now on compute with so many threads, on any CPU this process may use."""
+    os.environ.update(dict.fromkeys(THREAD_VARIABLES, str(threads)), OMP_PROC_BIND="false", **QUIET_VARIABLES)
+    for name in BINDING_VARIABLES:
+        os.environ.pop(name, None)
 
 
 def initialize(spec: bytes, device: str, threads: int | None, batch_tokens: int) -> None:
@@ -236,6 +265,15 @@ def _has_lost_its_device(error: BaseException) -> bool:
 
 def _in_words(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+
+
+def _pin(cpus: Sequence[int]) -> bool:
+    """Keep this thread, and those it starts, on ``cpus``; whether the system lets it."""
+    try:
+        os.sched_setaffinity(0, cpus)
+    except (AttributeError, OSError):  # not on this system, or the container has other CPUs by now
+        return False
+    return True
 
 
 def _leave_at_once() -> NoReturn:

@@ -37,6 +37,7 @@ MakePool = Callable[..., RerankerPool]
         ({"hang_timeout": "long"}, TypeError, "hang_timeout: seconds are needed"),
         ({"max_restarts": -1}, ValueError, "max_restarts: a whole number of at least 0"),
         ({"max_memory_per_worker": 0}, ValueError, "max_memory_per_worker: at least 1"),
+        ({"pin": "node"}, TypeError, "pin: True or False is needed"),
         ({"wokers": 2}, TypeError, "RerankerPool has no option wokers; it has devices, workers"),
     ],
 )

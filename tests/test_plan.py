@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
+import psutil
 import pytest
 from conftest import FAKE
 
-from mp_rerank import ModelSpec, PoolConfig, plan
-from mp_rerank.plan import Machine, Seat, make_plan
+from mp_rerank import ModelSpec, PoolConfig, RerankerPool
+from mp_rerank.checkpoint import weight_files
+from mp_rerank.machine import Machine, Node
+from mp_rerank.plan import Plan, Seat, make_plan
+from mp_rerank.worker import set_threads
+
+MakePool = Callable[..., RerankerPool]
 
 GIB = 2**30
 
@@ -67,46 +76,109 @@ def test_a_thread_is_one_worker_whatever_the_machine() -> None:
     assert len(seats(PoolConfig(isolation="thread"), machine(cores=64))) == 1
 
 
-@pytest.mark.parametrize(
-    ("files", "quota"),
-    [
-        ({"cpu.max": "150000 100000"}, 1.5),
-        ({"cpu.max": "max 100000"}, None),
-        ({"cpu.cfs_quota_us": "400000", "cpu.cfs_period_us": "100000"}, 4.0),
-        ({"cpu.cfs_quota_us": "-1", "cpu.cfs_period_us": "100000"}, None),
-        ({"cpu.max": "not a number"}, None),
-        ({}, None),
-    ],
-)
-def test_quotas_are_read_in_both_versions_of_cgroups(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, files: dict[str, str], quota: float | None
+# Pinning: a test machine's nodes have their logical CPUs one after the other.
+
+
+def with_nodes(*cores: int, threads_a_core: int = 2) -> Machine:
+    """A machine of NUMA nodes with so many cores each."""
+    nodes, start = [], 0
+    for count in cores:
+        nodes.append(Node(tuple(range(start, start + threads_a_core * count)), count))
+        start += threads_a_core * count
+    return replace(machine(cores=sum(cores)), nodes=tuple(nodes))
+
+
+def on_each(made: Plan, on: Machine) -> list[int]:
+    """How many of the seats are on each node."""
+    return [sum(seat.cpus == node.cpus for seat in made.seats) for node in on.nodes]
+
+
+def test_workers_are_kept_on_numa_nodes_by_their_cores() -> None:
+    on = with_nodes(4, 2)
+    made = make_plan(PoolConfig(), FAKE, on)
+    assert on_each(made, on) == [4, 2]
+    assert "pinned to NUMA nodes, not to single cores: 4, 2 workers on the 2 nodes" in made.reasons
+    made = make_plan(PoolConfig(workers=3), FAKE, on)
+    assert [seat.threads for seat in made.seats] == [2] * 3
+    assert on_each(made, on) == [2, 1]
+
+
+def test_one_node_is_no_reason_to_pin() -> None:
+    for on in (machine(), with_nodes(8)):
+        assert {seat.cpus for seat in make_plan(PoolConfig(), FAKE, on).seats} == {()}
+
+
+def test_nothing_is_pinned_that_needs_more_than_a_node_or_must_not_be() -> None:
+    on = with_nodes(4, 4)
+    wide = make_plan(PoolConfig(workers=1), FAKE, on)
+    assert wide.seats == (Seat("cpu", 8),)
+    assert "not pinned: 8 threads are more than a NUMA node has cores" in wide.reasons
+    for config in (PoolConfig(pin=False), PoolConfig(isolation="thread", threads_per_worker=1)):
+        made = make_plan(config, FAKE, on)
+        assert {seat.cpus for seat in made.seats} == {()}
+        assert not any("pinned" in reason for reason in made.reasons)
+
+
+def test_a_gpu_s_worker_is_not_pinned() -> None:
+    on = with_nodes(2, 2)
+    made = make_plan(PoolConfig(devices=["cuda:0", "cpu", "cpu"], threads_per_worker=1), FAKE, on)
+    assert made.seats[0].cpus == ()
+    assert on_each(made, on) == [1, 1]
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="this system has no affinity")
+def test_a_worker_stays_on_its_seat_s_cpus_and_is_bound_to_no_single_one(
+    make_pool: MakePool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name, text in files.items():
-        (tmp_path / name).write_text(text)
-    monkeypatch.setattr(plan, "_cgroup_folders", lambda controller: [tmp_path])
-    assert plan._cpu_quota() == quota
+    monkeypatch.setenv("OMP_PROC_BIND", "true")
+    monkeypatch.setenv("GOMP_CPU_AFFINITY", "0")
+    cpus = sorted(os.sched_getaffinity(0))
+    monkeypatch.setattr("mp_rerank.pool.make_plan", lambda *_: Plan((Seat("cpu", 1, (cpus[-1],)), Seat("cpu", 1)), ()))
+    with make_pool() as pool:
+        for worker, expected in zip(pool.workers(), ([cpus[-1]], cpus), strict=True):
+            assert worker.pid is not None
+            process = psutil.Process(worker.pid)
+            assert process.cpu_affinity() == expected
+            assert {os.sched_getaffinity(thread.id) == set(expected) for thread in process.threads()} == {True}
 
 
-def test_a_container_s_memory_limit_holds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "memory.max").write_text(str(3 * GIB))
-    (tmp_path / "memory.current").write_text(str(1 * GIB))
-    monkeypatch.setattr(plan, "_cgroup_folders", lambda controller: [tmp_path])
-    assert plan._memory_available() <= 2 * GIB
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="this system has no affinity")
+def test_what_is_imported_later_is_told_not_to_bind(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("OMP_NUM_THREADS", "OMP_PROC_BIND", "GOMP_CPU_AFFINITY"):
+        monkeypatch.setenv(name, "true")
+    monkeypatch.setattr(os, "environ", environment := dict(os.environ))
+    set_threads(3)
+    assert (environment["OMP_NUM_THREADS"], environment["OMP_PROC_BIND"]) == ("3", "false")
+    assert "GOMP_CPU_AFFINITY" not in environment
 
 
-def test_gpus_are_counted_without_torch(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(plan.platform, "system", lambda: "Linux")
-    monkeypatch.setattr(plan, "_torch_has_cuda", lambda: True)
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
-    assert plan._gpus() == ("cuda:0", "cuda:1")
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "-1")
-    assert plan._gpus() == ()
-    monkeypatch.setattr(plan, "_torch_has_cuda", lambda: False)
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
-    assert plan._gpus() == ()
+def test_cpus_that_are_gone_are_a_warning(
+    make_pool: MakePool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("mp_rerank.pool.make_plan", lambda *_: Plan((Seat("cpu", 1, (100_000,)),), ()))
+    with make_pool(workers=1) as pool:
+        assert len(pool.rerank("query", ["document"])) == 1
+    assert "cannot be kept on the CPUs (100000,)" in caplog.text
 
 
-def test_this_machine_can_be_read() -> None:
-    here = plan.read_machine()
-    assert 1 <= here.cores <= here.physical <= here.affinity <= here.logical
-    assert here.memory_available > 0
+# Where the model's files lie.
+
+
+def test_a_model_in_the_hub_s_cache_has_its_size_by_branch_and_by_commit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("HF_HUB_CACHE", raising=False)
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    repository = tmp_path / "hub/models--some--model"
+    snapshot = repository / "snapshots/abc"
+    snapshot.mkdir(parents=True)
+    (repository / "refs").mkdir()
+    (repository / "refs/main").write_text("abc")
+    (snapshot / "model.safetensors").write_bytes(b"1234")
+    (snapshot / "pytorch_model.bin").write_bytes(b"123")
+    for revision in (None, "main", "abc"):
+        assert weight_files(ModelSpec("some/model", revision=revision)) == [snapshot / "model.safetensors"]
+    for elsewhere in (ModelSpec("some/model", revision="v2"), ModelSpec("other/model"), FAKE):
+        assert weight_files(elsewhere) == []
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "elsewhere"))
+    assert weight_files(ModelSpec("some/model")) == []

@@ -1,0 +1,42 @@
+"""Where a model's files lie, without importing what loads them: for its size, and to tell whether it has changed."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from mp_rerank.config import ModelSpec
+
+__all__ = ["folder_of", "weight_files"]
+
+
+def folder_of(spec: ModelSpec) -> Path | None:
+    """The model's local folder, or its snapshot in the hub's cache; ``None`` where it is in neither, or a loader's."""
+    if spec.loader is not None:
+        return None
+    folder = Path(spec.path)
+    if folder.is_dir():
+        return folder
+    repository = _hub_cache() / f"models--{spec.name.replace('/', '--')}"
+    revision = spec.revision or "main"
+    try:
+        revision = (repository / "refs" / revision).read_text().strip()
+    except (OSError, ValueError):  # a commit, or nothing that was ever fetched
+        pass
+    snapshot = repository / "snapshots" / revision
+    return snapshot if snapshot.is_dir() else None
+
+
+def weight_files(spec: ModelSpec) -> list[Path]:
+    """The files of the model's weights, of the format that has more of them; none where they are not on this disk."""
+    folder = folder_of(spec)
+    if folder is None:
+        return []
+    formats = [sorted(folder.glob(pattern)) for pattern in ("*.safetensors", "pytorch_model*.bin")]
+    return max(formats, key=lambda files: sum(file.stat().st_size for file in files))
+
+
+def _hub_cache() -> Path:
+    """Where huggingface_hub keeps what it fetches, by the variables that it documents."""
+    home = os.environ.get("HF_HOME") or os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "huggingface")
+    return Path(os.environ.get("HF_HUB_CACHE") or os.path.join(home, "hub")).expanduser()
