@@ -4,6 +4,7 @@
     mp-rerank run --queries Q --corpus C --run R --output O
                                     rerank a whole run of a first stage, from files to a file
     mp-rerank plan                  which workers a pool would start here, and why
+    mp-rerank tune                  measure which are fastest here, for the pools that come after
 
 Exit codes: 0; 1 where the work failed; 2 for a mistake in the call or in the input; 130 after Ctrl-C.
 """
@@ -82,15 +83,16 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"mp-rerank {mp_rerank.__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
 
-    common = argparse.ArgumentParser(add_help=False)
-    common.add_argument("--model", default=BUILTIN, help="a hub name or a local folder (default: the built-in model)")
-    common.add_argument(
+    basic = argparse.ArgumentParser(add_help=False)
+    basic.add_argument("--model", default=BUILTIN, help="a hub name or a local folder (default: the built-in model)")
+    basic.add_argument(
         "--devices", default=["auto"], nargs="+", metavar="DEVICE", help="auto, cpu, cuda, cuda:1, mps, …"
     )
+    basic.add_argument("--json", action="store_true", help="print JSON")
+    basic.add_argument("-v", "--verbose", action="store_true", help="log what the pool and its workers do")
+    common = argparse.ArgumentParser(add_help=False, parents=[basic])
     common.add_argument("--workers", type=int, metavar="N", help="workers in all (default: see `mp-rerank plan`)")
     common.add_argument("--threads", type=int, metavar="N", help="compute threads a worker")
-    common.add_argument("--json", action="store_true", help="print JSON")
-    common.add_argument("-v", "--verbose", action="store_true", help="log what the pool and its workers do")
 
     rank = commands.add_parser(
         "rank", parents=[common], help="rank documents", description="Rank documents by a query."
@@ -110,6 +112,29 @@ def _parser() -> argparse.ArgumentParser:
 
     plan = commands.add_parser("plan", parents=[common], help="show the workers a pool would start, and why")
     plan.set_defaults(run=_plan)
+
+    tune = commands.add_parser(
+        "tune",
+        parents=[basic],
+        help="measure which workers, threads and batches are fastest here",
+        description="Measure workers, threads and batch sizes in turns, and keep the fastest for the pools that come "
+        "after, of this model on this machine. Scores do not depend on them. MP_RERANK_TUNED=0 or tuned=False has a "
+        "pool ignore it.",
+    )
+    tune.add_argument("--seconds", type=float, default=120.0, help="when to stop (default: 120)")
+    tune.add_argument("--words", type=int, nargs="+", metavar="N", help="typical lengths of a document, in words")
+    tune.add_argument("--corpus", metavar="FILE", help="documents to measure with: lines, or JSONL with a text")
+    tune.add_argument("--dtype", help="of the model to tune: float32, bfloat16, float16 or auto")
+    tune.add_argument("--max-length", type=int, metavar="N", help="truncate pairs to so many tokens")
+    tune.add_argument(
+        "--dtypes",
+        nargs="+",
+        default=[],
+        metavar="DTYPE",
+        help="measure these as well, with what was fastest; their scores differ, so a pool has them only by its dtype",
+    )
+    tune.add_argument("--dry-run", action="store_true", help="measure, and keep nothing")
+    tune.set_defaults(run=_tune)
 
     run = commands.add_parser(
         "run",
@@ -201,7 +226,9 @@ def _rank(arguments: argparse.Namespace) -> int:
     pool = RerankerPool(
         spec, devices=arguments.devices, workers=arguments.workers, threads_per_worker=arguments.threads
     )
-    documents = _read(arguments)  # before anything is started for a file that is not there
+    documents = _read(
+        arguments.file, arguments.format, arguments.field
+    )  # before anything is started for a file that is not there
     with pool:
         scores = _score(pool, arguments.query, documents)
     order = np.argsort(-scores, kind="stable")[: arguments.top_n].tolist()
@@ -226,6 +253,52 @@ def _plan(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _tune(arguments: argparse.Namespace) -> int:
+    from mp_rerank.tune import DEFAULT_WORDS, Trial, make_pairs, random_documents, tune
+
+    if arguments.seconds <= 0:
+        raise _InputError(f"--seconds: more than 0 are needed, not {arguments.seconds:g}")
+    words = arguments.words or DEFAULT_WORDS
+    if min(words) < 1:
+        raise _InputError(f"--words: at least 1 is needed, not {min(words)}")
+    spec = ModelSpec(arguments.model, dtype=arguments.dtype, max_length=arguments.max_length)
+    spec.check_exists()
+    variants = [dataclasses.replace(spec, dtype=dtype) for dtype in arguments.dtypes]
+    documents = [document.text for document in _read(arguments.corpus)] if arguments.corpus else random_documents(words)
+
+    def show(trial: Trial) -> None:
+        rate = f"{trial.pairs_per_second:8.1f} pairs/s, {trial.ratio:.2f} times" if trial.pairs_per_second else ""
+        print(f"{trial.setup}:{rate} {trial.verdict}", file=sys.stderr)
+
+    report = tune(
+        spec,
+        make_pairs(documents),
+        devices=arguments.devices,
+        seconds=arguments.seconds,
+        variants=variants,
+        keep=not arguments.dry_run,
+        progress=show,
+    )
+    best = report.best
+    assert best is not None
+    if arguments.json:
+        print(json.dumps(dataclasses.asdict(report), indent=2))
+        return 0
+    print("workers  threads  batch tokens  dtype      pairs/s  of the best's  scores differ by")
+    for trial in (*report.trials, *report.variants):
+        setup = trial.setup
+        print(
+            f"{setup.workers:>7}  {setup.threads:>7}  {setup.batch_tokens:>12}  {setup.spec.dtype or 'default':<8} "
+            f"{trial.pairs_per_second:>8.1f}  {trial.ratio:>13.2f}  {trial.score_difference:>16.1e}  {trial.verdict}"
+        )
+    kept = "kept for this model on this machine" if not arguments.dry_run else "nothing is kept"
+    print(
+        f"\nThe fastest: {best.setup}: {report.times_the_default:.2f} times the default's speed; {kept}. "
+        f"{report.seconds:.0f} s."
+    )
+    return 0
+
+
 def _score(pool: RerankerPool, query: str, documents: Sequence[_Document]) -> Scores:
     """Scores of all documents, with a progress bar on a terminal if it takes long."""
     from tqdm import tqdm
@@ -244,8 +317,7 @@ def _score(pool: RerankerPool, query: str, documents: Sequence[_Document]) -> Sc
     return scores
 
 
-def _read(arguments: argparse.Namespace) -> list[_Document]:
-    name = arguments.file
+def _read(name: str, form: str | None = None, field: str = "text") -> list[_Document]:
     lines: Iterable[bytes]
     if name == "-":
         lines = sys.stdin.buffer
@@ -254,9 +326,9 @@ def _read(arguments: argparse.Namespace) -> list[_Document]:
             lines = Path(name).read_bytes().splitlines()
         except OSError as error:
             raise _InputError(f"{name}: {error.strerror}") from error
-    form = arguments.format or ("jsonl" if name.endswith(JSONL_SUFFIXES) else "lines")
+    form = form or ("jsonl" if name.endswith(JSONL_SUFFIXES) else "lines")
     where = "standard input" if name == "-" else name
-    documents = list(_parse(lines, where, form, arguments.field))
+    documents = list(_parse(lines, where, form, field))
     if not documents:
         raise _InputError(f"{where}: there are no documents in it")
     return documents

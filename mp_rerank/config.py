@@ -124,10 +124,13 @@ class PoolConfig:
         threads_per_worker: compute threads of each; ``None`` shares the cores out.
         pin: keep each worker that computes on the CPU on one NUMA node, near its weights, where the machine has several
             nodes. Otherwise, and with ``False``, workers run wherever this process may.
+        tuned: go by what ``mp-rerank tune`` measured with this model on this machine, as far as ``workers``,
+            ``threads_per_worker`` and ``batch_tokens`` are not given. ``False``, or ``MP_RERANK_TUNED=0`` in the
+            environment: do not.
         isolation: ``"process"``, or ``"thread"``: one model in this process, one prediction at a time.
         start_method: ``"spawn"``, or ``"forkserver"`` (not on Windows): workers are forked from a process that has done
             the imports. The first start takes about as long, a restart less than half, and workers share memory.
-        batch_tokens: padded tokens of one forward pass; ``None``: 1,024 on a CPU, 16,384 elsewhere.
+        batch_tokens: padded tokens of one forward pass; ``None``: as tuned, else 1,024 on a CPU, 16,384 elsewhere.
         slice_tokens: tokens of one piece of work sent to a worker; ``None``: about one batch. Smaller is fairer.
         max_pending_pairs, max_pending_tokens: the bound on work admitted and unfinished.
         overload: at the bound, ``"block"`` until there is room (or the request's own timeout), ``"raise"``
@@ -149,6 +152,7 @@ class PoolConfig:
     workers: int | None = None
     threads_per_worker: int | None = None
     pin: bool = True
+    tuned: bool = True
     isolation: Literal["process", "thread"] = "process"
     start_method: Literal["spawn", "forkserver"] = "spawn"
     batch_tokens: int | None = None
@@ -179,7 +183,8 @@ class PoolConfig:
         _check_optional_count("max_memory_per_worker", self.max_memory_per_worker)
         for name in ("max_pending_pairs", "max_pending_tokens", "max_attempts"):
             _check_count(name, getattr(self, name))
-        _check_flag("pin", self.pin)
+        for name in ("pin", "tuned"):
+            _check_flag(name, getattr(self, name))
         if self.isolation not in ("process", "thread"):
             raise ValueError(f"isolation: 'process' or 'thread' is needed, not {self.isolation!r}")
         if self.start_method not in ("spawn", "forkserver"):

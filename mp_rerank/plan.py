@@ -3,7 +3,7 @@
 Measured on CPUs, several workers of one thread beat one worker of several: a reranker's matrices are too small to be
 worth splitting. So the plan is one worker a physical core that this process may use, fewer where memory does not hold
 that many models (each worker then gets more threads), and one worker a GPU. On a machine of several NUMA nodes each
-worker on the CPU is kept on one of them.
+worker on the CPU is kept on one of them. Where ``mp-rerank tune`` has measured what is fastest, that is the plan.
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ from dataclasses import dataclass, replace
 from mp_rerank.checkpoint import weight_files
 from mp_rerank.config import ModelSpec, PoolConfig
 from mp_rerank.machine import Machine, Node, read_machine
+from mp_rerank.tuned import Tuned, look_up
 
-__all__ = ["Plan", "Seat", "make_plan"]
+__all__ = ["Plan", "Seat", "fitting_workers", "make_plan"]
 
 # A spawned worker's own memory apart from the weights: 330 MB measured for imports and a small model's buffers.
 WORKER_BYTES = 450 * 2**20
@@ -42,14 +43,23 @@ class Seat:
 
 @dataclass(frozen=True)
 class Plan:
-    """The seats, and in words why there are so many."""
+    """The seats, and in words why there are so many.
+
+    Attributes:
+        seats: one for each worker.
+        reasons: sentences, in the order of the decisions.
+        batch_tokens: padded tokens of a forward pass, asked for or tuned; ``None``: what suits the device.
+    """
 
     seats: tuple[Seat, ...]
     reasons: tuple[str, ...]
+    batch_tokens: int | None = None
 
 
 def make_plan(config: PoolConfig, spec: ModelSpec, machine: Machine | None = None) -> Plan:
     """Seats for ``config`` on ``machine`` (this one, where ``None``).
+
+    What the caller asks for comes first, then what was tuned for this model and machine, then the rule above.
 
     Raises:
         ValueError: a device was named that this machine plainly lacks.
@@ -58,28 +68,68 @@ def make_plan(config: PoolConfig, spec: ModelSpec, machine: Machine | None = Non
     reasons = [str(machine)]
     devices = _devices(config, machine, reasons)
     named = len(devices) > 1 or devices[0] != "cpu"
+    tuned = _tuned(config, spec, devices, machine, reasons)
+    asked = config.threads_per_worker
     if config.isolation == "thread":
         count = 1
         reasons.append("1 worker: isolation='thread' is one model in this process")
     elif config.workers is not None:
         count = config.workers
         reasons.append(f"{count} workers: asked for")
+    elif tuned is not None and asked is None:
+        count = tuned.workers
+        reasons.append(f"{count} workers: {_how(tuned)}")
     elif named:
         count = len(devices)
         reasons.append(f"{count} workers: one for each device ({', '.join(devices)})")
     else:
         count = _workers_for_cpu(machine, spec, reasons)
     seated = [devices[i % len(devices)] for i in range(count)]
-    threads = config.threads_per_worker
-    if threads is None:
+    if asked is not None:
+        threads = asked
+        reasons.append(f"{threads} threads a worker: asked for")
+    elif tuned is not None and config.workers is None:
+        threads = tuned.threads
+        reasons.append(f"{threads} threads a worker: tuned with them")
+    else:
         threads = max(1, machine.cores // count)
         reasons.append(f"{threads} threads a worker: {machine.cores} cores shared by {count}")
-    else:
-        reasons.append(f"{threads} threads a worker: asked for")
+    batch_tokens = config.batch_tokens
+    if batch_tokens is None and tuned is not None and tuned.threads == threads:
+        batch_tokens = tuned.batch_tokens
+        reasons.append(f"batches of {batch_tokens} tokens: tuned for {threads} threads a worker on {tuned.measured_on}")
     seats = [Seat(device, threads) for device in seated]
     if config.pin and config.isolation == "process":
         seats = _on_nodes(seats, machine.nodes, reasons)
-    return Plan(tuple(seats), tuple(reasons))
+    return Plan(tuple(seats), tuple(reasons), batch_tokens)
+
+
+def fitting_workers(machine: Machine, spec: ModelSpec) -> tuple[int, str]:
+    """How many workers on the CPU the memory that is available holds, at least 1; and the sum, in words."""
+    weights = sum(file.stat().st_size for file in weight_files(spec))
+    each = WORKER_BYTES + int(weights * WEIGHTS_FACTOR)
+    size = f"{weights / 2**20:.0f} MiB of weights" if weights else "weights of unknown size"
+    fitting = max(1, int(machine.memory_available * MEMORY_SHARE) // each)
+    return fitting, f"{each / 2**20:.0f} MiB each, with {size}"
+
+
+def _tuned(
+    config: PoolConfig, spec: ModelSpec, devices: Sequence[str], machine: Machine, reasons: list[str]
+) -> Tuned | None:
+    """What was tuned, if it is to be used and there is the memory for it."""
+    if not config.tuned or config.isolation == "thread":
+        return None
+    tuned = look_up(spec, devices, machine)
+    if tuned is not None and "cpu" in devices:
+        fitting, size = fitting_workers(machine, spec)
+        if tuned.workers > fitting:
+            reasons.append(f"memory for {fitting} workers ({size}), not for the {tuned.workers} {_how(tuned)}")
+            return None
+    return tuned
+
+
+def _how(tuned: Tuned) -> str:
+    return f"tuned on {tuned.measured_on}: {tuned.times_the_default:.2f} times the default's speed"
 
 
 def _devices(config: PoolConfig, machine: Machine, reasons: list[str]) -> list[str]:
@@ -98,16 +148,11 @@ def _devices(config: PoolConfig, machine: Machine, reasons: list[str]) -> list[s
 
 
 def _workers_for_cpu(machine: Machine, spec: ModelSpec, reasons: list[str]) -> int:
-    weights = sum(file.stat().st_size for file in weight_files(spec))
-    each = WORKER_BYTES + int(weights * WEIGHTS_FACTOR)
-    fitting = max(1, int(machine.memory_available * MEMORY_SHARE) // each)
-    size = f"{weights / 2**20:.0f} MiB of weights" if weights else "weights of unknown size"
+    fitting, size = fitting_workers(machine, spec)
     if fitting < machine.cores:
-        reasons.append(f"{fitting} workers: memory for no more ({each / 2**20:.0f} MiB each, with {size})")
+        reasons.append(f"{fitting} workers: memory for no more ({size})")
         return fitting
-    reasons.append(
-        f"{machine.cores} workers: one a core; memory would hold {fitting} ({each / 2**20:.0f} MiB each, with {size})"
-    )
+    reasons.append(f"{machine.cores} workers: one a core; memory would hold {fitting} ({size})")
     return machine.cores
 
 

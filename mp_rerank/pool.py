@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import dataclasses
 import os
 import threading
 import time
@@ -50,8 +51,8 @@ class RerankerPool:
     Args:
         model: ``"builtin"``, a hub name, the path of a local folder, or a ``ModelSpec``.
         devices: ``"auto"``, a device, or a list of them; see ``PoolConfig``, whose every field is a keyword here.
-        workers: workers in all; ``None``: one a GPU, or what the cores and the memory allow.
-        threads_per_worker: compute threads of each; ``None`` shares the cores out.
+        workers: workers in all; ``None``: what was tuned, else one a GPU, or what the cores and the memory allow.
+        threads_per_worker: compute threads of each; ``None``: what was tuned, else the cores are shared out.
         options: the other fields of ``PoolConfig``.
 
     Raises:
@@ -101,7 +102,8 @@ class RerankerPool:
                     if self.config.isolation == "process":
                         check_may_spawn()
                     self._plan = make_plan(self.config, self.spec)
-                    dispatcher = Dispatcher(self.spec, self._plan.seats, self.config)
+                    config = dataclasses.replace(self.config, batch_tokens=self._plan.batch_tokens)
+                    dispatcher = Dispatcher(self.spec, self._plan.seats, config)
                     weakref.finalize(self, dispatcher.close, drain=True).atexit = False
                     _leave_with_interpreter(dispatcher)
                     try:

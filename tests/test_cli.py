@@ -42,6 +42,10 @@ def mp_rerank(*arguments: str, text: str | None = None) -> subprocess.CompletedP
         (["rank", "q", "--workers", "0"], "a", "workers: at least 1 is needed, not 0"),
         (["rank", "q", "--model", "./nothing"], "a", "model: there is no folder './nothing'"),
         (["rank", "q", "--dtype", "int3"], "a", "dtype: one of"),
+        (["tune", "--seconds", "0"], None, "--seconds: more than 0 are needed, not 0"),
+        (["tune", "--words", "60", "0"], None, "--words: at least 1 is needed, not 0"),
+        (["tune", "--dtypes", "int3"], None, "dtype: one of"),
+        (["tune", "--corpus", "missing.txt"], None, "missing.txt: No such file or directory"),
         (["plan", "--devices", "gpu"], None, "devices: unknown device 'gpu'"),
     ],
 )
