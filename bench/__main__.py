@@ -11,6 +11,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "matrix": ("bench.matrix", "every environment of the tox matrix tested and raced, on one page"),
     "start": ("bench.start", "time and memory of starting workers, spawned and forked"),
     "throughput": ("bench.throughput", "pairs a second beside the locked model and the library's pool, in one run"),
+    "weights": ("bench.weights", "a worker's memory with its weights shared and private, and its speed"),
     "quality": ("bench.quality", "nDCG@10 of rerankers beside random, BM25 and the bi-encoder"),
 }
 

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 from mp_rerank.config import ModelSpec
 
-__all__ = ["folder_of", "weight_files"]
+__all__ = ["folder_of", "weight_files", "will_be_mapped"]
+
+# Floating-point types by their names in safetensors.
+STORED_AS = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 
 
 def folder_of(spec: ModelSpec) -> Path | None:
@@ -34,6 +39,27 @@ def weight_files(spec: ModelSpec) -> list[Path]:
         return []
     formats = [sorted(folder.glob(pattern)) for pattern in ("*.safetensors", "pytorch_model*.bin")]
     return max(formats, key=lambda files: sum(file.stat().st_size for file in files))
+
+
+def will_be_mapped(spec: ModelSpec, files: Sequence[Path]) -> bool:
+    """Whether workers on the CPU can be expected to share these weights: mapped, in the dtype the file has them in."""
+    if spec.weights != "shared" or not files or any(file.suffix != ".safetensors" for file in files):
+        return False
+    try:
+        stored = {dtype for file in files for dtype in _dtypes(file) if dtype.startswith(("F", "BF"))}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # loading it will tell
+        return False
+    return len(stored) == 1 if spec.dtype == "auto" else stored == {STORED_AS[spec.dtype or "float32"]}
+
+
+def _dtypes(file: Path) -> set[str]:
+    """The dtypes in a safetensors file, from its header: JSON behind its length, in 8 bytes."""
+    with file.open("rb") as opened:
+        length = int.from_bytes(opened.read(8), "little")
+        if length > file.stat().st_size:
+            raise ValueError(f"{file} is no safetensors file")
+        header = json.loads(opened.read(length))
+    return {tensor["dtype"] for name, tensor in header.items() if name != "__metadata__"}
 
 
 def _hub_cache() -> Path:

@@ -37,6 +37,11 @@ class ModelSpec:
             ``CrossEncoder`` itself would choose. A dtype that is named is proved after loading.
         activation: applied to the logits: ``"sigmoid"``, ``"identity"`` or the dotted path of an importable class or
             function; ``None`` keeps the model's own.
+        weights: ``"shared"``: what a CPU can use as the checkpoint's file has it stays in that file's pages, once in
+            memory for all workers; the file must not be overwritten in place meanwhile (another may take its name).
+            ``"private"``: every worker makes its own copy.
+        prepack: let a worker lay its linear layers out anew where it measures that to be faster on its CPU. The layers
+            it does that with are then copies of its own; with ``False`` all weights can be shared.
         trust_remote_code: let the model's repository run its code in the workers.
         model_kwargs, tokenizer_kwargs, config_kwargs: handed to transformers by ``CrossEncoder``.
         loader: something importable, as ``"package.module:name"`` or as the function itself, called in the worker as
@@ -53,6 +58,8 @@ class ModelSpec:
     max_length: int | None = None
     dtype: str | None = None
     activation: str | None = None
+    weights: Literal["shared", "private"] = "shared"
+    prepack: bool = True
     trust_remote_code: bool = False
     model_kwargs: Mapping[str, Any] = field(default_factory=dict)
     tokenizer_kwargs: Mapping[str, Any] = field(default_factory=dict)
@@ -77,6 +84,9 @@ class ModelSpec:
                     f"activation: 'sigmoid', 'identity' or a dotted path is needed, not {self.activation!r}"
                 )
             object.__setattr__(self, "activation", path)
+        if self.weights not in ("shared", "private"):
+            raise ValueError(f"weights: 'shared' or 'private' is needed, not {self.weights!r}")
+        _check_flag("prepack", self.prepack)
         if self.loader is not None:
             object.__setattr__(self, "loader", _importable(self.loader))
         for name in ("model_kwargs", "tokenizer_kwargs", "config_kwargs"):

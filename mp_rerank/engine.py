@@ -22,6 +22,7 @@ from transformers.utils import logging as transformers_logging
 from mp_rerank.config import ModelSpec
 from mp_rerank.prepack import prepack
 from mp_rerank.tokens import estimate_pair, estimate_text
+from mp_rerank.weights import make_private, mapped_bytes
 from mp_rerank.worker import CANARY, in_worker_process
 
 __all__ = ["Engine", "prove"]
@@ -72,12 +73,22 @@ class Engine:
         network.eval()
         self.dtype, self.weights_bytes = prove(network, torch.device(device), spec.dtype)
         self.max_length = _max_length(self.model)
+        self.prepacked = 0
         if loaded is None or in_worker_process():  # else a loader's, in a process where others may be using it
-            self.prepacked = prepack(network, lambda: self.predict(CANARY))
+            if spec.weights == "private":
+                make_private(network)
+            if spec.prepack:
+                self.prepacked = prepack(network, lambda: self.predict(CANARY))
+        self.mapped_bytes = mapped_bytes(network)
 
     def facts(self) -> dict[str, Any]:
         """What there is to say of the loaded model, under ``WorkerFacts``' names."""
-        return {"dtype": self.dtype, "weights_bytes": self.weights_bytes, "max_length": self.max_length}
+        return {
+            "dtype": self.dtype,
+            "weights_bytes": self.weights_bytes,
+            "mapped_bytes": self.mapped_bytes,
+            "max_length": self.max_length,
+        }
 
     def predict(self, pairs: list[tuple[str, str]]) -> np.ndarray:
         """Scores of ``pairs`` in their order: float32, shape (n,) or (n, num_labels)."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from mp_rerank.checkpoint import weight_files
+from mp_rerank.checkpoint import weight_files, will_be_mapped
 from mp_rerank.config import ModelSpec, PoolConfig
 from mp_rerank.machine import Machine, Node, read_machine
 from mp_rerank.tuned import Tuned, look_up
@@ -20,8 +20,8 @@ __all__ = ["Plan", "Seat", "fitting_workers", "make_plan"]
 
 # A spawned worker's own memory apart from the weights: 330 MB measured for imports and a small model's buffers.
 WORKER_BYTES = 450 * 2**20
-# Loading holds the weights about twice for a moment.
-WEIGHTS_FACTOR = 2.0
+# Loading holds the weights about twice for a moment, and so does prepacking; mapped ones are in memory once for all.
+WEIGHTS_FACTOR = 2
 # Left to the parent and everything else.
 MEMORY_SHARE = 0.8
 
@@ -106,10 +106,14 @@ def make_plan(config: PoolConfig, spec: ModelSpec, machine: Machine | None = Non
 
 def fitting_workers(machine: Machine, spec: ModelSpec) -> tuple[int, str]:
     """How many workers on the CPU the memory that is available holds, at least 1; and the sum, in words."""
-    weights = sum(file.stat().st_size for file in weight_files(spec))
-    each = WORKER_BYTES + int(weights * WEIGHTS_FACTOR)
+    files = weight_files(spec)
+    weights = sum(file.stat().st_size for file in files)
     size = f"{weights / 2**20:.0f} MiB of weights" if weights else "weights of unknown size"
-    fitting = max(1, int(machine.memory_available * MEMORY_SHARE) // each)
+    each, for_all = WORKER_BYTES + WEIGHTS_FACTOR * weights, 0
+    if will_be_mapped(spec, files):
+        each, for_all = WORKER_BYTES + (weights if spec.prepack else 0), weights
+        size += " that they share"
+    fitting = max(1, int(machine.memory_available * MEMORY_SHARE - for_all) // each)
     return fitting, f"{each / 2**20:.0f} MiB each, with {size}"
 
 

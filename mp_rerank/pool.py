@@ -358,10 +358,10 @@ class RerankerPool:
         for info in self.workers():
             if info.pid is not None:
                 try:
-                    workers.append(_memory(info.pid, info.weights_bytes))
+                    workers.append(_memory(info.pid, info.weights_bytes, info.mapped_bytes))
                 except psutil.NoSuchProcess:  # it died since
                     pass
-        return PoolMemory(_memory(os.getpid(), 0), tuple(workers))
+        return PoolMemory(_memory(os.getpid()), tuple(workers))
 
     @property
     def plan(self) -> Plan:
@@ -527,13 +527,13 @@ def _cancel_submitted(submitting: asyncio.Future[Future[Any]]) -> None:
         submitting.result().cancel()
 
 
-def _memory(pid: int, weights_bytes: int) -> WorkerMemory:
+def _memory(pid: int, weights_bytes: int = 0, mapped_bytes: int = 0) -> WorkerMemory:
     process = psutil.Process(pid)
     try:
         full = process.memory_full_info()
-        return WorkerMemory(pid, full.rss, full.uss, getattr(full, "pss", None), weights_bytes)
+        return WorkerMemory(pid, full.rss, full.uss, getattr(full, "pss", None), weights_bytes, mapped_bytes)
     except psutil.AccessDenied:
-        return WorkerMemory(pid, process.memory_info().rss, None, None, weights_bytes)
+        return WorkerMemory(pid, process.memory_info().rss, None, None, weights_bytes, mapped_bytes)
 
 
 # Every dispatcher of this process that may still be running.

@@ -68,6 +68,8 @@ def prepack(model: torch.nn.Module, predict: Callable[[], npt.NDArray[np.float32
         if not same:
             logger.debug("prepacked layers score %s, not %s", after, before)
     if same:
+        for layer in packed:
+            layer.let_go()
         logger.debug("%d linear layers prepacked, %d activations with them", len(packed), len(activations))
         return len(packed)
     for layer in packed:
@@ -79,11 +81,11 @@ def prepack(model: torch.nn.Module, predict: Callable[[], npt.NDArray[np.float32
 
 
 class _Packed:
-    """A linear layer with its weight packed; in its place between ``take_over`` and ``give_back``."""
+    """A linear layer with its weight packed; in its place from ``take_over`` to ``give_back``, if it comes to that."""
 
     def __init__(self, linear: torch.nn.Linear) -> None:
         self.linear = linear
-        self._plain_weight = linear.weight.data
+        self._plain_weight: torch.Tensor | None = linear.weight.data
         self._weight = torch.ops.mkldnn._reorder_linear_weight(self._plain_weight, ROWS)
         self._bias = None if linear.bias is None else linear.bias.detach()
         self.activation: tuple[str, list[Any], str] = ("none", [], "")
@@ -93,12 +95,17 @@ class _Packed:
         return product
 
     def take_over(self) -> None:
-        weight = self._plain_weight
+        weight = self.linear.weight.data
         self.linear.weight.data = weight.new_full((1, 1), math.nan).expand(weight.shape)
         self.linear.forward = self
 
+    def let_go(self) -> None:
+        """Free the plain weight: there is no way back any more."""
+        self._plain_weight = None
+
     def give_back(self) -> None:
-        self.linear.weight.data = self._plain_weight
+        if self._plain_weight is not None:
+            self.linear.weight.data = self._plain_weight
         vars(self.linear).pop("forward", None)
 
 

@@ -37,6 +37,9 @@ class WorkerInfo:
         dtype: the dtype of the weights; two joined by ``+`` where the architecture itself mixes them.
         load_seconds: imports and loading, in the worker.
         weights_bytes: size of parameters and buffers.
+        mapped_bytes: of those, what is in the pages of the checkpoint's file, which all workers share. The rest is the
+            worker's own: on a GPU, of another dtype than the file's, from another format, prepacked, or asked for
+            (``ModelSpec.weights``). Known on Linux, else 0.
         num_labels: scores per pair.
         max_length: tokens a pair is truncated to; ``None`` where the model does not say.
         canary: the scores of the canary pairs; equal on every worker of a pool.
@@ -52,6 +55,7 @@ class WorkerInfo:
     dtype: str = ""
     load_seconds: float = 0.0
     weights_bytes: int = 0
+    mapped_bytes: int = 0
     num_labels: int = 1
     max_length: int | None = None
     canary: tuple[float, ...] = ()
@@ -105,6 +109,8 @@ class WorkerMemory:
         uss: pages of this process alone; ``None`` where the platform or the permissions do not give it.
         pss: ``uss`` plus this process's part of shared pages (Linux only, else ``None``).
         weights_bytes: size of the model's parameters and buffers in it (0 for the parent).
+        mapped_bytes: of those, what all workers share (see ``WorkerInfo``); in ``rss``, in part in ``pss``, and in
+            ``uss`` only while no other process has them.
     """
 
     pid: int
@@ -112,6 +118,7 @@ class WorkerMemory:
     uss: int | None
     pss: int | None
     weights_bytes: int
+    mapped_bytes: int = 0
 
 
 @dataclass(frozen=True)

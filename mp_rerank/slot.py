@@ -214,6 +214,7 @@ class Slot:
             dtype=facts.dtype,
             load_seconds=facts.load_seconds,
             weights_bytes=facts.weights_bytes,
+            mapped_bytes=facts.mapped_bytes,
             num_labels=facts.num_labels,
             max_length=facts.max_length,
             canary=facts.canary,

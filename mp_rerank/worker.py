@@ -89,6 +89,7 @@ class WorkerFacts:
     dtype: str
     load_seconds: float
     weights_bytes: int
+    mapped_bytes: int
     num_labels: int
     max_length: int | None
     canary: tuple[float, ...]
@@ -216,7 +217,7 @@ def _load(spec: ModelSpec, device: str, threads: int | None, batch_tokens: int) 
         if not hasattr(loaded, "parameters"):  # no torch module: nothing to prove, and torch stays unimported
             if not callable(getattr(loaded, "predict", None)):
                 raise TypeError(f"the loader returned {type(loaded).__name__}, which has no predict(pairs)")
-            facts = {"dtype": "", "weights_bytes": 0, "max_length": spec.max_length}
+            facts = {"dtype": "", "weights_bytes": 0, "mapped_bytes": 0, "max_length": spec.max_length}
             return loaded, facts
     if in_worker_process():
         import_engine()

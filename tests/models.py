@@ -85,6 +85,22 @@ def load_elsewhere(spec: object, device: str) -> CrossEncoder:
     return model
 
 
+def load_writing(spec: object, device: str) -> CrossEncoder:
+    """A loader of a model that adds 1 to one of its weights when it is given the document ``!write``."""
+    model = load(spec.name, device)  # type: ignore[attr-defined]
+    predict = model.predict
+
+    def predict_and_write(pairs: Any, **options: Any) -> Any:
+        scores = predict(pairs, **options)
+        if any(document == "!write" for _, document in pairs):
+            with torch.no_grad():
+                model.model.classifier.bias += 1.0
+        return scores
+
+    model.predict = predict_and_write
+    return model
+
+
 def coarse(logits: torch.Tensor) -> torch.Tensor:
     """An activation under which many scores are equal."""
     return torch.round(logits * 4) / 4

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable
 from dataclasses import replace
@@ -12,9 +13,9 @@ import pytest
 from conftest import FAKE
 
 from mp_rerank import ModelSpec, PoolConfig, RerankerPool
-from mp_rerank.checkpoint import weight_files
+from mp_rerank.checkpoint import weight_files, will_be_mapped
 from mp_rerank.machine import Machine, Node
-from mp_rerank.plan import Plan, Seat, make_plan
+from mp_rerank.plan import Plan, Seat, fitting_workers, make_plan
 from mp_rerank.worker import set_threads
 
 MakePool = Callable[..., RerankerPool]
@@ -161,7 +162,51 @@ def test_cpus_that_are_gone_are_a_warning(
     assert "cannot be kept on the CPUs (100000,)" in caplog.text
 
 
-# Where the model's files lie.
+# Where the model's files lie, and what they hold.
+
+
+def safetensors(path: Path, dtypes: list[str], size: int) -> None:
+    """A file with such a header and so many bytes in all."""
+    header = {str(i): {"dtype": dtype, "shape": [0], "data_offsets": [0, 0]} for i, dtype in enumerate(dtypes)}
+    text = json.dumps({"__metadata__": {"format": "pt"}, **header}).encode()
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(size)
+
+
+def test_weights_that_workers_share_are_in_memory_once(tmp_path: Path) -> None:
+    safetensors(tmp_path / "model.safetensors", ["F32", "F32", "I64"], 2 * GIB)
+    on = machine(cores=8, memory=12 * GIB)
+    spec = ModelSpec(str(tmp_path))
+
+    def fitting(**fields: object) -> int:
+        return fitting_workers(on, replace(spec, **fields))[0]  # type: ignore[arg-type]
+
+    assert fitting() == fitting(dtype="float32") == fitting(dtype="auto") == 3  # prepacking copies most of them
+    assert fitting(prepack=False) == 17
+    assert fitting(weights="private") == fitting(dtype="bfloat16") == fitting(weights="private", prepack=False) == 2
+    assert "that they share" in fitting_workers(on, spec)[1]
+
+
+@pytest.mark.parametrize(
+    ("dtypes", "shared_by"),
+    [(["BF16"], {"bfloat16", "auto"}), (["F16", "I64"], {"float16", "auto"}), (["F32", "F16"], set()), ([], set())],
+)
+def test_only_the_file_s_own_dtype_is_shared(tmp_path: Path, dtypes: list[str], shared_by: set[str]) -> None:
+    safetensors(tmp_path / "model.safetensors", dtypes, 1000)
+    specs = {dtype: ModelSpec(str(tmp_path), dtype=dtype) for dtype in (None, "float32", "bfloat16", "float16", "auto")}
+    assert {dtype for dtype, spec in specs.items() if will_be_mapped(spec, weight_files(spec))} == shared_by
+
+
+@pytest.mark.parametrize("content", [b"", b"1234", b"\xff" * 9, b"\x02" + bytes(7) + b"[]", b"\x02" + bytes(7) + b"{,"])
+def test_a_file_that_is_no_checkpoint_is_not_shared(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "model.safetensors").write_bytes(content)
+    assert not will_be_mapped(ModelSpec(str(tmp_path)), weight_files(ModelSpec(str(tmp_path))))
+
+
+def test_a_pickle_is_not_shared(tmp_path: Path) -> None:
+    (tmp_path / "pytorch_model.bin").write_bytes(b"1")
+    assert not will_be_mapped(ModelSpec(str(tmp_path)), weight_files(ModelSpec(str(tmp_path))))
 
 
 def test_a_model_in_the_hub_s_cache_has_its_size_by_branch_and_by_commit(
