@@ -1,7 +1,8 @@
-"""A model without weights, for what is not about models: it takes a fixed time a token, and dies when it is told to.
+"""Models without weights, for what is not about models.
 
-A document ``!kill``, ``!segfault``, ``!exit`` or ``!hang`` does that to the worker that meets it; with a path behind,
-only the first time.
+`load` makes one that takes a fixed time a token, and dies when it is told to: a document ``!kill``, ``!segfault``,
+``!exit`` or ``!hang`` does that to the worker that meets it; with a path behind, only the first time. The other loaders
+make models that do nothing: at once, after a sleep, behind a gate, or beside all that a real model's worker imports.
 """
 
 import ctypes
@@ -14,6 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from mp_rerank.tokens import estimate_pair, estimate_text
+from mp_rerank.worker import import_engine
 
 
 def score_of(model: str, query: str, document: str) -> float:
@@ -42,6 +44,43 @@ def load(spec, device: str) -> FakeModel:
     """The loader; ``spec.name`` is ``NAME:SECONDS_PER_TOKEN``."""
     name, _, seconds = spec.name.partition(":")
     return FakeModel(name, float(seconds))
+
+
+class EmptyModel:
+    """Zeros, after so many seconds a call, once there is no file ``gate``."""
+
+    def __init__(self, seconds: float = 0.0, gate: str = "") -> None:
+        self.seconds = seconds
+        self.gate = gate
+
+    def predict(self, pairs: list[tuple[str, str]]) -> list[float]:
+        """A zero for each of ``pairs``."""
+        while self.gate and os.path.exists(self.gate):
+            time.sleep(0.001)
+        if self.seconds:
+            time.sleep(self.seconds)
+        return [0.0] * len(pairs)
+
+
+def load_empty(spec, device: str) -> EmptyModel:
+    """A loader: nothing but the machinery around a model."""
+    return EmptyModel()
+
+
+def load_sleeping(spec, device: str) -> EmptyModel:
+    """A loader; ``spec.name`` is the seconds a call."""
+    return EmptyModel(seconds=float(spec.name))
+
+
+def load_gated(spec, device: str) -> EmptyModel:
+    """A loader; ``spec.name`` is the path of a file: while it exists, nothing is scored."""
+    return EmptyModel(gate=spec.name)
+
+
+def load_imports(spec, device: str) -> EmptyModel:
+    """A loader: what a real model's worker imports, and no model."""
+    import_engine()
+    return EmptyModel()
 
 
 def _obey(order: str) -> None:

@@ -5,7 +5,6 @@ memory a worker holds, for both start methods in turns.
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 import statistics
 import time
@@ -14,6 +13,7 @@ from collections.abc import Sequence
 
 import psutil
 
+from bench.report import Report, add_output, finish
 from mp_rerank import RerankerPool
 
 METHODS = ("spawn", "forkserver")
@@ -21,32 +21,24 @@ PAIR = ("How many people live in Berlin?", ["Berlin had a population of 3,520,03
 
 
 def main(argv: Sequence[str]) -> int:
-    """Measure and print the medians."""
+    """Measure and write."""
     parser = argparse.ArgumentParser(prog="python -m bench start", description=__doc__.partition("\n\n")[0])
     parser.add_argument("--model", default="builtin", help="a hub name or a folder (default: the built-in model)")
     parser.add_argument("--workers", type=int, default=2, help="worker processes (default: 2)")
     parser.add_argument("--rounds", type=int, default=3, help="rounds of each start method (default: 3)")
-    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    add_output(parser)
     options = parser.parse_args(argv)
     logging.getLogger("mp_rerank").addHandler(logging.NullHandler())  # the deaths are meant
+    report = Report.begin("start", "Starting", options)
     found: dict[str, dict[str, list[float]]] = {method: defaultdict(list) for method in METHODS}
     for _ in range(options.rounds):
         for method in METHODS:
             for name, value in measure(method, options.model, options.workers).items():
                 found[method][name].append(value)
-    medians = {
-        method: {name: statistics.median(values) for name, values in row.items()} for method, row in found.items()
-    }
-    if options.json:
-        print(json.dumps(medians, indent=2))
-        return 0
-    columns = list(medians["spawn"])
-    print(f"| start method | {' | '.join(columns)} |")
-    print("|---|" + "---:|" * len(columns))
-    for method, row in medians.items():
-        print(
-            f"| {method} | {' | '.join(f'{value:.2f}' if value < 50 else f'{value:.0f}' for value in row.values())} |"
-        )
+    for method, row in found.items():
+        for name, values in row.items():
+            report.add({"start method": method}, name, values)
+    finish(report, options.out)
     return 0
 
 

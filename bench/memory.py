@@ -1,0 +1,91 @@
+"""`python -m bench memory`: what a worker holds, phase by phase, and the parent beside it.
+
+    bare        a worker with an empty model: Python, numpy and this package
+    imports     with all that a model needs imported
+    loaded      with the model
+    first       after its first batch
+    after N     after N requests of one document (`--requests`, the first number of `--workers` alone)
+
+for each number of workers, each start method and each backend. RSS counts shared pages in full, USS not at all, PSS in
+parts.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections import deque
+from collections.abc import Sequence
+
+from bench.report import Report, add_output, finish
+from mp_rerank import ModelSpec, RerankerPool
+
+MIB = 2**20
+METHODS = ("spawn", "forkserver")
+BARE = ModelSpec("bare", loader="bench.fakemodel:load_empty")
+IMPORTS = ModelSpec("imports", loader="bench.fakemodel:load_imports")
+QUERY = "How many people live in Berlin?"
+DOCUMENT = "Berlin had a population of 3,520,031 registered inhabitants in an area of 891.82 square kilometres."
+
+
+def backends(model: str) -> dict[str, ModelSpec]:
+    """The ways to run ``model``; another backend is another line."""
+    return {"torch": ModelSpec(model)}
+
+
+def main(argv: Sequence[str]) -> int:
+    """Measure and write."""
+    parser = argparse.ArgumentParser(
+        prog="python -m bench memory", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", default="builtin", help="a hub name or a folder (default: the built-in model)")
+    parser.add_argument("--workers", type=int, nargs="+", default=[2, 1, 4], help="numbers of workers")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--requests", type=int, default=10_000, help="of the last phase; 0: none (default 10,000)")
+    add_output(parser)
+    options = parser.parse_args(argv)
+    report = Report.begin("memory", "Memory", options)
+    for position, workers in enumerate(options.workers):
+        for method in options.methods:
+            for phase, spec in (("bare", BARE), ("imports", IMPORTS)):
+                with start(spec, method, workers) as pool:
+                    weigh(report, pool, {"backend": "none", "start method": method, "workers": workers}, phase)
+            for backend, spec in backends(options.model).items():
+                of = {"backend": backend, "start method": method, "workers": workers}
+                with start(spec, method, workers) as pool:
+                    weigh(report, pool, of, "loaded")
+                    work(pool, 40 * workers, 2 * workers)
+                    weigh(report, pool, of, "first")
+                    if options.requests and position == 0:
+                        work(pool, options.requests, 16)
+                        weigh(report, pool, of, f"after {options.requests}")
+            print(f"{workers} workers, {method}: done", flush=True)
+    finish(report, options.out)
+    return 0
+
+
+def start(spec: ModelSpec, method: str, workers: int) -> RerankerPool:
+    """A pool to be measured."""
+    return RerankerPool(spec, devices="cpu", workers=workers, threads_per_worker=1, start_method=method)
+
+
+def work(pool: RerankerPool, requests: int, pending: int) -> None:
+    """Requests of one document each, no two alike, so many pending at a time."""
+    waiting = deque()
+    for i in range(requests):
+        if len(waiting) == pending:
+            waiting.popleft().result()
+        waiting.append(pool.submit(QUERY, [f"{i}: {DOCUMENT}"]))
+    while waiting:
+        waiting.popleft().result()
+
+
+def weigh(report: Report, pool: RerankerPool, of: dict[str, object], phase: str) -> None:
+    """A row for each kind of memory, of the workers (one value each) and of the parent."""
+    found = pool.memory()
+    of = {"phase": phase, **of}
+    for kind in ("uss", "pss", "rss"):
+        values = [value / MIB for worker in found.workers if (value := getattr(worker, kind)) is not None]
+        if values:
+            report.add(of, f"{kind.upper()} a worker, MiB", values)
+    if found.parent.uss is not None:
+        report.add(of, "USS of the parent, MiB", found.parent.uss / MIB)

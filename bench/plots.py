@@ -1,0 +1,160 @@
+"""Pictures of a report, one PNG each. The only importer of matplotlib; what is drawn of which command stands below."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
+
+from bench.report import Report, Row, number
+
+__all__ = ["draw"]
+
+OURS = "#1f6f8b"
+OTHERS = "#b8c4cc"
+SERIES = ("#1f6f8b", "#e08e45", "#7a9e47", "#9a4f7d", "#555555")
+
+
+def draw(report: Report, out: Path) -> list[Path]:
+    """Write the pictures of ``report`` into ``out``; returns their paths."""
+    mpl.use("Agg")  # no display is needed, nor asked for
+    painter = PAINTERS.get(report.command)
+    if painter is None or not report.rows:
+        return []
+    with plt.style.context({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}):
+        painter(report)
+        path = out / f"{report.command}.png"
+        plt.gcf().savefig(path, dpi=130, bbox_inches="tight")
+        plt.close("all")
+    return [path]
+
+
+def throughput(report: Report) -> None:
+    """A panel a work-load, a bar a contender."""
+    found = rows_of(report, "pairs/s")
+    workloads = distinct(found, "work")
+    axes = panels(len(workloads), 3, 0.35 * len(distinct(found, "contender")) + 0.6)
+    for axis, workload in zip(axes, workloads, strict=True):
+        bars(axis, [row for row in found if row.of["work"] == workload], lambda row: row.of["contender"])
+        axis.set_title(f"{workload}: pairs/s", loc="left", fontsize=8)
+
+
+def latency(report: Report) -> None:
+    """A panel a table: the quantiles as bars."""
+    shown = ("p50, ms", "p95, ms", "p99, ms", "ms")
+    tables: dict[tuple[str, ...], list[Row]] = {}
+    for row in report.rows:
+        if row.measure in shown:
+            tables.setdefault(tuple(row.of), []).append(row)
+    axes = panels(len(tables), 1, 0.28 * max(map(len, tables.values())) + 0.6)
+    for axis, (labels, rows) in zip(axes, tables.items(), strict=True):
+        bars(axis, rows, lambda row: ", ".join(map(str, (*row.of.values(), row.measure.partition(",")[0]))))
+        axis.set_title(f"{', '.join(labels)}: ms", loc="left")
+        axis.set_xscale("log")
+
+
+def scale(report: Report) -> None:
+    """Efficiency and cost over the slots; submit and dispatch over the pending requests."""
+    left, middle, right = panels(3, 3, 3)
+    lines(left, rows_of(report, "efficiency, %"), "slots")
+    left.set(title="the workers' time spent at work, %", ylim=(0, 105))
+    lines(middle, rows_of(report, "CPU of the parent, µs a slice"), "slots")
+    middle.set(title="CPU of the parent, µs a slice")
+    middle.set_ylim(bottom=0)
+    for i, measure in enumerate(("one more submit, µs", "dispatch and back, µs a request")):
+        lines(right, rows_of(report, measure), "pending requests", measure, SERIES[i])
+    right.set(title="µs a request")
+    right.set_ylim(bottom=0)
+    right.legend(frameon=False)
+
+
+def memory(report: Report) -> None:
+    """Over the phases: a panel a measure, a line a backend, start method and number of workers."""
+    measures = [m for m in ("USS a worker, MiB", "PSS a worker, MiB", "RSS a worker, MiB") if rows_of(report, m)]
+    axes = panels(len(measures), 3, 3.2)
+    for axis, measure in zip(axes, measures, strict=True):
+        series: dict[tuple[Any, ...], list[Row]] = {}
+        for row in rows_of(report, measure):
+            series.setdefault(tuple(v for name, v in row.of.items() if name != "phase"), []).append(row)
+        for i, (of, rows) in enumerate(series.items()):
+            color, style = SERIES[i % len(SERIES)], ("-", "--", ":")[i // len(SERIES) % 3]
+            label = ", ".join(map(str, of[:-1])) + f", {of[-1]} workers"
+            axis.plot(
+                [r.of["phase"] for r in rows], [r.median for r in rows], style, marker="o", color=color, label=label
+            )
+        axis.set(title=measure)
+        axis.set_ylim(bottom=0)
+        axis.tick_params(axis="x", rotation=30)
+    axes[-1].legend(frameon=False, fontsize=7)
+
+
+def load(report: Report) -> None:
+    """A bar a step, cached and not."""
+    found = rows_of(report, "s")
+    caches = distinct(found, "files")
+    for axis, cache in zip(panels(len(caches), 2, 0.3 * len(found) / len(caches) + 0.6), caches, strict=True):
+        bars(axis, [row for row in found if row.of["files"] == cache], lambda row: row.of["step"])
+        axis.set_title(f"seconds, {cache}", loc="left")
+
+
+def start(report: Report) -> None:
+    """A panel a measure, a bar a start method."""
+    measures = list(dict.fromkeys(row.measure for row in report.rows))
+    for axis, measure in zip(panels(len(measures), 3, 1.4), measures, strict=True):
+        bars(axis, rows_of(report, measure), lambda row: row.of["start method"])
+        axis.set_title(measure, loc="left")
+
+
+PAINTERS: dict[str, Callable[[Report], None]] = {
+    painter.__name__: painter for painter in (throughput, latency, scale, memory, load, start)
+}
+
+
+def rows_of(report: Report, measure: str) -> list[Row]:
+    """The rows of one measure."""
+    return [row for row in report.rows if row.measure == measure]
+
+
+def distinct(rows: Iterable[Row], label: str) -> list[Any]:
+    """The values of a label, in order."""
+    return list(dict.fromkeys(row.of[label] for row in rows))
+
+
+def panels(count: int, columns: int, height: float) -> list[Axes]:
+    """That many axes, row by row, of ``height`` inches each."""
+    columns = min(columns, count)
+    lines = -(-count // columns)
+    figure, grid = plt.subplots(lines, columns, figsize=(5.2 * columns, height * lines), squeeze=False)
+    axes: Sequence[Axes] = grid.flatten()
+    for axis in axes[count:]:
+        axis.remove()
+    figure.set_layout_engine("constrained")
+    return list(axes[:count])
+
+
+def bars(axis: Axes, rows: Sequence[Row], name: Callable[[Row], str]) -> None:
+    """Horizontal bars with their ranges and figures, ours in colour."""
+    names = [name(row) for row in rows]
+    medians = [row.median for row in rows]
+    ranges = [[row.median - row.low for row in rows], [row.high - row.median for row in rows]]
+    colors = [OURS if any("mp_rerank" in str(value) for value in row.of.values()) else OTHERS for row in rows]
+    axis.barh(range(len(rows)), medians, xerr=ranges, color=colors, error_kw={"lw": 0.8, "ecolor": "#444444"})
+    axis.set_yticks(range(len(rows)), names, fontsize=7)
+    axis.invert_yaxis()
+    for i, row in enumerate(rows):
+        axis.annotate(number(row.median), (row.high, i), (4, 0), textcoords="offset points", va="center", fontsize=7)
+    axis.margins(x=0.15)
+
+
+def lines(axis: Axes, rows: Sequence[Row], along: str, label: str = "", color: str = OURS) -> None:
+    """A line with its range over a label that counts, on a logarithmic axis."""
+    counts = [row.of[along] for row in rows]
+    axis.fill_between(counts, [row.low for row in rows], [row.high for row in rows], alpha=0.2, color=color, lw=0)
+    axis.plot(counts, [row.median for row in rows], marker="o", color=color, label=label)
+    axis.set_xscale("log", base=2 if max(counts) < 1000 else 10)
+    axis.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+    axis.set_xlabel(along)

@@ -1,0 +1,248 @@
+"""What every benchmark leaves behind: one JSON file a run and a Markdown table, and the machine they were made on.
+
+A run is rows. A row is one quantity, measured several times: what it is of (labels such as ``{"agents": 8}``), the
+measure with its unit, and the median with the smallest and the largest of the repetitions. So that any two runs can be
+held against each other (``bench.compare``), any run can be drawn (``bench.plots``), and tables are a matter of turning
+rows.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from mp_rerank.plan import read_machine
+
+__all__ = ["ROOT", "Report", "Row", "add_output", "draw", "finish", "number", "quantile", "read", "shown"]
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "bench" / "results"
+PACKAGES = (
+    "mp-rerank",
+    "torch",
+    "transformers",
+    "sentence-transformers",
+    "tokenizers",
+    "numpy",
+    "onnxruntime",
+    "openvino",
+    "fastembed",
+    "flashrank",
+    "infinity-emb",
+)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One measured quantity.
+
+    Attributes:
+        of: what was measured, label by label; a table shows rows of equal labels in one line.
+        measure: what of it, with the unit behind a comma (``"p50, ms"``).
+        median, low, high: of the repetitions, the range being the smallest and the largest.
+        repetitions: how many there were.
+        better: ``"higher"``, ``"lower"``, or ``""`` for what is neither.
+    """
+
+    of: Mapping[str, Any]
+    measure: str
+    median: float
+    low: float
+    high: float
+    repetitions: int
+    better: str
+
+
+@dataclass
+class Report:
+    """One run of one command."""
+
+    command: str
+    title: str
+    arguments: dict[str, Any]
+    machine: dict[str, Any] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=dict)
+    rows: list[Row] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    @classmethod
+    def begin(cls, command: str, title: str, options: argparse.Namespace) -> Report:
+        """An empty report, dated now. Paths are left out of the arguments: they say nothing about the figures."""
+        arguments = {name: value for name, value in vars(options).items() if not isinstance(value, Path)}
+        return cls(command, title, arguments, machine(), versions())
+
+    def add(
+        self, of: Mapping[str, Any], measure: str, values: float | Sequence[float], *, better: str = "lower"
+    ) -> None:
+        """Add the row for ``values``, one a repetition."""
+        values = [values] if isinstance(values, (int, float)) else list(values)
+        self.rows.append(
+            Row(dict(of), measure, statistics.median(values), min(values), max(values), len(values), better)
+        )
+
+    def note(self, text: str) -> None:
+        """Add a sentence below the table, and say it now."""
+        self.notes.append(text)
+        print(text, flush=True)
+
+    def value(self, measure: str, **of: Any) -> float:
+        """The median of the first row with ``measure`` and these labels; ``KeyError`` if there is none."""
+        for row in self.rows:
+            if row.measure == measure and of.items() <= row.of.items():
+                return row.median
+        raise KeyError((measure, of))
+
+    def markdown(self) -> str:
+        """The tables: a line for each set of labels, a column for each measure; then the notes and the machine.
+
+        Rows of unlike label names make tables of their own.
+        """
+        tables: dict[tuple[str, ...], list[Row]] = {}
+        for row in self.rows:
+            tables.setdefault(tuple(row.of), []).append(row)
+        parts = [f"## {self.title}"]
+        parts += [_table(labels, rows) for labels, rows in tables.items()]
+        parts += self.notes
+        parts.append(self.provenance)
+        return "\n\n".join(parts) + "\n"
+
+    @property
+    def provenance(self) -> str:
+        """Machine, versions and command, in a sentence."""
+        of = self.machine
+        options = " ".join(option(name, value) for name, value in self.arguments.items() if value)
+        packages = ", ".join(f"{name} {found}" for name, found in self.versions.items())
+        return (
+            f"{of['processor']}, {of['cores']} cores ({of['logical']} logical), {of['memory_gib']} GiB; "
+            f"{of['system']}, Python {of['python']}; {packages}; {of['date']}; "
+            f"`python -m bench {self.command} {options}`"
+        )
+
+
+def option(name: str, value: Any) -> str:
+    """A command's option as it was given."""
+    values = value if isinstance(value, list) else [] if value is True else [value]
+    return " ".join((f"--{name.replace('_', '-')}", *map(str, values)))
+
+
+def machine() -> dict[str, Any]:
+    """What the figures depend on and the code does not."""
+    found = read_machine()
+    return {
+        "processor": _processor(),
+        "logical": found.affinity,
+        "cores": found.cores,
+        "gpus": list(found.gpus),
+        "memory_gib": round(psutil.virtual_memory().total / 2**30),
+        "load_at_start": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
+        "system": platform.system(),
+        "python": platform.python_version(),
+        "date": time.strftime("%Y-%m-%d"),
+    }
+
+
+def versions() -> dict[str, str]:
+    """The versions of what takes part, where it is installed, and the commit if this is a clone."""
+    found = {}
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            pass
+    try:
+        commit = subprocess.run(
+            ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True, check=True
+        )
+        found["commit"] = commit.stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        pass
+    return found
+
+
+def quantile(values: Sequence[float], share: float) -> float:
+    """The value that ``share`` of ``values`` do not exceed."""
+    return sorted(values)[min(len(values) - 1, int(share * len(values)))]
+
+
+def add_output(parser: argparse.ArgumentParser) -> None:
+    """The option every benchmark has."""
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder for JSON, Markdown and pictures")
+
+
+def finish(report: Report, out: Path) -> None:
+    """Write ``report`` into ``out`` as JSON, Markdown and pictures, and print the tables."""
+    out.mkdir(parents=True, exist_ok=True)
+    (out / f"{report.command}.json").write_text(json.dumps(asdict(report), indent=1) + "\n", encoding="utf-8")
+    (out / f"{report.command}.md").write_text(report.markdown(), encoding="utf-8")
+    print(report.markdown())
+    draw(report, out)
+
+
+def draw(report: Report, out: Path) -> None:
+    """Write the pictures of ``report`` into ``out``, if there is matplotlib."""
+    try:
+        from bench import plots
+    except ImportError as error:
+        print(f"no pictures: {error}")
+    else:
+        plots.draw(report, out)
+
+
+def read(path: Path) -> Report:
+    """A run written by ``finish``."""
+    content = json.loads(path.read_text(encoding="utf-8"))
+    return Report(**{**content, "rows": [Row(**row) for row in content["rows"]]})
+
+
+def shown(row: Row) -> str:
+    """Median and range, in a table's cell."""
+    if row.repetitions == 1 or row.low == row.high:
+        return number(row.median)
+    return f"{number(row.median)} ({number(row.low)} to {number(row.high)})"
+
+
+def number(value: float) -> str:
+    """Three digits that mean something."""
+    if value == 0:
+        return "0"
+    size = abs(value)
+    if size >= 100:
+        return f"{value:,.0f}"
+    if size < 0.001:
+        return f"{value:.1e}"
+    return f"{value:.3g}"
+
+
+def _table(labels: tuple[str, ...], rows: Sequence[Row]) -> str:
+    measures = list(dict.fromkeys(row.measure for row in rows))
+    lines: dict[tuple[Any, ...], dict[str, str]] = {}
+    for row in rows:
+        lines.setdefault(tuple(row.of.values()), {})[row.measure] = shown(row)
+    head = f"| {' | '.join((*labels, *measures))} |\n{'|---' * len(labels)}{'|---:' * len(measures)}|"
+    body = (
+        f"| {' | '.join((*map(str, of), *(cells.get(measure, '') for measure in measures)))} |"
+        for of, cells in lines.items()
+    )
+    return "\n".join((head, *body))
+
+
+def _processor() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
