@@ -3,11 +3,11 @@
     bare        a worker with an empty model: Python, numpy and this package
     imports     with all that a model needs imported
     loaded      with the model
-    first       after its first batch
+    first batch after its first batch
     after N     after N requests of one document (`--requests`, the first number of `--workers` alone)
 
-for each number of workers, each start method and each backend. RSS counts shared pages in full, USS not at all, PSS in
-parts.
+for each number of workers, each start method and each backend; and the parent's, and that of all processes together, a
+fork server's included. RSS counts shared pages in full, USS not at all, PSS in parts.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ from __future__ import annotations
 import argparse
 from collections import deque
 from collections.abc import Sequence
+
+import psutil
 
 from bench.report import Report, add_output, finish
 from mp_rerank import ModelSpec, RerankerPool
@@ -54,7 +56,7 @@ def main(argv: Sequence[str]) -> int:
                 with start(spec, method, workers) as pool:
                     weigh(report, pool, of, "loaded")
                     work(pool, 40 * workers, 2 * workers)
-                    weigh(report, pool, of, "first")
+                    weigh(report, pool, of, "first batch")
                     if options.requests and position == 0:
                         work(pool, options.requests, 16)
                         weigh(report, pool, of, f"after {options.requests}")
@@ -89,3 +91,7 @@ def weigh(report: Report, pool: RerankerPool, of: dict[str, object], phase: str)
             report.add(of, f"{kind.upper()} a worker, MiB", values)
     if found.parent.uss is not None:
         report.add(of, "USS of the parent, MiB", found.parent.uss / MIB)
+    if found.parent.pss is not None:  # the fork server's share, too
+        children = psutil.Process().children(recursive=True)
+        everything = found.parent.pss + sum(child.memory_full_info().pss for child in children)
+        report.add(of, "PSS of all processes, MiB", everything / MIB)

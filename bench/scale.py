@@ -110,7 +110,7 @@ def cpu_seconds(process: psutil.Process) -> float:
 
 
 def pending(report: Report, count: int, rounds: int, probe: int = 200) -> None:
-    """Requests of one document each behind a gate: what ``probe`` more cost, and how fast the first come back."""
+    """Requests of one document each behind a gate: what ``probe`` more take, and how fast the first come back."""
     submits, dispatches, sizes = [], [], []
     parent = psutil.Process()
     for _ in range(rounds if count < 100_000 else 1):
@@ -123,10 +123,12 @@ def pending(report: Report, count: int, rounds: int, probe: int = 200) -> None:
                 waiting = deque(pool.submit("a query", [f"document {i}"]) for i in range(count))
                 pool.stats()  # answered behind all that was submitted
                 sizes.append((parent.memory_full_info().uss - before) / 1024 / count)
-                start = time.perf_counter()
+                times = []
                 for i in range(probe):
+                    start = time.perf_counter()
                     waiting.append(pool.submit("a query", [f"document {i}"]))
-                submits.append(1e6 * (time.perf_counter() - start) / probe)
+                    times.append(time.perf_counter() - start)
+                submits.append(1e6 * statistics.median(times))
                 pool.stats()
                 first = min(len(waiting), 5_000)
                 done = pool.stats().completed
@@ -141,6 +143,6 @@ def pending(report: Report, count: int, rounds: int, probe: int = 200) -> None:
     of = {"pending requests": count}
     report.add(of, "one more submit, µs", submits)
     report.add(of, "dispatch and back, µs a request", dispatches)
-    if count >= 1000:
+    if count >= 10_000:
         report.add(of, "memory, KiB a request", sizes)
     print(f"{count} pending: {submits[-1]:.0f} µs to submit, {dispatches[-1]:.0f} to dispatch", flush=True)
