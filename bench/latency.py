@@ -35,12 +35,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--rounds", type=int, default=5, help="rounds that contenders take in turns (default 5)")
     parser.add_argument("--requests", type=int, default=500, help="requests a round to the empty model (default 500)")
     parser.add_argument("--agents", type=int, default=8, help="threads that keep the empty model busy (default 8)")
-    parser.add_argument(
-        "--seconds",
-        type=float,
-        default=20.0,
-        help="of small requests among large ones, for each contender (default 20)",
-    )
+    parser.add_argument("--seconds", type=float, default=20.0, help="of small requests among large ones (default 20)")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="worker processes (default: one a CPU)")
     parser.add_argument("--shape", choices=("minilm-l6", "bert-base"), default="minilm-l6")
     parser.add_argument("--no-model", action="store_true", help="the machinery alone: no torch")

@@ -50,11 +50,12 @@ def latency(report: Report) -> None:
     for row in report.rows:
         if row.measure in shown:
             tables.setdefault(tuple(row.of), []).append(row)
-    axes = panels(len(tables), 1, 0.28 * max(map(len, tables.values())) + 0.6)
+    axes = panels(len(tables), len(tables), 0.2 * max(map(len, tables.values())) + 0.6)
     for axis, (labels, rows) in zip(axes, tables.items(), strict=True):
         bars(axis, rows, lambda row: ", ".join(map(str, (*row.of.values(), row.measure.partition(",")[0]))))
         axis.set_title(f"{', '.join(labels)}: ms", loc="left")
-        axis.set_xscale("log")
+        if max(row.median for row in rows) > 20 * min(row.median for row in rows):
+            axis.set_xscale("log")
 
 
 def scale(report: Report) -> None:
@@ -73,23 +74,30 @@ def scale(report: Report) -> None:
 
 
 def memory(report: Report) -> None:
-    """Over the phases: a panel a measure, a line a backend, start method and number of workers."""
+    """Over the phases: a panel a measure, a line a backend, start method (its style) and number of workers (colour)."""
     measures = [m for m in ("USS a worker, MiB", "PSS a worker, MiB", "RSS a worker, MiB") if rows_of(report, m)]
     axes = panels(len(measures), 3, 3.2)
     for axis, measure in zip(axes, measures, strict=True):
-        series: dict[tuple[Any, ...], list[Row]] = {}
-        for row in rows_of(report, measure):
-            series.setdefault(tuple(v for name, v in row.of.items() if name != "phase"), []).append(row)
-        for i, (of, rows) in enumerate(series.items()):
-            color, style = SERIES[i % len(SERIES)], ("-", "--", ":")[i // len(SERIES) % 3]
-            label = ", ".join(map(str, of[:-1])) + f", {of[-1]} workers"
-            axis.plot(
-                [r.of["phase"] for r in rows], [r.median for r in rows], style, marker="o", color=color, label=label
-            )
+        found = rows_of(report, measure)
+        counts, methods = distinct(found, "workers"), distinct(found, "start method")
+        for backend in [name for name in distinct(found, "backend") if name != "none"]:
+            for count in counts:
+                for method in methods:
+                    # What comes before a backend is the same for all of them.
+                    of = {"workers": count, "start method": method}
+                    line = [r for r in found if of.items() <= r.of.items() and r.of["backend"] in ("none", backend)]
+                    axis.plot(
+                        [row.of["phase"] for row in line],
+                        [row.median for row in line],
+                        ("-", "--")[methods.index(method)],
+                        marker="o",
+                        color=SERIES[counts.index(count) % len(SERIES)],
+                        label=f"{backend}, {method}, {count} worker{'s' * (count > 1)}",
+                    )
         axis.set(title=measure)
         axis.set_ylim(bottom=0)
         axis.tick_params(axis="x", rotation=30)
-    axes[-1].legend(frameon=False, fontsize=7)
+    axes[-1].legend(frameon=False, fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
 
 
 def load(report: Report) -> None:
