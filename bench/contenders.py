@@ -15,6 +15,7 @@ import queue
 import shutil
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, suppress
@@ -354,15 +355,17 @@ def export(setting: Setting) -> Path:
         names = [name for name in ("input_ids", "attention_mask", "token_type_ids") if name in inputs]
         axes = {name: {0: "batch", 1: "tokens"} for name in names}
         network = model.model if hasattr(model, "model") else model
-        torch.onnx.export(
-            network.eval(),
-            tuple(inputs[name] for name in names),
-            str(home / "model.onnx"),
-            input_names=names,
-            output_names=["logits"],
-            dynamic_axes={**axes, "logits": {0: "batch"}},
-            dynamo=False,
-        )
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the exporter tells of shapes it takes for constant; scores are compared
+            torch.onnx.export(
+                network.eval(),
+                tuple(inputs[name] for name in names),
+                str(home / "model.onnx"),
+                input_names=names,
+                output_names=["logits"],
+                dynamic_axes={**axes, "logits": {0: "batch"}},
+                dynamo=False,
+            )
         del model, network
         gc.collect()
     return home / "model.onnx"

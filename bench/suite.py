@@ -11,6 +11,7 @@ for the project's README.
 from __future__ import annotations
 
 import argparse
+import os
 import subprocess
 import sys
 import time
@@ -45,10 +46,11 @@ def main(argv: Sequence[str]) -> int:
     for command in [] if options.page else options.only:
         arguments = COMMANDS[command].split() if options.quick else []
         if command == "throughput" and options.data is not None:
-            arguments += ["--data", str(options.data)]
+            arguments += ["--data", str(options.data.resolve())]
         print(f"\n{command} …", flush=True)
         start = time.perf_counter()
-        done = subprocess.run([sys.executable, "-m", "bench", command, *arguments, "--out", str(options.out)], cwd=ROOT)
+        line = [sys.executable, "-m", "bench", command, *arguments, "--out", str(options.out.resolve())]
+        done = subprocess.run(line, cwd=ROOT, env={**os.environ, "TQDM_DISABLE": "1"})
         print(f"{command}: exit code {done.returncode} after {time.perf_counter() - start:.0f} s", flush=True)
         if done.returncode:
             failed.append(command)
