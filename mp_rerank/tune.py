@@ -213,7 +213,8 @@ def _ladders(default: Setup, devices: Sequence[str], machine: Machine, spec: Mod
             yield replace(best, workers=workers, threads=1)
 
     def more_on_each_device(best: Setup) -> Iterator[Setup]:
-        yield replace(best, workers=2 * len(devices))
+        workers = 2 * len(devices)
+        yield replace(best, workers=workers, threads=max(1, machine.cores // workers))
 
     def smaller_batches(best: Setup) -> Iterator[Setup]:
         tokens = best.batch_tokens

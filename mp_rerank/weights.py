@@ -11,8 +11,9 @@ begins at another fraction of a cache line.
 
 from __future__ import annotations
 
+import sys
 from bisect import bisect_right
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -24,18 +25,20 @@ MAPS = Path("/proc/self/maps")
 
 def mapped_bytes(model: torch.nn.Module) -> int:
     """Bytes of parameters and buffers that are pages of a file; 0 also where the system does not say (Linux does)."""
-    return sum(tensor.nbytes for tensor in _mapped(model))
+    return sum(tensor.nbytes for tensor in _within(model, _mapped_files() or []))
 
 
 def make_private(model: torch.nn.Module) -> None:
     """Copy what is mapped: the file may then be overwritten in place, or taken away with its disk."""
-    for tensor in list(_mapped(model)):
+    ranges = _mapped_files()
+    if ranges is None:
+        ranges = [(0, sys.maxsize)]
+    for tensor in list(_within(model, ranges)):
         tensor.data = tensor.data.clone()
 
 
-def _mapped(model: torch.nn.Module) -> Iterator[torch.Tensor]:
-    """The parameters and buffers that lie within a mapped file, each once."""
-    ranges = _mapped_files()
+def _within(model: torch.nn.Module, ranges: Sequence[tuple[int, int]]) -> Iterator[torch.Tensor]:
+    """The parameters and buffers that begin in one of the ``ranges`` of memory, each once."""
     starts = [start for start, _ in ranges]
     for tensor in (*model.parameters(), *model.buffers()):
         if tensor.device.type == "cpu" and tensor.layout is torch.strided and tensor.numel():
@@ -44,12 +47,12 @@ def _mapped(model: torch.nn.Module) -> Iterator[torch.Tensor]:
                 yield tensor
 
 
-def _mapped_files() -> list[tuple[int, int]]:
-    """Where in this process's memory files are mapped: start and end, in order."""
+def _mapped_files() -> list[tuple[int, int]] | None:
+    """Where in this process's memory files are mapped: start and end, in order; ``None`` where nobody says."""
     try:
         lines = MAPS.read_text().splitlines()
     except OSError:  # not on this system
-        return []
+        return None
     ranges = []
     for line in lines:
         addresses, _, _, _, inode, *_ = line.split()

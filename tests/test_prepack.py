@@ -63,10 +63,13 @@ def test_bfloat16_is_left_alone(tmp_path: Path) -> None:
 @pytest.mark.usefixtures("always")
 def test_a_packed_weight_takes_no_memory_twice(tmp_path: Path) -> None:
     packed = engine(models.build("bert", tmp_path)).model.model
-    weight = packed.bert.encoder.layer[0].intermediate.dense.weight
+    layer = packed.bert.encoder.layer[0].intermediate.dense
+    weight = layer.weight
     assert weight.shape == (64, 32)
     assert weight.untyped_storage().nbytes() == weight.element_size()
     assert weight.isnan().all(), "whoever reads it should not mistake it for the weight"
+    held = [part for part in vars(layer.forward).values() if isinstance(part, torch.Tensor)]
+    assert sum(part.numel() == weight.numel() for part in held) == 1, "the packed one, and not the plain one as well"
 
 
 def test_layers_that_are_not_faster_are_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

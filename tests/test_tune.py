@@ -180,7 +180,8 @@ def find(monkeypatch: pytest.MonkeyPatch) -> Callable[..., tune.Report]:
 
     def run(speed: Callable[..., float], machine: Machine = HERE, **options: Any) -> tune.Report:
         Stub.speed = staticmethod(speed)  # type: ignore[assignment]
-        report = tune.tune(FAKE, [("query", "document")], machine=machine, devices="cpu", **options)
+        options.setdefault("devices", "cpu")
+        report = tune.tune(FAKE, [("query", "document")], machine=machine, **options)
         assert Stub.alive == 0
         return report
 
@@ -225,6 +226,21 @@ def test_no_more_workers_are_tried_than_memory_and_quota_allow(find: Callable[..
     for change in ({"memory_available": 4 * GIB}, {"quota": 4.0}):
         machine = dataclasses.replace(HERE, **change)  # type: ignore[arg-type]
         assert max(tried(find(lambda *setup: 1000.0, machine)))[0] == 4
+
+
+def test_a_gpu_is_given_other_batches_and_a_second_worker(find: Callable[..., tune.Report]) -> None:
+    machine = dataclasses.replace(HERE, gpus=("cuda:0",))
+    report = find(
+        lambda workers, threads, batch_tokens, dtype: 1e6 * (2.0 if batch_tokens > 16_384 else 1.0),
+        machine,
+        devices="cuda",
+    )
+    assert tried(report) == [
+        (1, 4, 16_384), (1, 4, 8192), (1, 4, 4096), (1, 4, 32_768), (1, 4, 65_536), (2, 2, 32_768),
+    ]  # fmt: skip
+    answer = look_up(FAKE, ["cuda:0"], machine)
+    assert answer is not None
+    assert (answer.workers, answer.batch_tokens) == (1, 32_768)
 
 
 def test_what_fails_or_is_hopeless_loses(find: Callable[..., tune.Report]) -> None:

@@ -84,9 +84,15 @@ def test_a_tied_weight_is_copied_once_and_stays_tied(folder: str) -> None:
     assert layers[1].output.dense.weight is layers[0].output.dense.weight
 
 
-def test_a_system_that_does_not_say_maps_nothing(folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "MAPS", tmp_path / "maps")
-    assert engine(ModelSpec(folder, prepack=False, weights="private")).mapped_bytes == 0
+def test_where_the_system_does_not_say_everything_is_copied(
+    folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    network = models.load(folder, "cpu").model
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "MAPS", tmp_path / "maps")
+        assert module.mapped_bytes(network) == 0
+        module.make_private(network)
+    assert module.mapped_bytes(network) == 0
 
 
 def test_a_worker_that_writes_into_a_weight_changes_no_other(folder: str, make_pool: MakePool) -> None:
