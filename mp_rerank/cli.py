@@ -291,7 +291,7 @@ def _tune(arguments: argparse.Namespace) -> int:
             f"{setup.workers:>7}  {setup.threads:>7}  {setup.batch_tokens:>12}  {setup.spec.dtype or 'default':<8} "
             f"{trial.pairs_per_second:>8.1f}  {trial.ratio:>13.2f}  {trial.score_difference:>16.1e}  {trial.verdict}"
         )
-    kept = "kept for this model on this machine" if not arguments.dry_run else "nothing is kept"
+    kept = "kept for this model on this machine" if report.kept else "nothing is kept"
     print(
         f"\nThe fastest: {best.setup}: {report.times_the_default:.2f} times the default's speed; {kept}. "
         f"{report.seconds:.0f} s."

@@ -108,6 +108,7 @@ class Report:
         times_the_default: how much faster it is.
         seconds: how long it all took.
         variants: of the variants that were measured, what each is as a multiple of the best's speed.
+        kept: whether the answer was kept; not if there was no time to measure anything but the default.
     """
 
     trials: list[Trial] = field(default_factory=list)
@@ -115,6 +116,7 @@ class Report:
     times_the_default: float = 1.0
     seconds: float = 0.0
     variants: list[Trial] = field(default_factory=list)
+    kept: bool = False
 
 
 def tune(
@@ -174,8 +176,8 @@ def tune(
             progress(trial)
         report.best.pairs_per_second = ring.speed
     report.seconds = time.monotonic() - begun
-    if keep:
-        _keep(report, used, here)
+    if keep and any(trial.ratio for trial in report.trials[1:]):
+        report.kept = _keep(report, used, here)
     return report
 
 
@@ -352,7 +354,8 @@ class _Ring:
         return seconds, scores
 
 
-def _keep(report: Report, devices: Sequence[str], machine: Machine) -> None:
+def _keep(report: Report, devices: Sequence[str], machine: Machine) -> bool:
+    """Keep the answers; whether that could be done."""
     assert report.best is not None
     answers = [(report.best, report.times_the_default)]
     answers += [(trial, report.times_the_default * trial.ratio) for trial in report.variants if trial.pairs_per_second]
@@ -370,5 +373,6 @@ def _keep(report: Report, devices: Sequence[str], machine: Machine) -> None:
             path = tuned.keep(answer, setup.spec, devices, machine)
         except OSError as error:
             logger.warning("what was tuned cannot be kept: %s", error)
-        else:
-            logger.info("%s: %s", path, dataclasses.asdict(answer))
+            return False
+        logger.info("%s: %s", path, dataclasses.asdict(answer))
+    return True

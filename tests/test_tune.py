@@ -210,6 +210,7 @@ def test_the_fastest_is_found_and_kept(find: Callable[..., tune.Report]) -> None
     assert report.best is not None
     assert report.best.setup == Setup(FAKE, 2, 2, 2048)
     assert report.times_the_default == pytest.approx(1.8)
+    assert report.kept
     assert told == report.trials
     # A ladder ends where it gets slower, and the next begins at the best.
     assert tried(report) == [
@@ -266,6 +267,8 @@ def test_out_of_time_is_said_and_not_measured(find: Callable[..., tune.Report]) 
     report = find(lambda *setup: 10_000.0, seconds=0.001)
     assert {trial.verdict for trial in report.trials[1:]} == {"not measured: no time left"}
     assert report.best is report.trials[0]
+    assert not report.kept
+    assert look_up(FAKE, ["cpu"], HERE) is None
 
 
 def test_a_variant_is_measured_beside_the_best_and_kept_for_itself_alone(find: Callable[..., tune.Report]) -> None:
@@ -288,8 +291,9 @@ def test_nothing_is_kept_unless_it_is_to_be(
     find(lambda *setup: 1000.0, keep=False)
     assert not cache.exists()
     cache.write_text("in the way")
-    find(lambda *setup: 1000.0)
+    report = find(lambda *setup: 1000.0)
     assert "what was tuned cannot be kept" in caplog.text
+    assert not report.kept
 
 
 def test_real_pools_are_measured_and_closed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -321,7 +325,7 @@ def test_the_command_prints_what_was_found(
         given.update(options, spec=spec, pairs=pairs)
         best = tune.Trial(Setup(spec, 2, 2, 2048), 123.4, 1.5, "faster")
         options["progress"](best)
-        return tune.Report([best], best, 1.5, 60.0)
+        return tune.Report([best], best, 1.5, 60.0, kept=options["keep"])
 
     monkeypatch.setattr(tune, "tune", fake)
     arguments = ["tune", "--corpus", str(tmp_path / "corpus.jsonl"), "--dtypes", "bfloat16", "--seconds", "9"]
@@ -332,6 +336,8 @@ def test_the_command_prints_what_was_found(
     out, err = capsys.readouterr()
     assert "2 x 2 threads, batches of 2048 tokens: 1.50 times the default's speed; kept" in out
     assert "123.4 pairs/s" in err
+    assert cli.main([*arguments, "--dry-run"]) == 0
+    assert "nothing is kept" in capsys.readouterr().out
     assert cli.main([*arguments, "--dry-run", "--json"]) == 0
     assert given["keep"] is False
     assert json.loads(capsys.readouterr().out)["best"]["setup"]["batch_tokens"] == 2048
