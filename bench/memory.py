@@ -7,7 +7,8 @@
     after N     after N requests of one document (`--requests`, the first number of `--workers` alone)
 
 for each number of workers, each start method and each backend; and the parent's, and that of all processes together, a
-fork server's included. RSS counts shared pages in full, USS not at all, PSS in parts.
+fork server's included. RSS counts shared pages in full, USS not at all, PSS in parts; the libraries' pages are shared
+from the second worker on, so that the USS of a single one is larger.
 """
 
 from __future__ import annotations
