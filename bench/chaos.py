@@ -1,8 +1,9 @@
 """`python -m bench chaos`: agents in threads, workers that die and hang all the time, and a ledger of every request.
 
 Agents submit requests of all sizes and check every score that comes back; some cancel, some give a deadline, some
-submit documents that kill or hang the worker that meets them, once or every time. Meanwhile workers are killed, stopped
-and made to crash at random moments, idle or not; models are reloaded; workers are recycled. What must hold:
+submit documents that kill or hang the worker that meets them, once or every time. Every other request asks what others
+ask too, of the same documents, and some scores are kept. Meanwhile workers are killed, stopped and made to crash at
+random moments, idle or not; models are reloaded; workers are recycled. What must hold:
 
 lost            requests that never had an outcome: none
 unexplained     outcomes that nothing the agent or anybody else did accounts for: none
@@ -37,6 +38,8 @@ from mp_rerank import ModelSpec, RequestTimeoutError, RerankerPool, RerankResult
 MODELS = ("red", "green")
 SECONDS_PER_TOKEN = 5e-6
 HANG_TIMEOUT = 1.0
+# What agents ask alike: so many queries, of so many documents, and fewer scores kept than there are such pairs.
+QUERIES, DOCUMENTS, SCORE_CACHE = 4, 100, 300
 START_TIMEOUT = 20.0  # for those stopped while they load
 # Once agents have stopped and workers are left alone, what has no outcome after so many seconds is lost.
 PATIENCE = 120.0
@@ -117,6 +120,9 @@ class Chaos:
             "requests": sum(self.outcomes.values()),
             "outcomes": dict(sorted(self.outcomes.items())),
             "pairs_checked": self.pairs,
+            "pairs_scored": stats.scored_pairs,
+            "pairs_coalesced": stats.coalesced_pairs,
+            "pairs_cached": stats.cached_pairs,
             "p50_seconds": round(_quantile(self.waits, 0.5), 2),
             "p99_seconds": round(_quantile(self.waits, 0.99), 2),
             "slowest_seconds": round(_quantile(self.waits, 1.0), 2),
@@ -152,6 +158,7 @@ class Chaos:
             max_restarts=10**6,
             max_slices_per_worker=40,
             max_pending_pairs=20_000,
+            score_cache=SCORE_CACHE,
         )
 
     def _guard(self, work: Callable[[RerankerPool, random.Random], None], pool: RerankerPool, number: int) -> None:
@@ -167,9 +174,13 @@ class Chaos:
         turn = 0
         while not self.stop.is_set():
             turn += 1
-            query = f"query {chance.random()}"
             size = chance.choice([1, 1, 3, 10, 10, 10, 30, 100, 400])
-            documents = [f"{i} " + "word " * chance.randrange(30) for i in range(size)]
+            if chance.random() < 0.5:
+                query = f"query {chance.random()}"
+                documents = [f"{i} " + "word " * chance.randrange(30) for i in range(size)]
+            else:
+                query = f"common query {chance.randrange(QUERIES)}"
+                documents = [f"{i} " + "word " * (i % 30) for i in chance.choices(range(DOCUMENTS), k=size)]
             kind = chance.choices(
                 ["plain", "cancel", "deadline", "partial", "priority", "mortal", "poison", "hang"],
                 [60, 8, 8, 8, 8, 6, 1, 1],

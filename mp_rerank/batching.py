@@ -7,42 +7,58 @@ would be first to finish its next piece. So a request of 5,000 documents does no
 And since virtual time goes on with every slice, whoever waits is overtaken by later requests for a bounded amount of
 work only: neither a stream of small ones nor any priority starves anybody.
 
-A pair is in exactly one place: waiting in its request, out in one slice, scored, or dropped with its request.
+Equal pairs, of one request or of several, are one pair, wanted more than once. It waits in all the requests that want
+it and goes out at the first turn of any of them, which alone is charged for it; its score, or the blame for what it
+does to workers, is for all. So no request waits for another's turn, and what becomes of one (cancelled, expired,
+failed) is nothing to the others: a pair is given up when nobody is left who wants it.
+
+A pair is in exactly one place: waiting, in each request that wants it; out in one slice; scored; or dropped with the
+last such request.
 """
 
 from __future__ import annotations
 
 import heapq
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Hashable, MutableMapping, Sequence
 from dataclasses import dataclass
 
-from mp_rerank.request import Pair, Request, Scores
+from mp_rerank.pairs import Pair, PairState, PendingPair, Score
+from mp_rerank.request import Request, Scores
+from mp_rerank.results import PoolStats
 
 __all__ = ["RequestQueue", "Slice", "Suspect"]
 
 # A request's next piece, for the order of service: requests of fewer tokens come before larger ones of the same age.
 PIECE_TOKENS = 1024
 
+WAITING, ALONE, OUT, SCORED = PairState.WAITING, PairState.ALONE, PairState.OUT, PairState.SCORED
+
 
 @dataclass(frozen=True, eq=False)
 class Slice:
-    """What one worker gets at a time: pairs of one request or of several."""
+    """What one worker gets at a time: pairs taken from one request or from several."""
 
-    parts: Sequence[tuple[Request, Sequence[int]]]
+    parts: Sequence[tuple[Request, Sequence[PendingPair]]]
     tokens: int
 
     @property
-    def pairs(self) -> list[Pair]:
+    def pending(self) -> list[PendingPair]:
         """The pairs, in the order their scores are expected."""
-        return [request.pairs[i] for request, indices in self.parts for i in indices]
+        return [pair for _, pairs in self.parts for pair in pairs]
+
+    @property
+    def pairs(self) -> list[Pair]:
+        """Their texts, in the same order."""
+        return [pair.texts for _, pairs in self.parts for pair in pairs]
 
     def __len__(self) -> int:
-        return sum(len(indices) for _, indices in self.parts)
+        return sum(len(pairs) for _, pairs in self.parts)
 
 
 @dataclass(frozen=True)
 class Suspect:
-    """A pair that was alone with a worker when something went wrong, as often as is allowed."""
+    """A request with a pair that was alone with a worker when something went wrong, as often as is allowed."""
 
     request: Request
     index: int
@@ -52,14 +68,29 @@ class Suspect:
 class RequestQueue:
     """The live requests of one model, and the order they are served in.
 
+    Args:
+        coalesce: whether equal pairs that are pending at once are one.
+        kept: scores of pairs by their keys; what is in it is not scored again, and what is scored is put into it.
+        counts: counters to count in what is not scored for that.
+
     Attributes:
         live: requests neither resolved nor dropped, whether their pairs are waiting or out.
         waiting_tokens: estimated tokens of all pairs not out in a slice.
     """
 
-    def __init__(self) -> None:
+    def __init__(
+        self,
+        *,
+        coalesce: bool = True,
+        kept: MutableMapping[Hashable, Score] | None = None,
+        counts: PoolStats | None = None,
+    ) -> None:
         self.live: dict[int, Request] = {}
         self.waiting_tokens = 0
+        self._coalesce = coalesce
+        self._kept = kept
+        self._counts = PoolStats() if counts is None else counts
+        self._pending: dict[Hashable, PendingPair] = {}  # those that equal ones may join: neither scored nor dropped
         self._virtual_time = 0.0
         self._weight = 0.0  # of the requests with pairs waiting; weights are powers of two, so the sum stays exact
         # Heaps of numbers, so that an entry waiting to be passed over keeps no finished request in memory.
@@ -69,15 +100,33 @@ class RequestQueue:
     def __repr__(self) -> str:
         return f"<RequestQueue: {len(self.live)} live, {self.waiting_tokens} tokens waiting>"
 
-    def add(self, request: Request) -> None:
-        """Let ``request`` wait for its turn; it may have waited, unsliced, in another queue."""
+    def add(self, request: Request) -> bool:
+        """Let ``request`` wait for its turn; it may have waited, untouched, in another queue.
+
+        Returns:
+            Whether there is anything to wait for. If all its scores were kept it has them, and is not live.
+        """
+        request.enter()
+        for key, texts, tokens in zip(request.keys, request.pairs, request.tokens, strict=True):
+            pair = self._pending.get(key)
+            if pair is None:
+                pair = self._new(request, PendingPair(key, texts, tokens))
+            elif pair.wanted_by and pair.wanted_by[-1] is request:
+                request.repeats[pair] = request.repeats.get(pair, 1) + 1
+            else:
+                self._join(request, pair)
+            request.wanted.append(pair)
+        if not request.missing:
+            return False
+        request.todo.extend([request.wanted[i] for i in request.order])
         self.live[request.number] = request
-        self.waiting_tokens += request.waiting_tokens
         request.virtual_time = self._virtual_time
-        self._weight += request.weight
-        self._push(request)
+        if request.waiting:
+            self._weight += request.weight
+            self._push(request)
         if request.deadline is not None:
             heapq.heappush(self._deadlines, (request.deadline, request.number))
+        return True
 
     def take(self, budget: int) -> Slice | None:
         """The next slice: of at most ``budget`` tokens, or of a single pair; ``None`` if nothing waits.
@@ -85,101 +134,107 @@ class RequestQueue:
         It is a piece of the request whose turn it is and, if that is all of it, what else comes next and fits whole: a
         small request neither waits for a large one's pairs in its slice nor is split to fill another's.
         """
-        parts: list[tuple[Request, list[int]]] = []
+        parts: list[tuple[Request, list[PendingPair]]] = []
         tokens = 0
         weight = self._weight
         while self._order and tokens < budget:
             request = self.live.get(self._order[0][1])
-            if request is None:
+            if request is None or not request.waiting:
                 heapq.heappop(self._order)
+                if request is not None:
+                    request.queued = False
                 continue
-            if parts and (request.alone or tokens + request.waiting_tokens > budget):
+            suspect = _suspect(request.alone)
+            if parts and (suspect is not None or tokens + request.waiting_tokens > budget):
                 break
             heapq.heappop(self._order)
-            if request.alone:
-                indices = [request.alone.popleft()]
-                cost = request.tokens[indices[0]]
+            request.queued = False
+            if suspect is not None:
+                pairs, cost = [suspect], suspect.tokens
+                suspect.state = OUT
                 budget = 0
             else:
-                indices = [request.todo.popleft()]
-                cost = request.tokens[indices[0]]
-                while request.todo and tokens + cost + request.tokens[request.todo[0]] <= budget:
-                    indices.append(request.todo.popleft())
-                    cost += request.tokens[indices[-1]]
-            parts.append((request, indices))
+                pairs, cost = _piece(request.todo, budget - tokens)
+            self._sent(pairs)
+            parts.append((request, pairs))
             tokens += cost
             request.slices += 1
-            request.waiting_tokens -= cost
             request.virtual_time += cost / request.weight
             if request.waiting:
                 self._push(request)
-            else:
-                self._weight -= request.weight
         if not parts:
             return None
-        self.waiting_tokens -= tokens
         self._virtual_time += tokens / weight
         return Slice(parts, tokens)
 
     def fill(self, piece: Slice, scores: Scores) -> list[Request]:
         """Take the scores of ``piece``; returns the requests that now have all of theirs, no longer live."""
         complete = []
-        start = 0
-        for request, indices in piece.parts:
-            stop = start + len(indices)
-            if request.number in self.live:
-                request.fill(indices, scores[start:stop])
-                if request.missing == 0:
+        for pair, score in zip(piece.pending, scores.tolist(), strict=True):
+            pair.score = score
+            pair.state = SCORED
+            self._pending.pop(pair.key, None)
+            if self._kept is not None:
+                self._kept[pair.key] = score
+            given = 0
+            for request in pair.wanted_by:
+                times = request.repeats.get(pair, 1)
+                request.missing -= times
+                given += times
+                if not request.missing:
                     complete.append(request)
-            start = stop
+            pair.wanted_by.clear()
+            self._counts.coalesced_pairs += max(0, given - 1)
         for request in complete:
             self.drop(request)
         return complete
 
     def put_back(self, piece: Slice) -> None:
         """Let the pairs of ``piece`` wait again: it never ran, through no fault of theirs."""
-        for request, indices in piece.parts:
-            self._return(request, indices)
+        self._return(piece.pending)
 
-    def crashed(self, piece: Slice, max_attempts: int) -> Suspect | None:
+    def crashed(self, piece: Slice, max_attempts: int) -> list[Suspect]:
         """The worker died on ``piece``: let its pairs wait again, one by one if it was not their first such worker.
 
         Returns:
-            The pair to blame, if ``piece`` is that one pair and has now ended ``max_attempts`` workers.
+            If ``piece`` is one pair and has now ended ``max_attempts`` workers: the requests to fail for it, no longer
+            live.
         """
+        pairs = piece.pending
+        for pair in pairs:
+            pair.attempts += 1
+        if len(pairs) == 1 and pairs[0].attempts >= max_attempts:
+            return self._blame(pairs[0], pairs[0].attempts)
         alone_from = max(1, max_attempts - 1)
-        for request, indices in piece.parts:
-            if request.number not in self.live:
-                continue
-            for i in indices:
-                request.attempts[i] = request.attempts.get(i, 0) + 1
-            if len(piece) == 1 and request.attempts[indices[0]] >= max_attempts:
-                return Suspect(request, indices[0], request.attempts[indices[0]])
-            self._return(request, [i for i in indices if request.attempts[i] < alone_from])
-            self._return(request, [i for i in indices if request.attempts[i] >= alone_from], alone=True)
-        return None
+        self._return([pair for pair in pairs if pair.attempts < alone_from])
+        self._return([pair for pair in pairs if pair.attempts >= alone_from], ALONE)
+        return []
 
-    def raised(self, piece: Slice) -> Suspect | None:
+    def raised(self, piece: Slice) -> list[Suspect]:
         """The model raised on ``piece``: let its pairs wait again, one by one.
 
         Returns:
-            The pair to blame, if ``piece`` is that one pair.
+            If ``piece`` is one pair: the requests to fail for it, no longer live.
         """
-        for request, indices in piece.parts:
-            if len(piece) > 1:
-                self._return(request, indices, alone=True)
-            elif request.number in self.live:
-                return Suspect(request, indices[0], 1)
-        return None
+        pairs = piece.pending
+        if len(pairs) == 1:
+            return self._blame(pairs[0], 1)
+        self._return(pairs, ALONE)
+        return []
 
     def drop(self, request: Request) -> None:
-        """Forget ``request``: it is complete, cancelled, expired or failed. Pairs still waiting never go out."""
+        """Forget ``request``: it is complete, cancelled, expired or failed. Pairs only it wanted never go out."""
         if self.live.pop(request.number, None) is None:
             return
-        self.waiting_tokens -= request.waiting_tokens
         if request.waiting:
             self._weight -= request.weight
-        request.waiting_tokens = 0
+        if request.missing:
+            for pair in dict.fromkeys(request.wanted):
+                if pair.state is not SCORED:
+                    pair.wanted_by.remove(request)
+                    if not pair.wanted_by and pair.state is not OUT:
+                        self._forget(pair)
+        request.waiting = request.waiting_tokens = 0
         request.todo.clear()
         request.alone.clear()
         if len(self._deadlines) > 2 * len(self.live) + 100:  # entries of the finished, most of them
@@ -187,12 +242,10 @@ class RequestQueue:
             heapq.heapify(self._deadlines)
 
     def drop_untouched(self) -> list[Request]:
-        """Forget, and return in order of arrival, the requests no pair of which has gone out."""
-        untouched = [request for request in self.live.values() if request.slices == 0]
+        """Forget, and return in order of arrival, the requests that have sent nothing out and have no score yet."""
+        untouched = [r for r in self.live.values() if r.slices == 0 and r.missing == len(r.pairs)]
         for request in untouched:
-            del self.live[request.number]
-            self.waiting_tokens -= request.waiting_tokens
-            self._weight -= request.weight
+            self.drop(request)
         return untouched
 
     def expire(self, now: float) -> list[Request]:
@@ -211,21 +264,100 @@ class RequestQueue:
         return self._deadlines[0][0] if self._deadlines else None
 
     def _push(self, request: Request) -> None:
-        finish = request.virtual_time + min(request.waiting_tokens, PIECE_TOKENS) / request.weight
-        heapq.heappush(self._order, (finish, request.number))
+        """Let ``request`` stand in the order of service, once, whatever others have done to its place."""
+        if not request.queued:
+            request.queued = True
+            finish = request.virtual_time + min(request.waiting_tokens, PIECE_TOKENS) / request.weight
+            heapq.heappush(self._order, (finish, request.number))
 
-    def _return(self, request: Request, indices: Sequence[int], *, alone: bool = False) -> None:
-        """Let pairs that were out wait again, unless their request is gone."""
-        if not indices or request.number not in self.live:
-            return
-        queued = request.waiting > 0
-        if alone:
-            request.alone.extend(indices)
-        else:
-            request.todo.extendleft(reversed(indices))
-        cost = sum(request.tokens[i] for i in indices)
-        self.waiting_tokens += cost
-        request.waiting_tokens += cost
-        if not queued:
-            self._weight += request.weight
+    def _new(self, request: Request, pair: PendingPair) -> PendingPair:
+        """Let ``pair``, which is not pending yet, be ``request``'s: scored, if its score was kept, or waiting."""
+        if self._kept is not None and (score := self._kept.get(pair.key)) is not None:
+            pair.score = score
+            pair.state = SCORED
+            request.missing -= 1
+            self._counts.cached_pairs += 1
+            return pair
+        if self._coalesce:
+            self._pending[pair.key] = pair
+        pair.wanted_by.append(request)
+        request.waiting += 1
+        request.waiting_tokens += pair.tokens
+        self.waiting_tokens += pair.tokens
+        return pair
+
+    def _join(self, request: Request, pair: PendingPair) -> None:
+        """Let ``pair``, which is pending, be ``request``'s too."""
+        pair.wanted_by.append(request)
+        if pair.state is not OUT:
+            request.waiting += 1
+            request.waiting_tokens += pair.tokens
+        if pair.state is ALONE:
+            request.alone.append(pair)
+
+    def _sent(self, pairs: Sequence[PendingPair]) -> None:
+        """Take ``pairs``, which are out now, from what waits."""
+        for pair in pairs:
+            self.waiting_tokens -= pair.tokens
+            for request in pair.wanted_by:
+                request.waiting -= 1
+                request.waiting_tokens -= pair.tokens
+                if not request.waiting:
+                    self._weight -= request.weight
+
+    def _return(self, pairs: Sequence[PendingPair], state: PairState = WAITING) -> None:
+        """Let ``pairs``, which were out, wait again, unless nobody wants them any more."""
+        returned: dict[Request, None] = {}
+        for pair in pairs if state is ALONE else reversed(pairs):
+            pair.state = state
+            self.waiting_tokens += pair.tokens
+            if not pair.wanted_by:
+                self._forget(pair)
+            for request in pair.wanted_by:
+                if state is ALONE:
+                    request.alone.append(pair)
+                else:
+                    request.todo.appendleft(pair)
+                if not request.waiting:
+                    self._weight += request.weight
+                request.waiting += 1
+                request.waiting_tokens += pair.tokens
+                returned[request] = None
+        for request in returned:
             self._push(request)
+
+    def _blame(self, pair: PendingPair, attempts: int) -> list[Suspect]:
+        """Forget ``pair``, which is out, and the requests that want it."""
+        suspects = [Suspect(request, request.wanted.index(pair), attempts) for request in pair.wanted_by]
+        for suspect in suspects:
+            self.drop(suspect.request)
+        self._pending.pop(pair.key, None)
+        return suspects
+
+    def _forget(self, pair: PendingPair) -> None:
+        """Give up ``pair``, which waits and is wanted no more."""
+        self.waiting_tokens -= pair.tokens
+        self._pending.pop(pair.key, None)
+
+
+def _piece(todo: deque[PendingPair], budget: int) -> tuple[list[PendingPair], int]:
+    """The first pairs of ``todo`` that wait, now out: at least one, and no more than ``budget``; and their tokens."""
+    pairs: list[PendingPair] = []
+    cost = 0
+    while todo:
+        pair = todo[0]
+        if pair.state is WAITING:
+            if pairs and cost + pair.tokens > budget:
+                break
+            pair.state = OUT
+            pairs.append(pair)
+            cost += pair.tokens
+        todo.popleft()  # what does not wait went out for another request, or is no longer for this line
+    return pairs, cost
+
+
+def _suspect(alone: deque[PendingPair]) -> PendingPair | None:
+    """The first of ``alone`` that waits; those before it went out for another request, and leave."""
+    while alone and alone[0].state is not ALONE:
+        alone.popleft()
+    return alone[0] if alone else None

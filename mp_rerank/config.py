@@ -145,6 +145,11 @@ class PoolConfig:
         max_pending_pairs, max_pending_tokens: the bound on work admitted and unfinished.
         overload: at the bound, ``"block"`` until there is room (or the request's own timeout), ``"raise"``
             PoolOverloadedError, or a number of seconds to wait before raising it.
+        coalesce: score equal pairs (the same query and document, to the letter) that are pending at once only once, for
+            all requests that hold them, or for one that holds them twice. They share what becomes of it: the score, or
+            the error of a document that cannot be scored. What becomes of one of the requests is nothing to the others.
+        score_cache: how many scores to keep after that, of the pairs asked for last; 0: none. They are the model's: a
+            reload begins with none. About 350 bytes each, whatever the length of the texts (see ``pairs.digests``).
         max_attempts: workers that may die on one document before its request gets WorkerCrashedError.
         max_restarts: deaths in a row, with nothing scored between, after which a seat is given up.
         restart_backoff: seconds before the second restart in a row (the first is at once), doubling up to 30.
@@ -170,6 +175,8 @@ class PoolConfig:
     max_pending_pairs: int = 1_000_000
     max_pending_tokens: int = 200_000_000
     overload: Literal["block", "raise"] | float = "block"
+    coalesce: bool = True
+    score_cache: int = 0
     max_attempts: int = 3
     max_restarts: int = 5
     restart_backoff: float = 0.5
@@ -193,8 +200,12 @@ class PoolConfig:
         _check_optional_count("max_memory_per_worker", self.max_memory_per_worker)
         for name in ("max_pending_pairs", "max_pending_tokens", "max_attempts"):
             _check_count(name, getattr(self, name))
-        for name in ("pin", "tuned"):
+        for name in ("pin", "tuned", "coalesce"):
             _check_flag(name, getattr(self, name))
+        if not isinstance(self.score_cache, int) or isinstance(self.score_cache, bool):
+            raise TypeError(f"score_cache: a whole number is needed, not {self.score_cache!r}")
+        if self.score_cache < 0:
+            raise ValueError(f"score_cache: at least 0 is needed, not {self.score_cache}")
         if self.isolation not in ("process", "thread"):
             raise ValueError(f"isolation: 'process' or 'thread' is needed, not {self.isolation!r}")
         if self.start_method not in ("spawn", "forkserver"):

@@ -15,7 +15,7 @@ import math
 import signal
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, MutableMapping, Sequence
 from concurrent.futures import BrokenExecutor
 from typing import Literal
 
@@ -26,6 +26,7 @@ from mp_rerank.batching import RequestQueue, Slice, Suspect
 from mp_rerank.config import ModelSpec, PoolConfig
 from mp_rerank.errors import ModelLoadError, RequestTimeoutError, RerankError, ScoringError, WorkerCrashedError
 from mp_rerank.launch import Worker
+from mp_rerank.pairs import Score
 from mp_rerank.plan import Seat
 from mp_rerank.request import Request
 from mp_rerank.results import PoolStats, WorkerInfo
@@ -83,7 +84,8 @@ class Crew:
     ) -> None:
         self.spec = spec
         self.config = config
-        self.queue = RequestQueue()
+        # The scores kept are this model's, as the queue is: they end with it.
+        self.queue = RequestQueue(coalesce=config.coalesce, kept=_kept_scores(config.score_cache), counts=counts)
         self.slots = [Slot(index, seat, notify) for index, seat in enumerate(seats)]
         self.failure: RerankError | None = None
         self.facts: WorkerFacts | None = None  # of the first worker that was ready; the others must agree with it
@@ -117,8 +119,9 @@ class Crew:
         """Take over ``request``."""
         if self.failure is not None:
             self._fail(request, copy.copy(self.failure))
-        else:
-            self.queue.add(request)
+        elif not self.queue.add(request):
+            request.resolve()
+            self._on_done(request, "completed")
 
     def cancel(self, request: Request) -> bool:
         """Drop a request whose future was cancelled; whether it was one of this crew's."""
@@ -312,7 +315,8 @@ class Crew:
         if isinstance(outcome, BaseException):
             slot.since = now
             slot.crashes = 0
-            self._blame_raised(slot, self.queue.raised(piece), outcome)
+            for suspect in self.queue.raised(piece):
+                self._blame_raised(slot, suspect, outcome)
         else:
             slot.took(piece, outcome.seconds, now)
             self._scored_since_blame = True
@@ -339,11 +343,8 @@ class Crew:
         self._counts.scored_tokens += piece.tokens
         self._counts.busy_seconds += seconds
 
-    def _blame_raised(self, slot: Slot, suspect: Suspect | None, error: BaseException) -> None:
-        if suspect is None:
-            return
+    def _blame_raised(self, slot: Slot, suspect: Suspect, error: BaseException) -> None:
         cause = error.cause if isinstance(error, ScoringError) else repr(error)
-        self.queue.drop(suspect.request)
         self._fail(
             suspect.request,
             ScoringError(
@@ -437,9 +438,8 @@ class Crew:
         lost, slot.lost = slot.lost, []
         for piece in reversed(lost[1:]):
             self.queue.put_back(piece)
-        suspect = self.queue.crashed(lost[0], self.config.max_attempts) if lost else None
-        if suspect is not None:
-            self.queue.drop(suspect.request)
+        suspects = self.queue.crashed(lost[0], self.config.max_attempts) if lost else []
+        for suspect in suspects:
             self._fail(
                 suspect.request,
                 WorkerCrashedError(
@@ -450,11 +450,11 @@ class Crew:
                     document_index=suspect.index,
                 ),
             )
-            if self._scored_since_blame:
-                # The deaths are explained, and the model is known to score: they say nothing against the seats.
-                self._scored_since_blame = False
-                for other in self.slots:
-                    other.crashes = 0
+        if suspects and self._scored_since_blame:
+            # The deaths are explained, and the model is known to score: they say nothing against the seats.
+            self._scored_since_blame = False
+            for other in self.slots:
+                other.crashes = 0
         self._end_worker(slot, now)
         self._count_crash(slot, how, now)
 
@@ -495,6 +495,15 @@ class Crew:
             slot.worker.retire()
             self._leaving.append((slot.worker, now + GRACE_SECONDS))
             slot.worker = None
+
+
+def _kept_scores(count: int) -> MutableMapping[Hashable, Score] | None:
+    """Room for the scores of the ``count`` pairs scored or asked for last."""
+    if not count:
+        return None
+    from cachetools import LRUCache  # not everybody's
+
+    return LRUCache(count)
 
 
 def _exit_in_words(exit_code: int | None) -> str:

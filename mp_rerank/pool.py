@@ -22,8 +22,9 @@ from mp_rerank.config import BUILTIN, ModelSpec, PoolConfig
 from mp_rerank.dispatcher import SIGNAL_CHECK_SECONDS, Dispatcher
 from mp_rerank.errors import PoolClosedError
 from mp_rerank.launch import check_may_spawn
+from mp_rerank.pairs import Pair, digests
 from mp_rerank.plan import Plan, make_plan
-from mp_rerank.request import Pair, PoolFuture, Request, Scores
+from mp_rerank.request import PoolFuture, Request, Scores
 from mp_rerank.results import PoolMemory, PoolStats, RerankResult, WorkerInfo, WorkerMemory
 from mp_rerank.tokens import estimate_pair, estimate_text
 
@@ -422,6 +423,7 @@ class RerankerPool:
             pairs,
             _lengths(pairs, facts.max_length),
             finish,
+            keys=digests(pairs) if self.config.score_cache else None,
             priority=priority,
             deadline=deadline,
             timeout=timeout,

@@ -6,16 +6,17 @@ import itertools
 import logging
 import threading
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import Future, InvalidStateError
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["Pair", "PoolFuture", "Request", "Scores"]
+from mp_rerank.pairs import Pair, PairState, PendingPair
 
-Pair = tuple[str, str]
+__all__ = ["PoolFuture", "Request", "Scores"]
+
 Scores = npt.NDArray[np.float32]
 
 logger = logging.getLogger(__name__)
@@ -62,6 +63,7 @@ class Request:
         tokens: the estimated tokens of each.
         finish: makes the future's result of the scores, shape (n,) or (n, num_labels), and a mask, shape (n,), of which
             are there; the rest of the scores is NaN.
+        keys: for each pair what equal pairs have in common; ``None``: the pairs themselves.
         priority: each step doubles its share of the workers.
         deadline: when it expires, on the monotonic clock.
         timeout: the limit behind the deadline, in seconds, for the error message.
@@ -74,6 +76,7 @@ class Request:
         tokens: Sequence[int],
         finish: Callable[[Scores, npt.NDArray[np.bool_]], Any],
         *,
+        keys: Sequence[Hashable] | None = None,
         priority: int = 0,
         deadline: float | None = None,
         timeout: float | None = None,
@@ -83,7 +86,7 @@ class Request:
         self.pairs = pairs
         self.tokens = tokens
         self.total_tokens = sum(tokens)
-        self.waiting_tokens = self.total_tokens
+        self.keys: Sequence[Hashable] = pairs if keys is None else keys
         self.finish = finish
         self.weight = 2.0**priority
         self.deadline = deadline
@@ -92,40 +95,37 @@ class Request:
         self.future = PoolFuture()
 
         # Longest first: what goes out together is then of like length, and the short ones fill the gaps at the end.
-        self.todo = deque(sorted(range(len(pairs)), key=tokens.__getitem__, reverse=True))
-        self.alone: deque[int] = deque()  # suspects, each to be scored in a slice of its own
-        self.attempts: dict[int, int] = {}  # workers that died on a pair, for those on which any did
-        self.scores: Scores | None = None
-        self.scored = np.zeros(len(pairs), dtype=np.bool_)
-        self.missing = len(pairs)
+        self.order = sorted(range(len(pairs)), key=tokens.__getitem__, reverse=True)
+        for key in self.keys:
+            hash(key)  # a string keeps its hash: the dispatcher need not go through the texts
+        self.done = False
+        self.enter()
+
+    def enter(self) -> None:
+        """Be as new: nothing waits, and nothing is scored. What follows is up to the queue it is in."""
+        self.wanted: list[PendingPair] = []  # one for each of the pairs, which equal ones share
+        self.repeats: dict[PendingPair, int] = {}  # how often each is wanted, of those that are more than once
+        # Lines of pairs to send out. What is not in a line's state has gone out, or come back into the other line.
+        self.todo: deque[PendingPair] = deque()  # those that are WAITING
+        self.alone: deque[PendingPair] = deque()  # those that are ALONE: suspects, each for a slice of its own
+        self.waiting = 0  # pairs it wants that wait for somebody's turn, each counted once
+        self.waiting_tokens = 0
+        self.missing = len(self.pairs)
         self.slices = 0
         self.virtual_time = 0.0
-        self.done = False
+        self.queued = False  # whether it stands in the queue's order of service
 
     def __repr__(self) -> str:
         state = "done" if self.done else f"{len(self.pairs) - self.missing}/{len(self.pairs)} scored"
         return f"<Request {self.number}: {state}>"
 
-    @property
-    def waiting(self) -> int:
-        """Pairs not yet sent to a worker."""
-        return len(self.todo) + len(self.alone)
-
-    def fill(self, indices: Sequence[int], scores: Scores) -> None:
-        """Take the scores of ``indices``, each of which comes exactly once."""
-        if self.scores is None:
-            self.scores = np.full((len(self.pairs), *scores.shape[1:]), np.nan, dtype=np.float32)
-        self.scores[indices] = scores
-        self.scored[indices] = True
-        self.missing -= len(indices)
-
     def resolve(self) -> None:
         """Give the future its result: everything, or what is there."""
+        scores, scored = self._scores()
         if not self._claim():
             return
-        scores = self.scores if self.scores is not None else np.full(len(self.pairs), np.nan, dtype=np.float32)
         try:
-            result = self.finish(scores, self.scored)
+            result = self.finish(scores, scored)
         except BaseException as error:
             self.future.set_exception(error)
         else:
@@ -140,9 +140,21 @@ class Request:
         """Acknowledge that the future's owner has cancelled it."""
         self._claim()
 
+    def _scores(self) -> tuple[Scores, npt.NDArray[np.bool_]]:
+        """What ``finish`` takes."""
+        scores = [pair.score for pair in self.wanted]
+        if not self.missing:
+            return np.array(scores, dtype=np.float32), np.ones(len(scores), dtype=np.bool_)
+        scored = [pair.state is PairState.SCORED for pair in self.wanted]
+        one = next((score for score in scores if score is not None), None)
+        nothing = [np.nan] * len(one) if isinstance(one, list) else np.nan
+        rows = [nothing if score is None else score for score in scores]
+        return np.array(rows, dtype=np.float32), np.array(scored, dtype=np.bool_)
+
     def _claim(self) -> bool:
         """Whether the future waits for an outcome, which nobody but the caller of this will give it."""
         self.done = True
+        self.wanted = []  # a future that somebody keeps keeps this request, and need not keep what it shared
         try:
             return self.future.set_running_or_notify_cancel()
         except (InvalidStateError, RuntimeError):  # its owner has set it: his loss

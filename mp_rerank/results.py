@@ -70,6 +70,9 @@ class PoolStats:
         submitted, completed, failed, cancelled, timed_out: requests, by outcome; ``timed_out`` counts partial results
         too. pending_requests, pending_pairs: admitted and not finished; pairs neither scored nor dropped.
         scored_pairs, scored_tokens: pairs (and their estimated tokens) scored.
+        coalesced_pairs: pairs that got their score with an equal one that was pending (``coalesce``).
+        cached_pairs: pairs whose score had been kept (``score_cache``). What ``submit`` has answered in full is
+        the sum of the three, so the hit rate is the share of these two in it.
         slices: pieces of work sent to workers and scored.
         gathered_slices: those of them holding pairs of more than one request.
         split_requests: requests whose pairs went out in more than one slice.
@@ -89,6 +92,8 @@ class PoolStats:
     pending_pairs: int = 0
     scored_pairs: int = 0
     scored_tokens: int = 0
+    coalesced_pairs: int = 0
+    cached_pairs: int = 0
     slices: int = 0
     gathered_slices: int = 0
     split_requests: int = 0

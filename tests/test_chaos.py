@@ -16,5 +16,7 @@ def test_agents_lose_nothing_while_workers_die() -> None:
     report = json.loads(done.stdout)
     assert report["crashes"] > 0
     assert report["outcomes"]["scored"] > 10
+    assert report["pairs_coalesced"] > 0
+    assert report["pairs_cached"] > 0
     for fault in ("lost", "wrong", "unexplained", "leaked_processes", "leaked_threads", "leaked_files", "unreleased"):
         assert report[fault] == 0

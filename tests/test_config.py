@@ -38,6 +38,10 @@ MakePool = Callable[..., RerankerPool]
         ({"max_restarts": -1}, ValueError, "max_restarts: a whole number of at least 0"),
         ({"max_memory_per_worker": 0}, ValueError, "max_memory_per_worker: at least 1"),
         ({"pin": "node"}, TypeError, "pin: True or False is needed"),
+        ({"coalesce": 1}, TypeError, "coalesce: True or False is needed, not 1"),
+        ({"score_cache": -1}, ValueError, "score_cache: at least 0 is needed, not -1"),
+        ({"score_cache": True}, TypeError, "score_cache: a whole number is needed, not True"),
+        ({"score_cache": None}, TypeError, "score_cache: a whole number is needed, not None"),
         ({"wokers": 2}, TypeError, "RerankerPool has no option wokers; it has devices, workers"),
     ],
 )

@@ -3,61 +3,80 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import weakref
 from collections import Counter
 
 import numpy as np
 import pytest
+from cachetools import LRUCache
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from mp_rerank.batching import PIECE_TOKENS, RequestQueue, Slice
+from mp_rerank.batching import PIECE_TOKENS, RequestQueue, Slice, Suspect
+from mp_rerank.pairs import PairState, PendingPair, digests
 from mp_rerank.request import Request, Scores
+from mp_rerank.results import PoolStats
 
 MAX_ATTEMPTS = 3
 SLICE = 900  # tokens
 
 lengths = st.integers(1, 300)
 priorities = st.integers(-8, 8)
+documents = st.lists(st.integers(0, 25), min_size=1, max_size=20)  # few enough that many are equal
+
+_numbers = itertools.count()
 
 
 def make_request(tokens: list[int], priority: int = 0, deadline: float | None = None) -> Request:
-    pairs = [("query", f"document {i}") for i in range(len(tokens))]
+    """A request whose pairs are no other's."""
+    pairs = [("query", f"document {next(_numbers)}") for _ in tokens]
     return Request(pairs, tokens, lambda scores, scored: scores, priority=priority, deadline=deadline)
 
 
-def scores_of(piece: Slice) -> Scores:
-    """A score for each pair that no other pair of the test has."""
-    return np.array([request.number * 1000 + i for request, indices in piece.parts for i in indices], dtype=np.float32)
+def make_alike(documents: list[int], priority: int = 0, deadline: float | None = None) -> Request:
+    """A request whose pairs may be others' too: each is known by its number."""
+    pairs = [("query", str(document)) for document in documents]
+    tokens = [document * 37 % 300 + 1 for document in documents]
+    return Request(pairs, tokens, lambda scores, scored: scores, priority=priority, deadline=deadline)
 
 
-def pairs_of(piece: Slice) -> list[tuple[int, int]]:
-    return [(request.number, i) for request, indices in piece.parts for i in indices]
+def scores_of(piece: Slice, model: int = 0) -> Scores:
+    """``model``'s: of a document with a number, the number and a thousand for each model."""
+    return np.array([1000 * model + int(document.split()[-1]) for _, document in piece.pairs], dtype=np.float32)
+
+
+def numbers_of(piece: Slice) -> list[int]:
+    return [int(document) for _, document in piece.pairs]
 
 
 class QueueMachine(RuleBasedStateMachine):
-    """Any interleaving of what can happen. A live request's pair is waiting, out or scored: never two, never none."""
+    """Any interleaving of what can happen to requests that hold equal pairs, under two models, one after the other.
 
-    @initialize()
-    def start(self) -> None:
-        self.queue = RequestQueue()
-        self.next_queue = RequestQueue()  # a reload's
+    A pair is waiting in all live requests that want it, or out in one slice, or scored: never two, never none.
+    """
+
+    @initialize(coalesce=st.booleans(), kept=st.sampled_from([0, 0, 3, 100]))
+    def start(self, coalesce: bool, kept: int) -> None:
+        self.coalesce = coalesce
+        self.counts = PoolStats()
+        self.queue, self.next_queue = (
+            RequestQueue(coalesce=coalesce, kept=LRUCache(kept) if kept else None, counts=self.counts) for _ in range(2)
+        )
+        self.reloaded = False
         self.now = 0.0
         self.live: dict[int, Request] = {}
-        self.done: list[Request] = []  # with every score
         self.out: list[tuple[RequestQueue, Slice]] = []
-        self.scored: Counter[tuple[int, int]] = Counter()
+        self.scored_pairs = self.answered_pairs = 0
 
-    @rule(
-        tokens=st.lists(lengths, min_size=1, max_size=20),
-        priority=priorities,
-        patience=st.none() | st.integers(0, 10),
-    )
-    def add(self, tokens: list[int], priority: int, patience: int | None) -> None:
-        request = make_request(tokens, priority, None if patience is None else self.now + patience)
-        self.live[request.number] = request
-        self.queue.add(request)
+    @rule(documents=documents, priority=priorities, patience=st.none() | st.integers(0, 10))
+    def add(self, documents: list[int], priority: int, patience: int | None) -> None:
+        request = make_alike(documents, priority, None if patience is None else self.now + patience)
+        if (self.next_queue if self.reloaded else self.queue).add(request):
+            self.live[request.number] = request
+        else:
+            self.conclude(request, int(self.reloaded))
 
     @rule(budget=st.integers(1, 1500), which=st.booleans())
     def take(self, budget: int, which: bool) -> None:
@@ -67,7 +86,7 @@ class QueueMachine(RuleBasedStateMachine):
         assert (piece is None) == (waiting == 0)
         if piece is not None:
             assert len(piece) >= 1
-            assert piece.tokens == sum(r.tokens[i] for r, indices in piece.parts for i in indices)
+            assert piece.tokens == sum(pair.tokens for pair in piece.pending)
             assert piece.tokens <= budget or len(piece) == 1
             assert all(request.number in self.live for request, _ in piece.parts)
             self.out.append((queue, piece))
@@ -79,22 +98,31 @@ class QueueMachine(RuleBasedStateMachine):
     @rule(chosen=st.integers(0, 99))
     def fill(self, chosen: int) -> None:
         queue, piece = self.ending(chosen)
-        self.scored.update(pair for pair in pairs_of(piece) if pair[0] in self.live)
-        for request in queue.fill(piece, scores_of(piece)):
-            assert request.scores is not None
-            assert request.scores.tolist() == [request.number * 1000 + i for i in range(len(request.pairs))]
-            assert request.scored.all()
-            self.done.append(self.live.pop(request.number))
+        model = int(queue is self.next_queue)
+        self.scored_pairs += sum(bool(pair.wanted_by) for pair in piece.pending)
+        for request in queue.fill(piece, scores_of(piece, model)):
+            del self.live[request.number]
+            self.conclude(request, model)
+
+    def conclude(self, request: Request, model: int) -> None:
+        request.resolve()
+        assert request.future.result(0).tolist() == [1000 * model + int(document) for _, document in request.pairs]
 
     @precondition(lambda self: self.out)
     @rule(chosen=st.integers(0, 99), raised=st.booleans())
     def crash(self, chosen: int, raised: bool) -> None:
         queue, piece = self.ending(chosen)
-        suspect = queue.raised(piece) if raised else queue.crashed(piece, MAX_ATTEMPTS)
-        if suspect is not None:
-            assert pairs_of(piece) == [(suspect.request.number, suspect.index)]
+        wanting = [request for request in self.live.values() if request.number in queue.live]
+        suspects = queue.raised(piece) if raised else queue.crashed(piece, MAX_ATTEMPTS)
+        if not suspects:
+            return
+        assert len(piece) == 1
+        if self.coalesce:  # else a request may hold an equal one that is none of this one's
+            wanting = [request for request in wanting if piece.pairs[0] in request.pairs]
+            assert sorted(suspect.request.number for suspect in suspects) == [request.number for request in wanting]
+        for suspect in suspects:
+            assert suspect.request.pairs[suspect.index] == piece.pairs[0]
             assert raised or suspect.attempts == MAX_ATTEMPTS
-            queue.drop(suspect.request)
             del self.live[suspect.request.number]
 
     @precondition(lambda self: self.out)
@@ -118,31 +146,65 @@ class QueueMachine(RuleBasedStateMachine):
         expired = [*self.queue.expire(self.now), *self.next_queue.expire(self.now)]
         assert {request.number for request in expired} == due
         assert len(expired) == len(due)
-        for number in due:
-            del self.live[number]
+        for request in expired:
+            del self.live[request.number]
+            request.finish = lambda scores, scored: (scores, scored)
+            had = request.missing
+            request.resolve()
+            scores, scored = request.future.result(0)
+            assert np.isnan(scores).tolist() == (~scored).tolist()
+            assert (~scored).sum() == had
         deadlines = [request.deadline for request in self.live.values() if request.deadline is not None]
         nexts = [d for d in (self.queue.next_deadline(), self.next_queue.next_deadline()) if d is not None]
         assert min(nexts, default=None) == min(deadlines, default=None)
 
+    @precondition(lambda self: not self.reloaded)
     @rule()
     def reload(self) -> None:
+        self.reloaded = True
         for request in self.queue.drop_untouched():
-            assert not request.scored.any()
-            self.next_queue.add(request)
+            if not self.next_queue.add(request):
+                del self.live[request.number]
+                self.conclude(request, 1)
 
     @invariant()
     def every_pair_is_in_one_place(self) -> None:
         assert {*self.queue.live, *self.next_queue.live} == set(self.live)
-        out = Counter(pair for _, piece in self.out for pair in pairs_of(piece) if pair[0] in self.live)
-        for number, request in self.live.items():
-            places = Counter([*request.todo, *request.alone])
-            places.update(i for n, i in out.elements() if n == number)
-            places.update(i for n, i in self.scored.elements() if n == number)
-            assert places == Counter(range(len(request.pairs)))
-            assert request.missing == len(request.pairs) - sum(n == number for n, _ in self.scored)
-        for queue in (self.queue, self.next_queue):
-            waiting = sum(r.tokens[i] for r in queue.live.values() for i in (*r.todo, *r.alone))
-            assert queue.waiting_tokens == waiting
+        for model, queue in enumerate((self.queue, self.next_queue)):
+            out = Counter(pair for source, piece in self.out if source is queue for pair in piece.pending)
+            found: dict[PendingPair, None] = {}
+            for request in queue.live.values():
+                distinct = dict.fromkeys(request.wanted)
+                found.update(distinct)
+                assert [pair.texts for pair in request.wanted] == list(request.pairs)
+                assert request.missing == sum(pair.state is not PairState.SCORED for pair in request.wanted)
+                assert request.missing
+                waiting = [pair for pair in distinct if pair.state in (PairState.WAITING, PairState.ALONE)]
+                assert request.waiting == len(waiting)
+                assert request.waiting_tokens == sum(pair.tokens for pair in waiting)
+                for pair in distinct:
+                    assert out[pair] == (pair.state is PairState.OUT)
+                    if pair.state is PairState.WAITING:
+                        assert pair in request.todo
+                    elif pair.state is PairState.ALONE:
+                        assert pair in request.alone
+                    elif pair.state is PairState.SCORED:
+                        assert pair.score == 1000 * model + int(pair.texts[1])
+                    assert pair.wanted_by.count(request) == (pair.state is not PairState.SCORED)
+                assert [number for _, number in queue._order].count(request.number) == request.queued
+                assert request.queued or not request.waiting
+            for pair in (*found, *out):
+                assert all(request.number in queue.live for request in pair.wanted_by)
+            waiting = [pair for pair in found if pair.state in (PairState.WAITING, PairState.ALONE)]
+            assert queue.waiting_tokens == sum(pair.tokens for pair in waiting)
+            assert queue._weight == sum(request.weight for request in queue.live.values() if request.waiting)
+            if self.coalesce:
+                pending = {pair for pair in found if pair.state is not PairState.SCORED} | set(out)
+                assert {*queue._pending.values()} == pending
+                assert max(Counter(pair.texts for pair in pending).values(), default=1) == 1
+            else:
+                assert not queue._pending
+                assert all(len(pair.wanted_by) <= 1 for pair in found)
 
     def teardown(self) -> None:
         """Left alone, every request that is left comes to its end."""
@@ -157,7 +219,6 @@ class QueueMachine(RuleBasedStateMachine):
         assert not self.live
         assert not self.queue.live
         assert not self.next_queue.live
-        assert max(self.scored.values(), default=1) == 1
 
 
 QueueMachine.TestCase.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
@@ -166,31 +227,203 @@ test_any_interleaving_conserves_every_pair = QueueMachine.TestCase
 
 @settings(max_examples=150, deadline=None)
 @given(
-    sizes=st.lists(st.lists(st.tuples(lengths, st.integers(0, 9)), min_size=1, max_size=15), min_size=1, max_size=8),
+    sizes=st.lists(documents, min_size=1, max_size=8),
+    poison=st.sets(st.integers(0, 25), max_size=5),
     max_attempts=st.integers(1, 4),
 )
-def test_poison_is_found_and_the_innocent_are_scored(sizes: list[list[tuple[int, int]]], max_attempts: int) -> None:
+def test_poison_is_found_and_the_innocent_are_scored(
+    sizes: list[list[int]], poison: set[int], max_attempts: int
+) -> None:
+    """Those who hold it fail for it, together; nobody else."""
     queue = RequestQueue()
-    poison = set()
-    for pairs in sizes:
-        request = make_request([tokens for tokens, _ in pairs])
-        poison |= {(request.number, i) for i, (_, chance) in enumerate(pairs) if chance == 0}
+    requests = [make_alike(documents) for documents in sizes]
+    for request in requests:
         queue.add(request)
-    total, deaths, failed, complete = len(queue.live), 0, set(), 0
+    deaths, failed, complete = 0, set(), set()
     while (piece := queue.take(SLICE)) is not None:
-        if poison.isdisjoint(pairs_of(piece)):
-            complete += len(queue.fill(piece, scores_of(piece)))
+        if poison.isdisjoint(numbers_of(piece)):
+            complete |= {request.number for request in queue.fill(piece, scores_of(piece))}
             continue
         deaths += 1
-        suspect = queue.crashed(piece, max_attempts)
-        if suspect is not None:
-            assert (suspect.request.number, suspect.index) in poison
-            queue.drop(suspect.request)
+        for suspect in queue.crashed(piece, max_attempts):
+            assert int(suspect.request.pairs[suspect.index][1]) in poison
             failed.add(suspect.request.number)
-    assert failed == {number for number, _ in poison}
-    assert complete == total - len(failed)
+    assert failed == {
+        r.number for r, documents in zip(requests, sizes, strict=True) if not poison.isdisjoint(documents)
+    }
+    assert complete == {request.number for request in requests} - failed
     # Of one request the first poison found is enough; with max_attempts=1 it first has to be alone.
-    assert deaths <= max(2, max_attempts) * len(poison)
+    assert deaths <= max(2, max_attempts) * len(poison & {document for documents in sizes for document in documents})
+
+
+def test_what_comes_to_a_suspect_is_scored_alone_with_it_too() -> None:
+    queue = RequestQueue()
+    queue.add(make_alike([1, 2]))
+    piece = queue.take(SLICE)
+    assert piece is not None
+    queue.raised(piece)
+    late = make_alike([2, 3, 4])
+    queue.add(late)
+    sizes = []
+    while (piece := queue.take(SLICE)) is not None:
+        sizes.append(sorted(numbers_of(piece)))
+        queue.fill(piece, scores_of(piece))
+    assert sorted(sizes) == [[1], [2], [3, 4]]
+    assert not queue.live
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    sizes=st.lists(documents, min_size=1, max_size=10), budget=st.integers(1, 1500), kept=st.sampled_from([0, 5, 100])
+)
+def test_equal_pairs_are_scored_once_and_every_pair_is_accounted_for(
+    sizes: list[list[int]], budget: int, kept: int
+) -> None:
+    counts = PoolStats()
+    queue = RequestQueue(kept=LRUCache(kept) if kept else None, counts=counts)
+    scored: Counter[int] = Counter()
+    for again in range(2):
+        for documents in sizes:
+            request = make_alike(documents)
+            if not queue.add(request):
+                request.resolve()
+                assert request.future.result(0).tolist() == documents
+        while (piece := queue.take(budget)) is not None:
+            scored.update(numbers_of(piece))
+            queue.fill(piece, scores_of(piece))
+        assert not queue.live
+        if not again:
+            assert set(scored.values()) == {1}  # all were pending at once
+    distinct = len(scored)
+    if kept == 100:
+        assert set(scored.values()) == {1}
+    elif not kept:
+        assert set(scored.values()) == {2}
+        assert counts.cached_pairs == 0
+    else:
+        assert scored.total() >= 2 * distinct - kept  # what was pushed out is scored again
+    asked = 2 * sum(len(documents) for documents in sizes)
+    assert scored.total() + counts.coalesced_pairs + counts.cached_pairs == asked
+
+
+def test_of_the_scores_kept_those_asked_for_last_stay() -> None:
+    counts = PoolStats()
+    queue = RequestQueue(kept=LRUCache(2), counts=counts)
+
+    def ask(document: int) -> bool:
+        """Whether it had to be scored."""
+        queue.add(make_alike([document]))
+        piece = queue.take(SLICE)
+        if piece is not None:
+            queue.fill(piece, scores_of(piece))
+        return piece is not None
+
+    assert [ask(n) for n in (1, 2, 1, 3, 1, 2)] == [True, True, False, True, False, True]
+    assert counts.cached_pairs == 2
+
+
+def test_nobody_waits_for_the_turn_of_another_who_wants_the_same() -> None:
+    """An urgent request's pairs are the last of a large one's, and of one of low priority."""
+    queue = RequestQueue()
+    counts = queue._counts
+    large = make_alike(list(range(5000)))
+    large.order.reverse()
+    queue.add(large)
+    idle = make_alike(list(range(5000)), -8)
+    queue.add(idle)
+    for _ in range(20):
+        queue.take(SLICE)
+    waiting = [int(pair.texts[1]) for pair in large.todo if pair.state is PairState.WAITING and pair.tokens < 90]
+    small = make_alike(waiting[-10:])
+    queue.add(small)
+    assert small.waiting == 10
+    assert served_before(queue, small) == 0
+    assert not queue.live.keys() & {small.number}
+    assert counts.coalesced_pairs == 20  # both others have them for nothing
+
+
+def test_the_taker_s_end_is_not_the_pair_s() -> None:
+    """It was taken from one request; that one goes, while it is out or waits again; the other gets its score."""
+    for ends in ("while it is out", "once it is back"):
+        queue = RequestQueue()
+        taker, other = make_alike([1, 2]), make_alike([1, 2])
+        queue.add(taker)
+        queue.add(other)
+        piece = queue.take(SLICE)
+        assert piece is not None
+        assert [request for request, _ in piece.parts] == [taker]
+        if ends == "while it is out":
+            queue.drop(taker)
+            assert queue.crashed(piece, MAX_ATTEMPTS) == []
+        else:
+            assert queue.crashed(piece, MAX_ATTEMPTS) == []
+            queue.drop(taker)
+        piece = queue.take(SLICE)
+        assert piece is not None
+        assert [request for request, _ in piece.parts] == [other]
+        assert queue.fill(piece, scores_of(piece)) == [other]
+
+
+def test_one_who_comes_while_nobody_else_waits_for_what_is_out_gets_it() -> None:
+    queue = RequestQueue()
+    gone, late = make_alike([1]), make_alike([1])
+    queue.add(gone)
+    piece = queue.take(SLICE)
+    assert piece is not None
+    queue.drop(gone)
+    queue.add(late)
+    assert queue.take(SLICE) is None
+    assert queue.fill(piece, scores_of(piece)) == [late]
+    assert not queue._pending
+
+
+def test_deaths_are_counted_by_pair_not_by_request() -> None:
+    """Whoever holds a poison that another request has been failed for twice meets the third death, not three more."""
+    queue = RequestQueue()
+    first, second = make_alike([1]), make_alike([1, 1, 2])
+    queue.add(first)
+    queue.add(second)
+    for _ in range(2):
+        piece = queue.take(1)
+        assert piece is not None
+        assert queue.crashed(piece, MAX_ATTEMPTS) == []
+        queue.drop(first)
+    while (piece := queue.take(1)) is not None:
+        if numbers_of(piece) == [2]:
+            queue.fill(piece, scores_of(piece))
+        else:
+            assert queue.crashed(piece, MAX_ATTEMPTS) == [Suspect(second, 0, 3)]
+    assert not queue.live
+
+
+def test_what_has_shared_a_score_is_not_kept_by_one_who_keeps_a_future() -> None:
+    queue = RequestQueue()
+    kept, other, gone = make_alike([1, 2]), make_alike([1, 2, 3]), make_alike([1, 3])
+    futures = [kept.future, gone.future]
+    for request in (kept, other, gone):
+        request.future.add_internal_callback(lambda _, request=request: None)  # as the dispatcher does
+        queue.add(request)
+    queue.drop(gone)
+    gone.cancel()
+    while (piece := queue.take(SLICE)) is not None:
+        for request in queue.fill(piece, scores_of(piece)):
+            request.resolve()
+    reference = weakref.ref(other)
+    del request, other, piece
+    gc.collect()
+    assert reference() is None
+    assert futures[0].result(0).tolist() == [1, 2]
+
+
+texts = st.text(max_size=3)
+
+
+@given(pairs=st.lists(st.tuples(texts, texts), max_size=10))
+def test_digests_are_equal_where_pairs_are(pairs: list[tuple[str, str]]) -> None:
+    found = digests([*pairs, ("ab", "c"), ("a", "bc"), ("", "abc"), ("abc", ""), ("\ud800", "\ud801")])
+    assert len(set(found)) == len({*pairs, ("ab", "c"), ("a", "bc"), ("", "abc"), ("abc", ""), ("\ud800", "\ud801")})
+    assert digests(pairs) == found[: len(pairs)]
+    assert {len(digest) for digest in found} == {16}
 
 
 def test_pairs_of_a_slice_that_killed_twice_go_out_one_by_one() -> None:
@@ -200,7 +433,7 @@ def test_pairs_of_a_slice_that_killed_twice_go_out_one_by_one() -> None:
         piece = queue.take(SLICE)
         assert piece is not None
         assert len(piece) == 5
-        assert queue.crashed(piece, MAX_ATTEMPTS) is None
+        assert queue.crashed(piece, MAX_ATTEMPTS) == []
     other = make_request([10] * 5)
     queue.add(other)
     sizes = []
@@ -219,7 +452,7 @@ def test_a_slice_is_one_request_s_piece_or_several_whole_requests() -> None:
         queue.add(request)
     pieces = []
     while (piece := queue.take(SLICE)) is not None:
-        pieces.append([(request, len(indices)) for request, indices in piece.parts])
+        pieces.append([(request, len(pairs)) for request, pairs in piece.parts])
     assert pieces[0] == [(request, 4) for request in small[:4]]
     assert pieces[1] == [(request, 4) for request in small[4:]]
     assert pieces[2:] == [[(large, 9)]] * 5 + [[(large, 5)]]
@@ -231,7 +464,7 @@ def served_before(queue: RequestQueue, request: Request, budget: int = SLICE) ->
     while request.waiting:
         piece = queue.take(budget)
         assert piece is not None
-        others += sum(r.tokens[i] for r, indices in piece.parts for i in indices if r is not request)
+        others += sum(pair.tokens for r, pairs in piece.parts for pair in pairs if r is not request)
         queue.fill(piece, scores_of(piece))
     return others
 
@@ -283,7 +516,7 @@ def test_no_endless_stream_starves_anybody(low: int, high: int, at_once: int, si
             newcomers += 1
         piece = queue.take(SLICE)
         assert piece is not None
-        stream += sum(r.tokens[i] for r, indices in piece.parts for i in indices if r is not old)
+        stream += sum(pair.tokens for r, pairs in piece.parts for pair in pairs if r is not old)
         queue.fill(piece, scores_of(piece))
         assert stream <= limit
 
@@ -298,8 +531,8 @@ def test_each_step_of_priority_doubles_the_share(steps: int) -> None:
     while one.waiting and other.waiting:
         piece = queue.take(SLICE)
         assert piece is not None
-        for request, indices in piece.parts:
-            taken[request] += len(indices)
+        for request, pairs in piece.parts:
+            taken[request] += len(pairs)
     assert taken[other] / taken[one] == pytest.approx(2.0**steps, rel=0.02)
 
 
