@@ -107,15 +107,22 @@ class RequestQueue:
             Whether there is anything to wait for. If all its scores were kept it has them, and is not live.
         """
         request.enter()
+        new_tokens = 0
         for key, texts, tokens in zip(request.keys, request.pairs, request.tokens, strict=True):
             pair = self._pending.get(key)
-            if pair is None:
-                pair = self._new(request, PendingPair(key, texts, tokens))
-            elif pair.wanted_by and pair.wanted_by[-1] is request:
-                request.repeats[pair] = request.repeats.get(pair, 1) + 1
-            else:
+            if pair is not None:
                 self._join(request, pair)
+            else:
+                pair = PendingPair(key, texts, tokens)
+                if self._kept is None or not self._recall(request, pair):
+                    pair.wanted_by.append(request)
+                    request.waiting += 1
+                    new_tokens += tokens
+                    if self._coalesce:
+                        self._pending[key] = pair
             request.wanted.append(pair)
+        request.waiting_tokens += new_tokens
+        self.waiting_tokens += new_tokens
         if not request.missing:
             return False
         request.todo.extend([request.wanted[i] for i in request.order])
@@ -170,21 +177,22 @@ class RequestQueue:
     def fill(self, piece: Slice, scores: Scores) -> list[Request]:
         """Take the scores of ``piece``; returns the requests that now have all of theirs, no longer live."""
         complete = []
+        spared = 0
         for pair, score in zip(piece.pending, scores.tolist(), strict=True):
             pair.score = score
             pair.state = SCORED
             self._pending.pop(pair.key, None)
             if self._kept is not None:
                 self._kept[pair.key] = score
-            given = 0
+            spared -= bool(pair.wanted_by)
             for request in pair.wanted_by:
                 times = request.repeats.get(pair, 1)
+                spared += times
                 request.missing -= times
-                given += times
                 if not request.missing:
                     complete.append(request)
             pair.wanted_by.clear()
-            self._counts.coalesced_pairs += max(0, given - 1)
+        self._counts.coalesced_pairs += spared
         for request in complete:
             self.drop(request)
         return complete
@@ -270,24 +278,23 @@ class RequestQueue:
             finish = request.virtual_time + min(request.waiting_tokens, PIECE_TOKENS) / request.weight
             heapq.heappush(self._order, (finish, request.number))
 
-    def _new(self, request: Request, pair: PendingPair) -> PendingPair:
-        """Let ``pair``, which is not pending yet, be ``request``'s: scored, if its score was kept, or waiting."""
-        if self._kept is not None and (score := self._kept.get(pair.key)) is not None:
-            pair.score = score
-            pair.state = SCORED
-            request.missing -= 1
-            self._counts.cached_pairs += 1
-            return pair
-        if self._coalesce:
-            self._pending[pair.key] = pair
-        pair.wanted_by.append(request)
-        request.waiting += 1
-        request.waiting_tokens += pair.tokens
-        self.waiting_tokens += pair.tokens
-        return pair
+    def _recall(self, request: Request, pair: PendingPair) -> bool:
+        """Give ``pair``, which is only ``request``'s, its score if that was kept; whether it was."""
+        assert self._kept is not None
+        score = self._kept.get(pair.key)
+        if score is None:
+            return False
+        pair.score = score
+        pair.state = SCORED
+        request.missing -= 1
+        self._counts.cached_pairs += 1
+        return True
 
     def _join(self, request: Request, pair: PendingPair) -> None:
-        """Let ``pair``, which is pending, be ``request``'s too."""
+        """Let ``pair``, which is pending, be ``request``'s too, or once more."""
+        if pair.wanted_by and pair.wanted_by[-1] is request:
+            request.repeats[pair] = request.repeats.get(pair, 1) + 1
+            return
         pair.wanted_by.append(request)
         if pair.state is not OUT:
             request.waiting += 1

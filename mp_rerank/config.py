@@ -149,7 +149,7 @@ class PoolConfig:
             all requests that hold them, or for one that holds them twice. They share what becomes of it: the score, or
             the error of a document that cannot be scored. What becomes of one of the requests is nothing to the others.
         score_cache: how many scores to keep after that, of the pairs asked for last; 0: none. They are the model's: a
-            reload begins with none. About 350 bytes each, whatever the length of the texts (see ``pairs.digests``).
+            reload begins with none. About 250 bytes each, whatever the length of the texts (see ``pairs.digests``).
         max_attempts: workers that may die on one document before its request gets WorkerCrashedError.
         max_restarts: deaths in a row, with nothing scored between, after which a seat is given up.
         restart_backoff: seconds before the second restart in a row (the first is at once), doubling up to 30.
