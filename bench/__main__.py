@@ -14,6 +14,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "matrix": ("bench.matrix", "every environment of the tox matrix tested and raced, on one page"),
     "memory": ("bench.memory", "memory a worker by phase, number of workers, start method and backend"),
     "scale": ("bench.scale", "what 64 workers and 100,000 pending requests cost the dispatcher"),
+    "reuse": ("bench.reuse", "what agents that ask alike gain by equal pairs being scored once, and kept"),
     "start": ("bench.start", "time and memory of starting workers, spawned and forked"),
     "suite": ("bench.suite", "throughput, latency, scale, memory, load and start, one after the other, onto one page"),
     "throughput": ("bench.throughput", "pairs a second beside the locked model and the library's pool, in one run"),
