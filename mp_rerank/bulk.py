@@ -198,7 +198,8 @@ def parse_measures(measures: Sequence[str]) -> list[Any]:
 
 def model_tag(spec: ModelSpec) -> str:
     """A run's tag that tells which model made it, and how far it read: one word."""
-    parts = [spec.name.rstrip("/").rpartition("/")[2], spec.revision, spec.dtype, spec.max_length]
+    backend = None if spec.backend == "torch" else spec.backend
+    parts = [spec.name.rstrip("/").rpartition("/")[2], spec.revision, backend, spec.dtype, spec.max_length]
     return ":".join(["mp_rerank", *(re.sub(r"[^A-Za-z0-9._-]+", "-", str(part)) for part in parts if part is not None)])
 
 

@@ -106,7 +106,7 @@ def _parser() -> argparse.ArgumentParser:
         help="lines: one document a line; jsonl: one JSON string or object a line (default: by the file's name)",
     )
     rank.add_argument("--field", default="text", help="where a JSON object has its text (default: text)")
-    rank.add_argument("--dtype", help="float32, bfloat16, float16 or auto")
+    _add_network_options(rank)
     rank.add_argument("--max-length", type=int, metavar="N", help="truncate pairs to so many tokens")
     rank.set_defaults(run=_rank)
 
@@ -154,7 +154,7 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument(
         "--metrics", nargs="+", metavar="NAME", help="which measures (default: nDCG@10 RR@10 R@100; needs ir-measures)"
     )
-    run.add_argument("--dtype", help="float32, bfloat16, float16 or auto")
+    _add_network_options(run)
     run.add_argument("--max-length", type=int, metavar="N", help="truncate pairs to so many tokens")
     run.set_defaults(run=_run)
 
@@ -174,6 +174,15 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _add_network_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--dtype", help="float32, bfloat16, float16, auto, or int8 with another backend")
+    parser.add_argument("--backend", default="torch", help="torch, onnx or openvino (default: torch)")
+
+
+def _spec(arguments: argparse.Namespace) -> ModelSpec:
+    return ModelSpec(arguments.model, dtype=arguments.dtype, max_length=arguments.max_length, backend=arguments.backend)
+
+
 def _race(arguments: argparse.Namespace) -> int:
     from mp_rerank.race.command import run
 
@@ -191,7 +200,7 @@ def _run(arguments: argparse.Namespace) -> int:
             bulk.parse_measures(measures)  # before the work and not after it
         except ModuleNotFoundError as error:
             raise _InputError(str(error)) from error
-    spec = ModelSpec(arguments.model, dtype=arguments.dtype, max_length=arguments.max_length)
+    spec = _spec(arguments)
     pool = RerankerPool(
         spec, devices=arguments.devices, workers=arguments.workers, threads_per_worker=arguments.threads
     )
@@ -222,7 +231,7 @@ def _run(arguments: argparse.Namespace) -> int:
 def _rank(arguments: argparse.Namespace) -> int:
     if arguments.top_n is not None and arguments.top_n < 0:
         raise _InputError(f"--top-n: at least 0 is needed, not {arguments.top_n}")
-    spec = ModelSpec(arguments.model, dtype=arguments.dtype, max_length=arguments.max_length)
+    spec = _spec(arguments)
     pool = RerankerPool(
         spec, devices=arguments.devices, workers=arguments.workers, threads_per_worker=arguments.threads
     )

@@ -20,7 +20,12 @@ __all__ = ["BUILTIN", "ModelSpec", "PoolConfig"]
 BUILTIN = "builtin"
 BUILTIN_FOLDER = Path(__file__).parent / "builtin"
 
-DTYPES = ("auto", "float32", "float16", "bfloat16")
+# What each backend computes in.
+DTYPES = {
+    "torch": ("auto", "float32", "float16", "bfloat16"),
+    "onnx": ("float32", "int8"),
+    "openvino": ("float32", "bfloat16", "int8"),
+}
 ACTIVATIONS = {"sigmoid": "torch.nn.Sigmoid", "identity": "torch.nn.Identity"}
 DEVICE = re.compile(r"auto|(cpu|mps)(:0)?|(cuda|xpu|npu|hpu)(:\d+)?")
 
@@ -34,7 +39,8 @@ class ModelSpec:
         revision: branch, tag or commit on the hub.
         max_length: tokens a pair is truncated to; ``None`` keeps the model's own.
         dtype: ``"float32"``, ``"float16"``, ``"bfloat16"``, ``"auto"`` (the checkpoint's), or ``None``: what
-            ``CrossEncoder`` itself would choose. A dtype that is named is proved after loading.
+            ``CrossEncoder`` itself would choose. A dtype that is named is proved after loading. ``"int8"`` is for the
+            other backends, where ``None`` is float32.
         activation: applied to the logits: ``"sigmoid"``, ``"identity"`` or the dotted path of an importable class or
             function; ``None`` keeps the model's own.
         weights: ``"shared"``: what a CPU can use as the checkpoint's file has it stays in that file's pages, once in
@@ -44,6 +50,11 @@ class ModelSpec:
             it does that with are then copies of its own; with ``False`` all weights can be shared.
         trust_remote_code: let the model's repository run its code in the workers.
         model_kwargs, tokenizer_kwargs, config_kwargs: handed to transformers by ``CrossEncoder``.
+        backend: what computes the network: ``"torch"``, or on the CPU ``"onnx"`` (ONNX Runtime, float32 or int8) or
+            ``"openvino"`` (float32, bfloat16 or int8). Each is an extra to be installed; the model is converted by each
+            worker as it starts.
+        compile: pass the network through ``torch.compile``. Needs a C++ compiler where the workers run, and makes each
+            of them start later, by a minute or so.
         loader: something importable, as ``"package.module:name"`` or as the function itself, called in the worker as
             ``loader(spec, device)`` in place of ``CrossEncoder``. What it returns needs ``predict(pairs)``, giving
             scores of shape (n,) or (n, num_labels) for a list of n ``(query, document)`` tuples; a ``CrossEncoder`` is
@@ -64,14 +75,25 @@ class ModelSpec:
     model_kwargs: Mapping[str, Any] = field(default_factory=dict)
     tokenizer_kwargs: Mapping[str, Any] = field(default_factory=dict)
     config_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    backend: str = "torch"
+    compile: bool = False
     loader: str | Callable[..., Any] | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.name, str) or not self.name:
             raise TypeError(f"model: a name, a path or a ModelSpec is needed, not {self.name!r}")
         _check_optional_count("max_length", self.max_length)
-        if self.dtype is not None and self.dtype not in DTYPES:
-            raise ValueError(f"dtype: one of {', '.join(DTYPES)} or None is needed, not {self.dtype!r}")
+        if self.backend not in DTYPES:
+            raise ValueError(f"backend: one of {', '.join(DTYPES)} is needed, not {self.backend!r}")
+        if self.dtype is not None and self.dtype not in DTYPES[self.backend]:
+            words = f"dtype: one of {', '.join(DTYPES[self.backend])} or None is needed"
+            raise ValueError(f"{words} with backend={self.backend!r}, not {self.dtype!r}{_backends_with(self.dtype)}")
+        _check_flag("compile", self.compile)
+        if self.compile and self.backend != "torch":
+            raise ValueError(f"compile: it is torch's own, and of no use with backend={self.backend!r}")
+        for name in ("backend", "compile"):
+            if self.loader is not None and getattr(self, name) not in ("torch", False):
+                raise ValueError(f"{name}: with a loader, which decides itself what computes, it cannot be chosen here")
         if self.activation is not None:
             if not isinstance(self.activation, str):
                 raise TypeError(
@@ -108,6 +130,17 @@ class ModelSpec:
     def local(self) -> bool:
         """Whether loading can ask no hub."""
         return self.loader is not None or Path(self.path).is_dir()
+
+    @property
+    def cpu_only(self) -> bool:
+        """Whether only a CPU can compute it."""
+        return self.backend != "torch"
+
+    def check_devices(self, devices: Sequence[str]) -> None:
+        """Raise ``ValueError`` for a device, other than ``"auto"``, that the backend does not compute on."""
+        for device in devices:
+            if self.cpu_only and device != "auto" and not device.startswith("cpu"):
+                raise ValueError(f"devices: backend={self.backend!r} computes on the CPU only, not on {device!r}")
 
     def check_exists(self) -> None:
         """Raise ``ValueError`` for a local path that holds no model, before any worker is started for it."""
@@ -234,6 +267,11 @@ class PoolConfig:
         if unknown:
             raise TypeError(f"RerankerPool has no option {', '.join(unknown)}; it has {', '.join(known)}")
         return replace(cls(), **options)
+
+
+def _backends_with(dtype: object) -> str:
+    found = [f"backend={backend!r}" for backend, dtypes in DTYPES.items() if dtype in dtypes]
+    return f" (that is for {' and '.join(found)})" if found else ""
 
 
 def _check_count(name: str, value: object) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 import logging
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -66,18 +66,32 @@ class Engine:
             # Weights that a checkpoint lacks are drawn at random: differently in each worker, so that the canary tells.
             torch.seed()
         self.batch_tokens = batch_tokens
+        backend = None
+        if spec.backend != "torch":  # before the model is loaded: it may be missing
+            from mp_rerank.backends import find_backend
+
+            backend = find_backend(spec, device)
         self.model = _load(spec, device) if loaded is None else loaded
         if not callable(getattr(self.model, "predict", None)):
             raise TypeError(f"the loader returned {type(loaded).__name__}, which has no predict(pairs)")
         network = _network(self.model)
         network.eval()
-        self.dtype, self.weights_bytes = prove(network, torch.device(device), spec.dtype)
+        self.dtype, self.weights_bytes = prove(network, torch.device(device), _torch_dtype(spec))
         self.max_length = _max_length(self.model)
         self.prepacked = 0
-        if loaded is None or in_worker_process():  # else a loader's, in a process where others may be using it
+        if backend is not None:
+            from mp_rerank.backends import replace_network
+
+            self.dtype = spec.dtype or "float32"
+            replace_network(self.model.model, backend, self.dtype, threads, self._predict)
+        elif loaded is None or in_worker_process():  # else a loader's, in a process where others may be using it
             if spec.weights == "private":
                 make_private(network)
-            if spec.prepack:
+            if spec.compile:
+                from mp_rerank.backends.compiled import compile_network
+
+                compile_network(self.model.model, device, self._predict)
+            elif spec.prepack:
                 self.prepacked = prepack(network, lambda: self.predict(CANARY))
         self.mapped_bytes = mapped_bytes(network)
 
@@ -99,12 +113,14 @@ class Engine:
                 scores[i] = value
         return np.asarray(scores, dtype=np.float32)
 
-    def _predict(self, batch: list[tuple[str, str]]) -> Any:
+    def _predict(self, batch: Sequence[tuple[str, str]]) -> Any:
         if isinstance(self.model, CrossEncoder):
             # As a tensor: sentence-transformers 3.0 makes no array of bfloat16.
-            scores = self.model.predict(batch, batch_size=len(batch), show_progress_bar=False, convert_to_tensor=True)
+            scores = self.model.predict(
+                list(batch), batch_size=len(batch), show_progress_bar=False, convert_to_tensor=True
+            )
             return scores.float().cpu().numpy()
-        return self.model.predict(batch)
+        return self.model.predict(list(batch))
 
 
 def batches(lengths: list[int], budget: int) -> Iterator[list[int]]:
@@ -156,9 +172,10 @@ def _kept_in_float32(model: torch.nn.Module) -> set[str]:
 
 def _load(spec: ModelSpec, device: str) -> CrossEncoder:
     model_kwargs = dict(spec.model_kwargs)
-    if spec.dtype is not None:
+    dtype = _torch_dtype(spec)
+    if dtype is not None:
         argument = "dtype" if _version(transformers) >= (4, 56) else "torch_dtype"
-        model_kwargs[argument] = spec.dtype if spec.dtype == "auto" else getattr(torch, spec.dtype)
+        model_kwargs[argument] = dtype if dtype == "auto" else getattr(torch, dtype)
     arguments: dict[tuple[str, ...], Any] = {  # under their names in sentence-transformers, the newest first
         ("model_kwargs", "automodel_args"): model_kwargs,
         ("processor_kwargs", "tokenizer_kwargs", "tokenizer_args"): dict(spec.tokenizer_kwargs),
@@ -181,6 +198,11 @@ def _load(spec: ModelSpec, device: str) -> CrossEncoder:
     if not isinstance(model, torch.nn.Module):  # before sentence-transformers 4, where the first predict would move it
         model.model.to(device)
     return model
+
+
+def _torch_dtype(spec: ModelSpec) -> str | None:
+    """The dtype to load in: other backends convert from float32."""
+    return spec.dtype if spec.backend == "torch" else "float32"
 
 
 def _network(model: Any) -> torch.nn.Module:

@@ -66,7 +66,7 @@ def make_plan(config: PoolConfig, spec: ModelSpec, machine: Machine | None = Non
     """
     machine = machine or read_machine()
     reasons = [str(machine)]
-    devices = _devices(config, machine, reasons)
+    devices = _devices(config, spec, machine, reasons)
     named = len(devices) > 1 or devices[0] != "cpu"
     tuned = _tuned(config, spec, devices, machine, reasons)
     asked = config.threads_per_worker
@@ -136,18 +136,20 @@ def _how(tuned: Tuned) -> str:
     return f"tuned on {tuned.measured_on}: {tuned.times_the_default:.2f} times the default's speed"
 
 
-def _devices(config: PoolConfig, machine: Machine, reasons: list[str]) -> list[str]:
+def _devices(config: PoolConfig, spec: ModelSpec, machine: Machine, reasons: list[str]) -> list[str]:
     devices: list[str] = []
+    usable = () if spec.cpu_only else machine.gpus
     for device in config.devices:
         if device == "auto":
-            devices += machine.gpus or ["cpu"]
+            devices += usable or ["cpu"]
         elif device == "cuda":
             # Without a way to count them, one is a fair guess; the worker proves it.
             devices += [gpu for gpu in machine.gpus if gpu.startswith("cuda")] or ["cuda:0"]
         else:
             devices.append(device)
-    if "auto" in config.devices and not machine.gpus:
-        reasons.append("no GPU that the installed torch can use: the CPU")
+    if "auto" in config.devices and not usable:
+        why = f"backend={spec.backend!r}" if spec.cpu_only else "no GPU that the installed torch can use"
+        reasons.append(f"{why}: the CPU")
     return devices
 
 

@@ -72,6 +72,7 @@ class RerankerPool:
         self.spec = _spec(model)
         options.update(devices=devices, workers=workers, threads_per_worker=threads_per_worker)
         self.config = PoolConfig.of(options)
+        self.spec.check_devices(self.config.devices)
         self._owner = os.getpid()
         self._lock = threading.Lock()
         self._closed = False
@@ -167,7 +168,7 @@ class RerankerPool:
             RerankError: another reload is under way.
         """
         spec = _spec(model)
-        spec.check_exists()
+        spec.check_devices(self.config.devices)
         dispatcher = self._running()
         dispatcher.reload(spec).result()
         self.spec = spec

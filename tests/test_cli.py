@@ -46,6 +46,8 @@ def mp_rerank(*arguments: str, text: str | None = None) -> subprocess.CompletedP
         (["tune", "--words", "60", "0"], None, "--words: at least 1 is needed, not 0"),
         (["tune", "--dtypes", "int3"], None, "dtype: one of"),
         (["tune", "--corpus", "missing.txt"], None, "missing.txt: No such file or directory"),
+        (["rank", "q", "--dtype", "int8"], "a", "(that is for backend='onnx' and backend='openvino')"),
+        (["rank", "q", "--backend", "jax"], "a", "backend: one of torch, onnx, openvino is needed, not 'jax'"),
         (["plan", "--devices", "gpu"], None, "devices: unknown device 'gpu'"),
     ],
 )

@@ -73,6 +73,18 @@ def test_an_empty_or_odd_model_is_named() -> None:
     ("fields", "error", "words"),
     [
         ({"dtype": "float8"}, ValueError, "dtype: one of auto, float32"),
+        (
+            {"dtype": "int8"},
+            ValueError,
+            "dtype: one of auto, float32, float16, bfloat16 or None is needed with backend='t",
+        ),
+        ({"backend": "tensorrt"}, ValueError, "backend: one of torch, onnx, openvino is needed, not 'tensorrt'"),
+        ({"backend": "onnx", "dtype": "bfloat16"}, ValueError, "dtype: one of float32, int8 or None is needed with b"),
+        ({"backend": "openvino", "dtype": "auto"}, ValueError, "dtype: one of float32, bfloat16, int8 or None"),
+        ({"backend": "onnx", "compile": True}, ValueError, "compile: it is torch's own"),
+        ({"compile": "yes"}, TypeError, "compile: True or False is needed, not 'yes'"),
+        ({"backend": "onnx", "loader": "fakes:load"}, ValueError, "backend: with a loader"),
+        ({"compile": True, "loader": "fakes:load"}, ValueError, "compile: with a loader"),
         ({"max_length": 0}, ValueError, "max_length: at least 1"),
         ({"activation": "relu"}, ValueError, "activation: 'sigmoid', 'identity' or a dotted path"),
         ({"activation": len}, TypeError, "activation: 'sigmoid', 'identity' or a dotted path"),
@@ -91,6 +103,12 @@ def test_a_bad_field_of_a_spec_is_named(fields: dict[str, Any], error: type[Exce
     with pytest.raises(error) as caught:
         ModelSpec("model", **fields)
     assert str(caught.value).startswith(words)
+
+
+def test_a_device_that_the_backend_does_not_know_is_named() -> None:
+    words = "devices: backend='onnx' computes on the CPU only, not on 'cuda:1'"
+    with pytest.raises(ValueError, match=words):
+        RerankerPool(ModelSpec(backend="onnx"), devices=["cpu", "cuda:1"])
 
 
 def test_a_loader_from_the_main_module_is_refused_with_the_way_out() -> None:

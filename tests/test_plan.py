@@ -68,6 +68,12 @@ def test_every_gpu_gets_a_worker() -> None:
     assert [seat.device for seat in seats(PoolConfig(devices="cpu", workers=1), on)] == ["cpu"]
 
 
+def test_a_backend_of_the_cpu_is_given_no_gpu() -> None:
+    made = make_plan(PoolConfig(), ModelSpec("model", backend="onnx"), machine(cores=2, gpus=("cuda:0",)))
+    assert list(made.seats) == [Seat("cpu", 1)] * 2
+    assert "backend='onnx': the CPU" in made.reasons
+
+
 def test_a_list_of_devices_is_one_worker_each() -> None:
     on = machine(cores=8, gpus=("cuda:0",))
     assert [seat.device for seat in seats(PoolConfig(devices=["cuda:0", "cpu", "cpu"]), on)] == ["cuda:0", "cpu", "cpu"]

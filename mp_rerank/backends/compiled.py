@@ -1,0 +1,44 @@
+"""``torch.compile``: the network as a program of its own, with its weights as constants on a CPU.
+
+Compiled for any number of pairs and tokens as the worker starts, and once more for a lone pair, of which the compiler
+makes a program apart; that takes half a minute on one core, and no cache shortens it: each worker does it, and does it
+again after a crash.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+
+import torch
+
+from mp_rerank.worker import CANARY
+
+__all__ = ["compile_network"]
+
+
+def compile_network(
+    network: torch.nn.Module, device: str, predict: Callable[[Sequence[tuple[str, str]]], object]
+) -> None:
+    """Compile ``network`` in place, and use it, so that nothing is left to compile.
+
+    Args:
+        network: the transformers model within a ``CrossEncoder``.
+        device: where it is.
+        predict: scores one batch with that ``CrossEncoder``.
+
+    Raises:
+        RuntimeError: there is no C++ compiler, or it failed.
+    """
+    # The compiler's helpers would be processes of their own, which nobody ends when the worker is killed.
+    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
+    options = {"freezing": True} if device.startswith("cpu") else None
+    network.forward = torch.compile(network.forward, dynamic=True, options=options)
+    try:
+        predict(CANARY)
+        predict(CANARY[:1])
+    except Exception as error:
+        cause = f"{type(error).__name__}: {error}"
+        if "InvalidCxxCompiler" in cause:
+            cause = f"there is no C++ compiler: install g++, or name yours in CXX ({cause.splitlines()[0]})"
+        raise RuntimeError(f"compile=True: {cause}") from error
