@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from importlib import import_module
 from pathlib import Path
@@ -26,6 +26,7 @@ MakePool = Callable[..., RerankerPool]
 
 REQUIRED = os.environ.get("MP_RERANK_BACKENDS") == "required"
 NEEDS = {"onnx": ("onnx", "onnxruntime"), "openvino": ("openvino",)}
+COMPILES = pytest.mark.skipif(not REQUIRED, reason="it takes a minute: only with MP_RERANK_BACKENDS=required")
 QUERIES = models.TEXT[:4]
 DOCUMENTS = [*models.TEXT, "", "one word", "word " * 5_000, "long " + " ".join(models.TEXT) * 20]
 PAIRS = [(query, document) for query in QUERIES for document in DOCUMENTS]
@@ -139,26 +140,19 @@ def test_a_missing_extra_is_named(
         make_pool(spec, isolation="thread").start()
 
 
-@pytest.fixture
-def compiler(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    torch = import_module("torch")
-    config = import_module("torch._inductor.config")
-    monkeypatch.setattr(config, "compile_threads", 1)
-    torch._dynamo.reset()
-    yield config
-    torch._dynamo.reset()
-
-
+@COMPILES
 def test_without_a_compiler_compile_says_so(
-    bert: str, make_pool: MakePool, compiler: Any, monkeypatch: pytest.MonkeyPatch
+    bert: str, make_pool: MakePool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(compiler.cpp, "cxx", ("no-such-compiler",))
-    import_module("torch._inductor.cpp_builder")._get_cpp_compiler.cache_clear()
-    with pytest.raises(ModelLoadError, match="compile=True: there is no C\\+\\+ compiler: install g\\+\\+"):
-        make_pool(ModelSpec(bert, compile=True), isolation="thread").start()
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    # A process of its own, whose environment this is: a fork of the server's would have that one's.
+    pool = make_pool(ModelSpec(bert, compile=True), workers=1, start_method="spawn")
+    with pytest.raises(ModelLoadError, match=r"compile=True: there is no C\+\+ compiler: install g\+\+"):
+        pool.start()
 
 
-@pytest.mark.skipif(not REQUIRED, reason="compiling takes a minute: only with MP_RERANK_BACKENDS=required")
+@COMPILES
 def test_a_compiled_network_scores_as_a_cross_encoder(bert: str, make_pool: MakePool) -> None:
     expected = models.load(bert, "cpu").predict(PAIRS)
     with make_pool(ModelSpec(bert, compile=True), batch_tokens=256, workers=1) as pool:

@@ -1,0 +1,216 @@
+"""`python -m bench backends`: speed, agreement with float32, and memory of every way the pool can compute a network,
+beside one float32 CrossEncoder behind a lock.
+
+The contenders of a model are started one after another and then take turns, round after round, so that the machine's
+moods fall on all alike. Two models: MiniLM-L6's shape with random weights and texts, for speed at the usual size; and
+with `--data`, the built-in one on Vaswani's queries and BM25's candidates, since random weights say little of how well
+fewer bits rank. Kendall's tau and the overlap of the best ten are means over queries.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from scipy.stats import kendalltau
+from sentence_transformers import CrossEncoder
+
+from bench.throughput import SHAPES, Pairs, make_model, make_requests
+from mp_rerank import ModelLoadError, ModelSpec, RerankerPool
+
+LOCK = "one CrossEncoder, a lock, float32"
+CONTENDERS: dict[str, dict[str, Any]] = {
+    "torch float32": {"dtype": "float32"},
+    "torch bfloat16": {"dtype": "bfloat16"},
+    "torch.compile float32": {"dtype": "float32", "compile": True},
+    "torch.compile bfloat16": {"dtype": "bfloat16", "compile": True},
+    "onnx float32": {"backend": "onnx", "dtype": "float32"},
+    "onnx int8": {"backend": "onnx", "dtype": "int8"},
+    "openvino float32": {"backend": "openvino", "dtype": "float32"},
+    "openvino bfloat16": {"backend": "openvino", "dtype": "bfloat16"},
+    "openvino int8": {"backend": "openvino", "dtype": "int8"},
+}
+PACKAGES = ("torch", "transformers", "sentence-transformers", "onnxruntime", "openvino", "nncf")
+TOP = 10
+
+
+def main(argv: Sequence[str]) -> int:
+    """Measure and print a table for each model."""
+    parser = argparse.ArgumentParser(prog="python -m bench backends", description=__doc__.partition("\n\n")[0])
+    parser.add_argument("--data", type=Path, help="the folder with vaswani/ (default: no real texts)")
+    parser.add_argument("--queries", type=int, default=16, help="queries a round, each asked by a thread (default 16)")
+    parser.add_argument("--documents", type=int, default=50, help="documents a query (default 50)")
+    parser.add_argument("--words", type=int, default=60, help="mean words of a random document (default 60)")
+    parser.add_argument("--rounds", type=int, default=5, help="rounds each contender takes (default 5)")
+    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="worker processes (default: one a CPU)")
+    parser.add_argument("--shape", choices=SHAPES, default="minilm-l6")
+    parser.add_argument("--only", nargs="+", choices=CONTENDERS, default=list(CONTENDERS), metavar="CONTENDER")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
+    options = parser.parse_args(argv)
+    reports = {}
+    with tempfile.TemporaryDirectory() as folder:
+        make_model(folder, SHAPES[options.shape])
+        requests = make_requests(options.queries, options.documents, options.words)
+        reports[f"{options.shape}, random weights and texts"] = measure(folder, requests, options)
+    if options.data is None:
+        print("built-in model: skipped, for its texts are in --data", file=sys.stderr)
+    else:
+        requests = real_requests(options.data, options.queries, options.documents)
+        reports["built-in model, Vaswani"] = measure(ModelSpec().path, requests, options)
+    machine = {
+        "cpus": os.cpu_count(),
+        "processor": platform.processor() or platform.machine(),
+        "python": platform.python_version(),
+        "workers": options.workers,
+        **{name: _version(name) for name in PACKAGES},
+    }
+    if options.json:
+        print(json.dumps({"models": reports, "machine": machine}, indent=2))
+    else:
+        for title, report in reports.items():
+            print_table(title, report)
+        print(machine)
+    return 0
+
+
+def real_requests(data: Path, queries: int, documents: int) -> list[Pairs]:
+    """The first `queries` of Vaswani, each with its best `documents` by BM25."""
+    from bench.datasets import vaswani
+    from bench.retrieval import BM25
+
+    collection = vaswani(data)
+    texts = list(collection.documents.values())
+    asked = list(collection.queries.values())[:queries]
+    found, _ = BM25(texts).top(asked, documents)
+    return [[(query, texts[i]) for i in row] for query, row in zip(asked, found, strict=True)]
+
+
+def measure(model: str, requests: list[Pairs], options: argparse.Namespace) -> dict[str, Any]:
+    """Every contender on `requests`, all asked at once; those that cannot be started are named with the reason."""
+    skipped = {}
+    with ExitStack() as stack:
+        contenders = {LOCK: locked(model)}
+        pools: dict[str, RerankerPool] = {}
+        started: dict[str, float] = {}
+        for name in options.only:
+            begun = time.perf_counter()
+            pool = RerankerPool(ModelSpec(model, **CONTENDERS[name]), devices="cpu", workers=options.workers)
+            try:
+                pools[name] = stack.enter_context(pool)
+            except ModelLoadError as error:
+                skipped[name] = error.cause
+                continue
+            started[name] = time.perf_counter() - begun
+            contenders[name] = lambda pairs, pool=pool: pool.submit_pairs(pairs).result()
+            print(f"{name}: started in {started[name]:.1f} s", file=sys.stderr)
+        rates, scores = take_turns(contenders, requests, options.rounds)
+        rows = []
+        for name in contenders:
+            memory = pools[name].memory().workers if name in pools else []
+            rows.append(
+                {
+                    "name": name,
+                    "pairs_per_second": statistics.median(rates[name]),
+                    "slowest": min(rates[name]),
+                    "fastest": max(rates[name]),
+                    "times_the_lock": statistics.median(
+                        ours / theirs for ours, theirs in zip(rates[name], rates[LOCK], strict=True)
+                    ),
+                    **agreement(scores[name], scores[LOCK]),
+                    "uss_mib": statistics.mean(worker.uss for worker in memory) / 2**20 if memory else None,
+                    "start_seconds": started.get(name),
+                }
+            )
+    return {
+        "pairs_a_round": sum(map(len, requests)),
+        "rounds": options.rounds,
+        "contenders": rows,
+        "skipped": skipped,
+    }
+
+
+def locked(model: str) -> Callable[[Pairs], np.ndarray]:
+    """What the speed is counted in, and the scores are held against."""
+    encoder = CrossEncoder(model, device="cpu")
+    lock = threading.Lock()
+
+    def score(pairs: Pairs) -> np.ndarray:
+        with lock:
+            return encoder.predict(pairs, show_progress_bar=False)
+
+    return score
+
+
+def take_turns(
+    contenders: dict[str, Callable[[Pairs], np.ndarray]], requests: list[Pairs], rounds: int
+) -> tuple[dict[str, list[float]], dict[str, list[np.ndarray]]]:
+    """Pairs a second of each contender in each round, and its scores of each request."""
+    pairs = sum(map(len, requests))
+    rates: dict[str, list[float]] = {name: [] for name in contenders}
+    scores: dict[str, list[np.ndarray]] = {}
+    with ThreadPoolExecutor(len(requests)) as agents:
+        for turn in range(rounds + 1):  # the first is a warm-up
+            for name, score in contenders.items():
+                start = time.perf_counter()
+                scores[name] = list(agents.map(score, requests))
+                if turn:
+                    rates[name].append(pairs / (time.perf_counter() - start))
+    return rates, scores
+
+
+def agreement(ours: list[np.ndarray], theirs: list[np.ndarray]) -> dict[str, float]:
+    """How far scores are apart at most, and how alike they rank, query by query."""
+    both = list(zip(ours, theirs, strict=True))
+    return {
+        "largest_score_difference": float(max(np.abs(a - b).max() for a, b in both)),
+        "kendall_tau": statistics.mean(float(kendalltau(a, b).statistic) for a, b in both),
+        "top_10_overlap": statistics.mean(len(best(a) & best(b)) / min(TOP, len(a)) for a, b in both),
+    }
+
+
+def best(scores: np.ndarray) -> set[int]:
+    """Where the best ten are."""
+    return set(np.argsort(-scores, kind="stable")[:TOP].tolist())
+
+
+def print_table(title: str, report: dict[str, Any]) -> None:
+    """The report as Markdown."""
+    print(
+        f"| {title} | pairs/s, median (range) | times the lock | largest score difference | Kendall's tau "
+        "| overlap of the best 10 | USS a worker, MiB | start, s |"
+    )
+    print("|---|" + "---:|" * 7)
+    for row in report["contenders"]:
+        ends = [
+            f"{row[name]:.{digits}f}" if row[name] else "" for name, digits in (("uss_mib", 0), ("start_seconds", 1))
+        ]
+        print(
+            f"| {row['name']} | {row['pairs_per_second']:.0f} ({row['slowest']:.0f} to {row['fastest']:.0f}) "
+            f"| {row['times_the_lock']:.2f} | {row['largest_score_difference']:.1e} | {row['kendall_tau']:.4f} "
+            f"| {row['top_10_overlap']:.3f} | {' | '.join(ends)} |"
+        )
+    print(f"\n{report['pairs_a_round']} pairs a round, {report['rounds']} rounds")
+    for name, cause in report["skipped"].items():
+        print(f"{name}: skipped: {cause}")
+    print()
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
