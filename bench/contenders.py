@@ -299,7 +299,7 @@ def pool(setting: Setting, dtype: str) -> Iterator[Run]:
     """What it is all about: a pool of this package."""
     spec = ModelSpec(setting.folder, dtype=dtype)
     with (
-        RerankerPool(spec, devices="cpu", workers=setting.workers) as workers,
+        RerankerPool(spec, devices="cpu", workers=setting.workers, coalesce=False) as workers,
         called_by_agents(setting.agents, lambda pairs: workers.submit_pairs(pairs).result()) as run,
     ):
         yield run

@@ -63,7 +63,7 @@ def texts(documents: int, words: int = 60) -> list[str]:
 def round_trips(report: Report, rounds: int, requests: int) -> None:
     """Requests one after the other to an empty model, and the same texts to an executor's process and back."""
     with (
-        RerankerPool(EMPTY, devices="cpu", workers=1, threads_per_worker=1) as pool,
+        RerankerPool(EMPTY, devices="cpu", workers=1, threads_per_worker=1, coalesce=False) as pool,
         ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as bare,
     ):
         for documents in (1, 10):
@@ -111,7 +111,7 @@ def add_quantiles(report: Report, of: dict[str, object], rounds: list[list[float
 
 def passage(report: Report, rounds: int, agents: int, workers: int, requests: int) -> None:
     """Pairs a second to an empty model and back, with agents that wait for each of their requests."""
-    with RerankerPool(EMPTY, devices="cpu", workers=workers, threads_per_worker=1) as pool:
+    with RerankerPool(EMPTY, devices="cpu", workers=workers, threads_per_worker=1, coalesce=False) as pool:
         for documents, words in ((1, 10), (50, 10), (50, 60)):
             batch = texts(documents, words)
             times = max(1, requests // documents) if documents > 1 else max(1, requests // agents)
@@ -142,7 +142,7 @@ def one_large(report: Report, folder: str, rounds: int, workers: int, documents:
 
     (pairs,) = make_requests(1, documents, 60)
     model = CrossEncoder(folder, device="cpu")
-    with RerankerPool(folder, devices="cpu", workers=workers) as pool:
+    with RerankerPool(folder, devices="cpu", workers=workers, coalesce=False) as pool:
         calls: dict[str, Callable[[], object]] = {
             OURS: lambda: pool.submit_pairs(pairs).result(),
             "CrossEncoder.predict, all cores": lambda: model.predict(pairs, show_progress_bar=False),
@@ -171,7 +171,7 @@ def small_among_large(report: Report, folder: str, rounds: int, seconds: float, 
         with lock:
             return model.predict(pairs, show_progress_bar=False)
 
-    with RerankerPool(folder, devices="cpu", workers=workers) as pool:
+    with RerankerPool(folder, devices="cpu", workers=workers, coalesce=False) as pool:
         contenders: dict[str, Callable[[list[tuple[str, str]]], object]] = {
             OURS: lambda pairs: pool.submit_pairs(pairs).result(),
             "one CrossEncoder, a lock": locked,

@@ -59,7 +59,9 @@ def slots(report: Report, count: int, seconds: float, slices: int, rounds: int) 
     parent = psutil.Process()
     before = footprint(parent)
     sleeping = ModelSpec(str(seconds), loader="bench.fakemodel:load_sleeping")
-    with RerankerPool(sleeping, devices="cpu", workers=count, threads_per_worker=1, slice_tokens=1) as pool:
+    with RerankerPool(
+        sleeping, devices="cpu", workers=count, threads_per_worker=1, slice_tokens=1, coalesce=False
+    ) as pool:
         after = footprint(parent)
         workers = [psutil.Process(info.pid) for info in pool.workers()]
         kept_busy(pool, count, 3)

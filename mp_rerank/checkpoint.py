@@ -43,7 +43,9 @@ def weight_files(spec: ModelSpec) -> list[Path]:
 
 def will_be_mapped(spec: ModelSpec, files: Sequence[Path]) -> bool:
     """Whether workers on the CPU can be expected to share these weights: mapped, in the dtype the file has them in."""
-    if spec.backend != "torch" or spec.weights != "shared" or not files or any(file.suffix != ".safetensors" for file in files):
+    if spec.backend != "torch" or spec.weights != "shared":
+        return False
+    if not files or any(file.suffix != ".safetensors" for file in files):
         return False
     try:
         stored = {dtype for file in files for dtype in _dtypes(file) if dtype.startswith(("F", "BF"))}

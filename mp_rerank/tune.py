@@ -28,9 +28,10 @@ from mp_rerank.config import ModelSpec, PoolConfig
 from mp_rerank.crew import CPU_BATCH_TOKENS, GPU_BATCH_TOKENS
 from mp_rerank.errors import RequestTimeoutError, RerankError
 from mp_rerank.machine import Machine, read_machine
+from mp_rerank.pairs import Pair
 from mp_rerank.plan import fitting_workers, make_plan
 from mp_rerank.pool import RerankerPool
-from mp_rerank.request import Pair, Scores
+from mp_rerank.request import Scores
 from mp_rerank.tokens import estimate_pair, estimate_text
 from mp_rerank.tuned import Tuned
 
@@ -313,6 +314,7 @@ class _Ring:
             start_method="forkserver" if forks else "spawn",
             start_timeout=seconds,
             max_restarts=0,
+            coalesce=False,  # the same pairs come up over and over
             tuned=False,
         ).start()
         self._start_seconds = time.monotonic() - begun

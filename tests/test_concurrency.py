@@ -51,8 +51,10 @@ def llama(tmp_path_factory: pytest.TempPathFactory, device: str) -> Serial:
 
 @pytest.fixture(scope="module", params=[1, 2, 4], ids=lambda count: f"{count} workers")
 def pool(request: pytest.FixtureRequest, bert: Serial, device: str) -> Iterator[RerankerPool]:
+    # Many agents ask for the same pairs here: with two workers equal ones are scored once, else each for itself.
+    coalesce = request.param == 2
     with RerankerPool(
-        bert.folder, devices=device, workers=request.param, threads_per_worker=1, batch_tokens=512
+        bert.folder, devices=device, workers=request.param, threads_per_worker=1, batch_tokens=512, coalesce=coalesce
     ) as pool:
         yield pool
 

@@ -51,6 +51,7 @@ def race(case: str, folder: Path, threads: int, rounds: int, reference: Referenc
                 devices="cpu",
                 workers=WORKERS if len(held) == 1 else 1,
                 threads_per_worker=1,
+                coalesce=False,  # every caller gets scores made for it alone
             )
             for name, dtype, activation in held
         ]
