@@ -65,12 +65,18 @@ def main(argv: Sequence[str]) -> int:
     with tempfile.TemporaryDirectory() as folder:
         make_model(folder, SHAPES[options.shape])
         requests = make_requests(options.queries, options.documents, options.words)
-        reports[f"{options.shape}, random weights and texts"] = measure(folder, requests, options)
+        title = f"{options.shape}, random weights and texts"
+        reports[title] = measure(folder, requests, options)
+    if not options.json:
+        print_table(title, reports[title])
     if options.data is None:
         print("built-in model: skipped, for its texts are in --data", file=sys.stderr)
     else:
         requests = real_requests(options.data, options.queries, options.documents)
-        reports["built-in model, Vaswani"] = measure(ModelSpec().path, requests, options)
+        title = "built-in model, Vaswani"
+        reports[title] = measure(ModelSpec().path, requests, options)
+        if not options.json:
+            print_table(title, reports[title])
     machine = {
         "cpus": os.cpu_count(),
         "processor": platform.processor() or platform.machine(),
@@ -81,8 +87,6 @@ def main(argv: Sequence[str]) -> int:
     if options.json:
         print(json.dumps({"models": reports, "machine": machine}, indent=2))
     else:
-        for title, report in reports.items():
-            print_table(title, report)
         print(machine)
     return 0
 
@@ -206,7 +210,7 @@ def print_table(title: str, report: dict[str, Any]) -> None:
     print(f"\n{report['pairs_a_round']} pairs a round, {report['rounds']} rounds")
     for name, cause in report["skipped"].items():
         print(f"{name}: skipped: {cause}")
-    print()
+    print(flush=True)
 
 
 def _version(package: str) -> str | None:

@@ -11,8 +11,11 @@ from __future__ import annotations
 
 import gc
 import importlib
+import logging
 import math
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 import numpy as np
@@ -119,7 +122,8 @@ def replace_network(
         return [_split(call)[0] for batch in batches for call in _calls(network, predict, batch)]
 
     inputs, constants = _split(_calls(network, predict, CANARY)[0])
-    run = backend.convert(Network(network, list(inputs), constants).eval(), inputs, dtype, threads, record)
+    with _unheard():
+        run = backend.convert(Network(network, list(inputs), constants).eval(), inputs, dtype, threads, record)
 
     def forward(**arguments: Any) -> SequenceClassifierOutput:
         return SequenceClassifierOutput(logits=run({name: arguments[name] for name in inputs}))
@@ -134,6 +138,19 @@ def replace_network(
             raise ValueError(f"the converted network scores {found}, not {scores}")
         if dtype == "float32" and not np.allclose(found, scores, rtol=TOLERANCE, atol=TOLERANCE):
             raise ValueError(f"the converted network scores {found}, not {scores}, for {len(batch)} pairs")
+
+
+@contextmanager
+def _unheard() -> Iterator[None]:
+    """What converters warn of: their own age, what a trace fixes, what else could be done. The proof shows the rest."""
+    before = logging.root.manager.disable
+    logging.disable(max(before, logging.WARNING))
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
 
 
 def _calls(

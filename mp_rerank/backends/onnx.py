@@ -9,7 +9,6 @@ stay in float32.
 from __future__ import annotations
 
 import tempfile
-import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -64,8 +63,7 @@ def convert(
 
 def _export(network: Network, example: Inputs, file: Path) -> None:
     names = list(example)
-    with warnings.catch_warnings(), torch.no_grad():
-        warnings.simplefilter("ignore")  # of the exporter's age, and of what a trace fixes: the proof would show it
+    with torch.no_grad():
         torch.onnx.export(
             network,
             tuple(example.values()),

@@ -8,7 +8,6 @@ no faster here. What is not int8 then is bfloat16 where the CPU has that.
 from __future__ import annotations
 
 import sys
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -43,8 +42,7 @@ def convert(
     """See ``Backend``."""
     import openvino
 
-    with warnings.catch_warnings(), torch.no_grad():
-        warnings.simplefilter("ignore")  # of what a trace fixes: the proof would show it
+    with torch.no_grad():
         model = openvino.convert_model(network, example_input=tuple(example.values()))
     if dtype == "int8":
         model = _quantize(model, record)
@@ -72,7 +70,6 @@ def _quantize(model: Any, record: Callable[[Sequence[Pairs]], list[Inputs]]) -> 
 
     from mp_rerank.backends.calibration import PAIRS
 
-    nncf.set_log_level(30)
     inputs = [[tensor.numpy() for tensor in call.values()] for call in record([[pair] for pair in PAIRS])]
     return nncf.quantize(model, nncf.Dataset(inputs), model_type=nncf.ModelType.TRANSFORMER, subset_size=len(inputs))
 
