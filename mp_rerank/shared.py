@@ -66,7 +66,8 @@ def shared_pool(
     with _lock:
         pool = _found(asked)
         if pool is None:
-            turned_out = tuple(sorted({seat.device for seat in make_plan(PoolConfig(devices=named), spec).seats}))
+            plan = make_plan(PoolConfig(devices=named, tuned=False), spec)
+            turned_out = tuple(sorted({seat.device for seat in plan.seats}))
             key: _Key = (*asked[:2], turned_out)
             pool = _found(key)
             if pool is None:
