@@ -38,7 +38,8 @@ async def main() -> None:
     heart = asyncio.create_task(beat(beats))
     try:
         await asyncio.to_thread(pool.start)
-        impatient = asyncio.create_task(pool.arerank("Everything about everything", PASSAGES * 500))
+        many = [f"{passage} {number}" for number in range(500) for passage in PASSAGES]
+        impatient = asyncio.create_task(pool.arerank("Everything about everything", many))
         await asyncio.sleep(0)  # it submits ...
         agents = [asyncio.create_task(ask(pool, question)) for question in QUESTIONS]
         for finished in asyncio.as_completed(agents):

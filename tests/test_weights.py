@@ -98,7 +98,7 @@ def test_where_the_system_does_not_say_everything_is_copied(
 def test_a_worker_that_writes_into_a_weight_changes_no_other(folder: str, make_pool: MakePool) -> None:
     document = models.TEXT[1]
     spec = ModelSpec(folder, loader="models:load_writing", prepack=False)
-    with make_pool(spec, devices="cpu", workers=2) as pool:
+    with make_pool(spec, devices="cpu", workers=2, coalesce=False) as pool:
         for worker, memory in zip(pool.workers(), pool.memory().workers, strict=True):
             assert 0.9 * worker.weights_bytes < worker.mapped_bytes == memory.mapped_bytes <= worker.weights_bytes
         before = pool.predict([("query", document)])[0]
