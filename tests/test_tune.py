@@ -126,7 +126,7 @@ def test_nothing_is_used_that_memory_does_not_hold_now() -> None:
 
 
 def test_a_pool_has_the_workers_and_the_batches_that_were_tuned(make_pool: MakePool) -> None:
-    documents = ["word " * 40] * 30
+    documents = [f"{'word ' * 40}{i}" for i in range(30)]
     slices = []
     for answer in (None, dataclasses.replace(ANSWER, workers=1, threads=1, batch_tokens=60)):
         if answer is not None:
