@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -332,7 +333,13 @@ def test_who_keeps_no_scores_imports_nothing_for_it() -> None:
         "import sys; from mp_rerank import *; pool = RerankerPool(ModelSpec('f', loader='fakes:load'), devices='cpu', "
         "workers=1); pool.rerank('q', ['d', 'd']); pool.close(); print('cachetools' in sys.modules)"
     )
+    tests = Path(__file__).parent
     done = subprocess.run(
-        [sys.executable, "-c", code], cwd=Path(__file__).parent, capture_output=True, text=True, timeout=PATIENCE
+        [sys.executable, "-c", code],
+        cwd=tests,
+        env={**os.environ, "PYTHONPATH": str(tests.parent)},
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
     )
     assert (done.stdout, done.returncode) == ("False\n", 0), done.stderr
