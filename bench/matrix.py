@@ -26,6 +26,14 @@ from typing import Any
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "bench" / "matrix"
 PAGE = ROOT / "docs" / "matrix.md"
+INTRODUCTION = """# The matrix
+
+Written by `python -m bench matrix`: each environment made by tox, the tests of real models run in it, and then
+`mp-rerank race` ([what its columns mean](race.md)). Time is that of making it and of its tests, on one core.
+
+Tests of frameworks and of other runtimes are skipped: `tox run -e integrations` and `-e backends` have those.
+Environments with transformers 4.49 are below the declared minimums, and show why these are no lower.
+"""
 NOT_HERE = re.compile(r"^SKIPPED .*(is not installed|only with MP_RERANK_\w+=required)$")
 COUNTS = re.compile(r"(\d+) (passed|failed|errors?|skipped|xfailed|deselected)")
 
@@ -106,14 +114,7 @@ def tox(command: str, *options: str) -> list[str]:
 
 def page(results: Sequence[dict[str, Any]]) -> Iterator[str]:
     """The page: a table of all environments, and each one's race."""
-    yield "# The matrix"
-    yield ""
-    yield "Written by `python -m bench matrix`: each environment made by tox, the tests of real models run in it, and then"
-    yield "`mp-rerank race` ([what its columns mean](race.md)). Time is that of making it and of its tests, on one core."
-    yield ""
-    yield "Tests of frameworks and of other runtimes are skipped: `tox run -e integrations` and `-e backends` have those."
-    yield "Environments with transformers 4.49 are below the declared minimums, and show why these are no lower."
-    yield ""
+    yield INTRODUCTION
     yield "| environment | Python | torch | transformers | sentence-transformers | tests | s | GB | threads | pool |"
     yield "|---|---|---|---|---|---|---:|---:|---|---|"
     for result in results:
