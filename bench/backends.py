@@ -29,7 +29,7 @@ import numpy as np
 from scipy.stats import kendalltau
 from sentence_transformers import CrossEncoder
 
-from bench.throughput import SHAPES, Pairs, make_model, make_requests
+from bench.models import SHAPES, Pairs, make_model, make_requests
 from mp_rerank import ModelLoadError, ModelSpec, RerankerPool
 
 LOCK = "one CrossEncoder, a lock, float32"
