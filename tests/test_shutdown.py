@@ -193,6 +193,10 @@ class Script:
         for thread in self.reading:
             thread.start()
         self.gate: int | None = None
+        self.workers: list[psutil.Process] = []
+
+    def arrive(self, program: str, state: str, gate: Path) -> None:
+        """Wait until the script is where its end is to come, and look whom it has started."""
         if state in ("starting", "busy"):
             self.gate = os.open(gate, os.O_WRONLY)  # once the worker stands at it
         else:
@@ -263,8 +267,11 @@ def run(tmp_path: Path) -> Iterator[Callable[..., Script]]:
     scripts: list[Script] = []
 
     def make(program: str, state: str, parting: str = "", start_method: str = "spawn") -> Script:
-        scripts.append(Script(program, state, tmp_path / f"gate{len(scripts)}", parting, start_method))
-        return scripts[-1]
+        gate = tmp_path / f"gate{len(scripts)}"
+        script = Script(program, state, gate, parting, start_method)
+        scripts.append(script)  # before anything can fail: what was started is ended
+        script.arrive(program, state, gate)
+        return script
 
     yield make
     for script in scripts:
@@ -354,13 +361,12 @@ def test_ctrl_c_again_and_again(run: Callable[..., Script], state: str) -> None:
 
 SPAWNING = """
 def interrupt():
-    while True:
-        time.sleep(float(PARTING))
-        os.killpg(0, signal.SIGINT)
-        return
-threading.Thread(target=interrupt, daemon=True).start()
+    time.sleep(float(PARTING))
+    os.killpg(0, signal.SIGINT)
+
 say("ready")
 try:
+    threading.Thread(target=interrupt, daemon=True).start()
     with make() as pool:
         time.sleep(60)
 except KeyboardInterrupt:
