@@ -23,12 +23,12 @@ import numpy.typing as npt
 import torch
 from transformers.modeling_outputs import SequenceClassifierOutput
 
+from mp_rerank.calls import Pairs, record_calls
 from mp_rerank.config import ModelSpec
 from mp_rerank.worker import CANARY
 
 __all__ = ["Backend", "Inputs", "Network", "Run", "find_backend", "replace_network"]
 
-Pairs = Sequence[tuple[str, str]]
 #: the tokenizer's tensors by name, shape (pairs, tokens) each
 Inputs = dict[str, torch.Tensor]
 #: logits of such tensors, shape (pairs, num_labels)
@@ -119,9 +119,9 @@ def replace_network(
     expected = [predict(batch) for batch in PROOF]
 
     def record(batches: Sequence[Pairs]) -> list[Inputs]:
-        return [_split(call)[0] for batch in batches for call in _calls(network, predict, batch)]
+        return [_split(call)[0] for batch in batches for call in record_calls(network, predict, batch)]
 
-    inputs, constants = _split(_calls(network, predict, CANARY)[0])
+    inputs, constants = _split(record_calls(network, predict, CANARY)[0])
     with _unheard():
         run = backend.convert(Network(network, list(inputs), constants).eval(), inputs, dtype, threads, record)
 
@@ -151,25 +151,6 @@ def _unheard() -> Iterator[None]:
             yield
     finally:
         logging.disable(before)
-
-
-def _calls(
-    network: torch.nn.Module, predict: Callable[[Pairs], npt.NDArray[np.float32]], batch: Pairs
-) -> list[dict[str, Any]]:
-    """What ``network`` is called with while ``batch`` is scored."""
-    calls: list[dict[str, Any]] = []
-    original = network.forward
-
-    def forward(**arguments: Any) -> Any:
-        calls.append(arguments)
-        return original(**arguments)
-
-    network.forward = forward
-    try:
-        predict(batch)
-    finally:
-        del network.forward
-    return calls
 
 
 def _split(call: dict[str, Any]) -> tuple[Inputs, dict[str, Any]]:
