@@ -48,6 +48,7 @@ class ModelSpec:
             ``"private"``: every worker makes its own copy.
         prepack: let a worker lay its linear layers out anew where it measures that to be faster on its CPU. The layers
             it does that with are then copies of its own; with ``False`` all weights can be shared.
+        unpad: let the network compute on real tokens only, on a CPU, where it then scores the same.
         trust_remote_code: let the model's repository run its code in the workers.
         model_kwargs, tokenizer_kwargs, config_kwargs: handed to transformers by ``CrossEncoder``.
         backend: what computes the network: ``"torch"``, or on the CPU ``"onnx"`` (ONNX Runtime, float32 or int8) or
@@ -71,6 +72,7 @@ class ModelSpec:
     activation: str | None = None
     weights: Literal["shared", "private"] = "shared"
     prepack: bool = True
+    unpad: bool = True
     trust_remote_code: bool = False
     model_kwargs: Mapping[str, Any] = field(default_factory=dict)
     tokenizer_kwargs: Mapping[str, Any] = field(default_factory=dict)
@@ -109,6 +111,7 @@ class ModelSpec:
         if self.weights not in ("shared", "private"):
             raise ValueError(f"weights: 'shared' or 'private' is needed, not {self.weights!r}")
         _check_flag("prepack", self.prepack)
+        _check_flag("unpad", self.unpad)
         if self.loader is not None:
             object.__setattr__(self, "loader", _importable(self.loader))
         for name in ("model_kwargs", "tokenizer_kwargs", "config_kwargs"):

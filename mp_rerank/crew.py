@@ -45,6 +45,9 @@ GPU_BATCH_TOKENS = 16_384
 BATCHES_A_SLICE = 0.9
 # Below this a slice costs more to send than to score sooner on another worker.
 MIN_SLICE_TOKENS = 128
+# Texts differ in characters a token, by language and by vocabulary; slices follow what workers count.
+OVERESTIMATE_SMOOTHING = 0.1
+MAX_OVERESTIMATE = 4.0
 # A slice is called hung only far beyond what the worker's speed promises: speed varies with length and with neighbours.
 HANG_MARGIN = 10.0
 MAX_BACKOFF_SECONDS = 30.0
@@ -95,6 +98,7 @@ class Crew:
         self._leaving: list[tuple[Worker, float]] = []  # workers let go, and when to kill them
         self._started = False
         self._scored_since_blame = False
+        self._overestimate = 1.0  # estimated tokens for each that workers count
 
     def __repr__(self) -> str:
         states = Counter(slot.state.value for slot in self.slots)
@@ -181,10 +185,12 @@ class Crew:
                 return
             slot = min(room, key=lambda slot: len(slot.outstanding))
             batch_tokens = self._batch_tokens(slot)
-            budget = self.config.slice_tokens or int(batch_tokens * BATCHES_A_SLICE)
+            tokens = self.config.slice_tokens or batch_tokens * BATCHES_A_SLICE
+            budget = int(tokens * self._overestimate)
             if not slot.outstanding:
                 idle = sum(not slot.outstanding for slot in room)
-                budget = min(budget, max(MIN_SLICE_TOKENS, math.ceil(self.queue.waiting_tokens / idle)))
+                least = int(MIN_SLICE_TOKENS * self._overestimate)
+                budget = min(budget, max(least, math.ceil(self.queue.waiting_tokens / idle)))
             piece = self.queue.take(budget)
             if piece is None:
                 return
@@ -324,6 +330,9 @@ class Crew:
             if outcome.num_labels is not None:
                 scores = scores.reshape(-1, outcome.num_labels)
             self._count_slice(piece, outcome.seconds)
+            if outcome.tokens:
+                ratio = min(MAX_OVERESTIMATE, max(1 / MAX_OVERESTIMATE, piece.tokens / outcome.tokens))
+                self._overestimate += OVERESTIMATE_SMOOTHING * (ratio - self._overestimate)
             for request in self.queue.fill(piece, scores):
                 self._counts.split_requests += request.slices > 1
                 request.resolve()

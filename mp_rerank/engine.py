@@ -1,7 +1,8 @@
 """The model on its device: loaded whole, proved, and fed batches of the right size. The only importer of torch.
 
-Scores are ``CrossEncoder.predict``'s own: each batch goes through it. What is decided here is which pairs go together:
-sorted by length, as many as fit a budget of padded tokens, since one long document in a batch makes every pair as long.
+Scores are ``CrossEncoder.predict``'s own: each batch goes through it, or directly through its parts where that is
+proved to be the same. What is decided here is which pairs go together: sorted by length, as many as fit a budget of
+tokens, padded ones unless the network leaves padding out.
 """
 
 from __future__ import annotations
@@ -20,8 +21,10 @@ from tqdm import tqdm
 from transformers.utils import logging as transformers_logging
 
 from mp_rerank.config import ModelSpec
+from mp_rerank.direct import Direct, find_direct
 from mp_rerank.prepack import prepack
 from mp_rerank.tokens import estimate_pair, estimate_text
+from mp_rerank.unpad import unpad
 from mp_rerank.weights import make_private, mapped_bytes
 from mp_rerank.worker import CANARY, in_worker_process
 
@@ -44,6 +47,11 @@ class Engine:
     Raises:
         ValueError: what was loaded is not wholly on ``device``, or not of the dtype asked for.
         Exception: whatever loading raises.
+
+    Attributes:
+        prepacked: linear layers that are prepacked.
+        unpadded: whether the network computes on no padding.
+        tokens: of the pairs last scored, after truncation; ``None`` where only ``predict`` knows.
     """
 
     def __init__(
@@ -79,20 +87,29 @@ class Engine:
         self.dtype, self.weights_bytes = prove(network, torch.device(device), _torch_dtype(spec))
         self.max_length = _max_length(self.model)
         self.prepacked = 0
+        self.unpadded = False
+        self.tokens: int | None = None
+        self._direct: Direct | None = None
+        ours = loaded is None or in_worker_process()  # else a loader's, in a process where others may be using it
         if backend is not None:
             from mp_rerank.backends import replace_network
 
             self.dtype = spec.dtype or "float32"
             replace_network(self.model.model, backend, self.dtype, threads, self._predict)
-        elif loaded is None or in_worker_process():  # else a loader's, in a process where others may be using it
+        elif ours:
             if spec.weights == "private":
                 make_private(network)
             if spec.compile:
                 from mp_rerank.backends.compiled import compile_network
 
                 compile_network(self.model.model, device, self._predict)
-            elif spec.prepack:
-                self.prepacked = prepack(network, lambda: self.predict(CANARY))
+            else:
+                if spec.unpad and device.startswith("cpu") and isinstance(self.model, CrossEncoder):
+                    self.unpadded = unpad(self.model.model, self.dtype, lambda: self._predict(CANARY))
+                if spec.prepack:
+                    self.prepacked = prepack(network, lambda: self.predict(CANARY))
+        if ours:
+            self._direct = find_direct(self.model, self._predict, self.max_length)
         self.mapped_bytes = mapped_bytes(network)
 
     def facts(self) -> dict[str, Any]:
@@ -106,12 +123,24 @@ class Engine:
 
     def predict(self, pairs: list[tuple[str, str]]) -> np.ndarray:
         """Scores of ``pairs`` in their order: float32, shape (n,) or (n, num_labels)."""
-        lengths = [estimate_pair(estimate_text(query), document, self.max_length) for query, document in pairs]
         scores: list[Any] = [None] * len(pairs)
-        for batch in batches(lengths, self.batch_tokens):
-            for i, value in zip(batch, self._predict([pairs[i] for i in batch]), strict=True):
+        for batch, values in self._batches(pairs) if pairs else ():
+            for i, value in zip(batch, values, strict=True):
                 scores[i] = value
         return np.asarray(scores, dtype=np.float32)
+
+    def _batches(self, pairs: list[tuple[str, str]]) -> Iterator[tuple[list[int], Any]]:
+        """Indices of ``pairs``, batch by batch, with their scores."""
+        if self._direct is None:
+            lengths = [estimate_pair(estimate_text(query), document, self.max_length) for query, document in pairs]
+            for batch in padded_batches(lengths, self.batch_tokens):
+                yield batch, self._predict([pairs[i] for i in batch])
+        else:
+            tokenized = self._direct.tokenize(pairs)
+            self.tokens = sum(tokenized.lengths)
+            cut = even_batches if self.unpadded else padded_batches
+            for batch in cut(tokenized.lengths, self.batch_tokens):
+                yield batch, self._direct.score(tokenized, batch)
 
     def _predict(self, batch: Sequence[tuple[str, str]]) -> Any:
         if isinstance(self.model, CrossEncoder):
@@ -123,7 +152,7 @@ class Engine:
         return self.model.predict(list(batch))
 
 
-def batches(lengths: list[int], budget: int) -> Iterator[list[int]]:
+def padded_batches(lengths: list[int], budget: int) -> Iterator[list[int]]:
     """Indices of ``lengths``, longest first, in batches of at most ``budget`` once padded to their longest, or one."""
     order = sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True)
     start = 0
@@ -131,6 +160,18 @@ def batches(lengths: list[int], budget: int) -> Iterator[list[int]]:
         size = max(1, budget // lengths[order[start]])
         yield order[start : start + size]
         start += size
+
+
+def even_batches(lengths: list[int], budget: int) -> list[list[int]]:
+    """Indices of ``lengths``, longest first, in batches of about equal sums, as near to ``budget`` as can be."""
+    total = sum(lengths)
+    count = max(1, round(total / budget))
+    found: list[list[int]] = [[] for _ in range(count)]
+    before = 0
+    for i in sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True):
+        found[int((before + lengths[i] / 2) / total * count)].append(i)
+        before += lengths[i]
+    return [batch for batch in found if batch]
 
 
 def prove(model: torch.nn.Module, device: torch.device, dtype: str | None) -> tuple[str, int]:

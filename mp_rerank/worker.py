@@ -76,7 +76,10 @@ _process_is_worker = False
 
 
 class Scorer(Protocol):
-    """What a loaded model must do: scores of shape (n,) or (n, num_labels) for n pairs."""
+    """What a loaded model must do: scores of shape (n,) or (n, num_labels) for n pairs.
+
+    One that counts them has ``tokens``: of the pairs last scored.
+    """
 
     def predict(self, pairs: list[tuple[str, str]]) -> Any: ...
 
@@ -103,6 +106,7 @@ class Scored:
     scores: bytes
     num_labels: int | None  # None: one score a pair, shape (n,)
     seconds: float
+    tokens: int | None  # of the pairs, truncated; None: the model did not count them
 
 
 def in_worker_process() -> bool:
@@ -202,7 +206,8 @@ def score(pairs: Pairs) -> Scored:
             cause=_in_words(error),
             details=traceback.format_exc(),
         ) from None
-    return Scored(scores, num_labels, time.perf_counter() - start)
+    tokens: int | None = getattr(_state.scorer, "tokens", None)
+    return Scored(scores, num_labels, time.perf_counter() - start, tokens)
 
 
 def _load(spec: ModelSpec, device: str, threads: int | None, batch_tokens: int) -> tuple[Scorer, dict[str, Any]]:

@@ -92,6 +92,7 @@ def test_an_empty_or_odd_model_is_named() -> None:
         ({"config_kwargs": [1]}, TypeError, "config_kwargs: a mapping is needed"),
         ({"weights": "both"}, ValueError, "weights: 'shared' or 'private' is needed"),
         ({"prepack": 1}, TypeError, "prepack: True or False is needed"),
+        ({"unpad": None}, TypeError, "unpad: True or False is needed"),
         ({"loader": "fakes.load"}, ValueError, "loader: 'package.module:name' is needed"),
         ({"loader": "fakes:nothing"}, ValueError, "loader: fakes:nothing cannot be imported"),
         ({"loader": "nothing_at_all:load"}, ValueError, "loader: nothing_at_all:load cannot be imported"),

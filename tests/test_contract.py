@@ -125,6 +125,18 @@ def test_it_stands_in_for_a_cross_encoder(pool: RerankerPool) -> None:
     assert pool.rank("query", documents, return_documents=True)[0]["text"] == documents[best]
 
 
+def test_slices_follow_what_workers_count(make_pool: MakePool, kind: dict[str, str]) -> None:
+    """Where texts have fewer tokens than was estimated, a slice soon holds more of them."""
+    documents = [f"document number {i:04}" for i in range(800)]
+    slices = {}
+    for counting in (False, True):
+        spec = ModelSpec("fake", loader=f"fakes:load{'_counting' * counting}")
+        with make_pool(spec, slice_tokens=200, **kind) as pool:
+            assert pool.submit("query", documents).result(PATIENCE) == expected("query", documents)
+            slices[counting] = pool.stats().slices
+    assert slices[True] < slices[False] / 1.5
+
+
 def test_a_document_the_model_raises_on_fails_its_request_alone(pool: RerankerPool, kind: dict[str, str]) -> None:
     bad = pool.submit("query", ["good", "!raise too odd", "fine"])
     good = [pool.submit("query", [f"document {i}"]) for i in range(20)]

@@ -33,7 +33,7 @@ def always(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def engine(folder: str, dtype: str | None = None) -> Engine:
-    return Engine(ModelSpec(folder, dtype=dtype), "cpu", None, 256)
+    return Engine(ModelSpec(folder, dtype=dtype, unpad=False), "cpu", None, 256)
 
 
 def replaced(network: Any) -> list[Any]:

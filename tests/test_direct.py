@@ -1,0 +1,114 @@
+"""Scoring without ``CrossEncoder.predict`` is what ``predict`` does, or is not done."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from mp_rerank import ModelSpec
+
+torch = pytest.importorskip("torch")
+models = pytest.importorskip("models")
+from mp_rerank.engine import Engine  # noqa: E402
+
+pytestmark = pytest.mark.real
+
+PAIRS = [(query, document) for query in models.TEXT[:3] for document in (*models.TEXT, "", " ", "long " * 300)]
+
+
+def engine(folder: str, loaded: Any = None, **options: Any) -> Engine:
+    return Engine(ModelSpec(folder, prepack=False, **options), "cpu", None, 256, loaded)
+
+
+def count_calls(model: Any, name: str, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    calls: list[Any] = []
+    original = getattr(type(model), name)
+
+    def counted(self: Any, *arguments: Any, **options: Any) -> Any:
+        calls.append(arguments)
+        return original(self, *arguments, **options)
+
+    monkeypatch.setattr(type(model), name, counted)
+    return calls
+
+
+@pytest.mark.parametrize("family", [*models.ENCODERS, *models.DECODERS])
+def test_predict_is_not_needed(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = models.build(family, tmp_path)
+    direct, plain = engine(folder, max_length=100), models.load(folder, "cpu", max_length=100)
+    expected = plain.predict(PAIRS)
+    calls = count_calls(plain, "predict", monkeypatch)
+    np.testing.assert_allclose(direct.predict(PAIRS), expected, rtol=1e-5, atol=1e-5)
+    assert not calls
+
+
+def test_texts_are_tokenized_once_and_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    direct = engine(models.build("bert", tmp_path))
+    tokenizer = direct.model.tokenizer
+    calls = count_calls(tokenizer, "__call__", monkeypatch)
+    direct.predict(PAIRS)
+    assert len(calls) == 1
+    lengths = [len(row) for row in tokenizer(*zip(*PAIRS, strict=True), truncation=True)["input_ids"]]
+    assert max(lengths) == models.MAX_LENGTH
+    assert direct.tokens == sum(lengths)
+
+
+def test_a_model_with_a_head_of_its_own_is_asked_by_predict(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not models.has_logit_score():
+        pytest.skip("this sentence-transformers takes a decoder only with a classification head")
+    asked = engine(models.build(models.LOGIT_SCORE, tmp_path))
+    calls = count_calls(asked.model, "predict", monkeypatch)
+    asked.predict(PAIRS)
+    assert calls
+    assert asked.tokens is None
+
+
+@pytest.mark.parametrize("changed", ["tokens", "scores"])
+def test_a_predict_that_does_anything_else_is_asked(
+    changed: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As another version of the library might: with spaces at the ends of a text, for example."""
+    folder = models.build("roberta", tmp_path)
+    plain = models.load(folder, "cpu")
+    original = type(plain).predict
+
+    def predict(self: Any, pairs: Any, **options: Any) -> Any:
+        if changed == "tokens":
+            return original(self, [(query.strip(), document.strip()) for query, document in pairs], **options)
+        return original(self, pairs, **options) * 2
+
+    pairs = [(f" {query}  ", document) for query, document in PAIRS]
+    before = plain.predict(pairs)
+    monkeypatch.setattr(type(plain), "predict", predict)
+    expected = plain.predict(pairs)
+    assert not np.allclose(before, expected, atol=1e-3)
+    np.testing.assert_allclose(engine(folder).predict(pairs), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_loader_s_own_predict_is_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Even one that scores what the proof is made of as the library does."""
+    monkeypatch.setattr("mp_rerank.engine.in_worker_process", lambda: True)
+    folder = models.build("bert", tmp_path)
+    loaded = models.load(folder, "cpu")
+    predict = loaded.predict
+    loaded.predict = lambda pairs, **options: predict(
+        [(query, document.replace(" cat ", " dog ")) for query, document in pairs], **options
+    )
+    pairs = [("Who sleeps?", f"The {animal} is asleep.") for animal in ("cat", "dog", "cow")]
+    cat, dog, cow = engine(folder, loaded).predict(pairs)
+    assert cat == dog != cow
+
+
+def test_hooks_are_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mp_rerank.engine.in_worker_process", lambda: True)
+    folder = models.build("bert", tmp_path)
+    hooked = models.load(folder, "cpu")
+    seen: list[object] = []
+    hooked.register_forward_hook(lambda module, arguments, output: seen.append(output))
+    asked = engine(folder, hooked)
+    seen.clear()
+    asked.predict(PAIRS[:3])
+    assert seen or not hasattr(type(hooked), "preprocess")  # older versions' predict passes by the module's forward

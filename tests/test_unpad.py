@@ -1,0 +1,103 @@
+"""Encoders that compute on no padding give the scores that padded ones do, or are left as they were."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from mp_rerank import ModelSpec
+
+torch = pytest.importorskip("torch")
+models = pytest.importorskip("models")
+from transformers.models.bert import modeling_bert  # noqa: E402
+
+from mp_rerank import unpad as module  # noqa: E402
+from mp_rerank.engine import Engine, even_batches  # noqa: E402
+
+pytestmark = pytest.mark.real
+
+PAIRS = [(query, document) for query in models.TEXT[:3] for document in (*models.TEXT, "", "long " * 300)]
+#: those whose attention goes through transformers' interface, in the versions that have it there
+UNPADDED = ("bert", "roberta", "xlm-roberta", "electra") if hasattr(modeling_bert, "ALL_ATTENTION_FUNCTIONS") else ()
+needs_interface = pytest.mark.skipif(not UNPADDED, reason="this transformers' BERT has an attention of its own")
+
+
+def engine(folder: str, **options: Any) -> Engine:
+    return Engine(ModelSpec(folder, prepack=False, **options), "cpu", None, 256)
+
+
+def left_alone(network: Any) -> bool:
+    return network.config._attn_implementation == "sdpa" and not [
+        part for part in network.modules() if "forward" in vars(part)
+    ]
+
+
+@pytest.mark.parametrize("num_labels", [1, 3])
+@pytest.mark.parametrize("family", [*models.ENCODERS, *models.DECODERS])
+def test_scores_are_the_padded_model_s(family: str, num_labels: int, tmp_path: Path) -> None:
+    folder = models.build(family, tmp_path, num_labels)
+    unpadded, plain = engine(folder), models.load(folder, "cpu")
+    assert unpadded.unpadded == (family in UNPADDED)
+    for pairs in (PAIRS, PAIRS[:1], PAIRS[:1] * 5, PAIRS[:2]):
+        np.testing.assert_allclose(unpadded.predict(pairs), plain.predict(pairs), rtol=1e-5, atol=1e-5)
+
+
+@needs_interface
+def test_no_layer_sees_padding(tmp_path: Path) -> None:
+    unpadded = engine(models.build("bert", tmp_path))
+    seen: list[tuple[int, ...]] = []
+    for layer in unpadded.model.model.bert.encoder.layer:
+        layer.register_forward_pre_hook(lambda module, arguments: seen.append(tuple(arguments[0].shape)))
+    unpadded.predict(PAIRS)
+    assert {len(shape) for shape in seen} == {3}
+    assert {shape[0] for shape in seen} == {1}
+    assert sum(shape[1] for shape in seen) == 2 * unpadded.tokens, "two layers"
+
+
+@needs_interface
+def test_in_bfloat16_too(tmp_path: Path) -> None:
+    folder = models.build("bert", tmp_path)
+    unpadded, padded = engine(folder, dtype="bfloat16"), engine(folder, dtype="bfloat16", unpad=False)
+    assert (unpadded.unpadded, padded.unpadded) == (True, False)
+    assert left_alone(padded.model.model)
+    np.testing.assert_allclose(unpadded.predict(PAIRS), padded.predict(PAIRS), atol=0.05)
+
+
+@needs_interface
+@pytest.mark.parametrize("fails", [False, True])
+def test_an_encoder_that_would_score_otherwise_is_put_back(
+    fails: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = models.build("bert", tmp_path)
+    attend = module._attend
+
+    def wrong(*arguments: Any, **options: Any) -> Any:
+        if fails:
+            raise RuntimeError("no such operator")
+        return 1.01 * attend(*arguments, **options)[0], None
+
+    monkeypatch.setattr(module, "_attend", wrong)
+    padded = engine(folder)
+    assert not padded.unpadded
+    assert left_alone(padded.model.model)
+    np.testing.assert_allclose(padded.predict(PAIRS), models.load(folder, "cpu").predict(PAIRS), atol=1e-6)
+
+
+@needs_interface
+def test_other_attention_is_left_alone(tmp_path: Path) -> None:
+    """Who asks for one gets that one."""
+    chosen = engine(models.build("bert", tmp_path), model_kwargs={"attn_implementation": "eager"})
+    assert not chosen.unpadded
+    assert chosen.model.model.config._attn_implementation == "eager"
+
+
+def test_batches_of_about_the_same_size_hold_every_pair_once() -> None:
+    lengths = [3, 90, 10, 10, 40, 7, 512, 30, 30, 60]
+    batches = even_batches(lengths, 256)
+    assert sorted(i for batch in batches for i in batch) == list(range(len(lengths)))
+    assert [sum(lengths[i] for i in batch) for batch in batches] == [512, 280]
+    assert even_batches([5], 256) == [[0]]
+    assert even_batches([9, 300], 256) == [[1, 0]], "a batch of nine tokens costs more than it saves"
