@@ -52,6 +52,8 @@ def unpad(model: torch.nn.Module, dtype: str, predict: Callable[[], npt.NDArray[
     attention = getattr(getattr(model, "config", None), "_attn_implementation", None)
     if not isinstance(encoder, torch.nn.Module) or attention != "sdpa" or "forward" in vars(encoder):
         return False
+    if not getattr(model, "_can_set_attn_implementation", bool)():  # setting it would do nothing and warn of it
+        return False
     unpadded = _Unpadded(encoder)
     tolerance = TOLERANCE.get(dtype, TOLERANCE_16_BITS)
     try:
