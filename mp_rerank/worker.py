@@ -106,7 +106,7 @@ class Scored:
     scores: bytes
     num_labels: int | None  # None: one score a pair, shape (n,)
     seconds: float
-    tokens: int | None  # of the pairs, truncated; None: the model did not count them
+    tokens: int | None = None  # of the pairs, truncated; None: the model did not count them
 
 
 def in_worker_process() -> bool:

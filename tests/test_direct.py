@@ -99,7 +99,8 @@ def test_a_loader_s_own_predict_is_asked(tmp_path: Path, monkeypatch: pytest.Mon
     )
     pairs = [("Who sleeps?", f"The {animal} is asleep.") for animal in ("cat", "dog", "cow")]
     cat, dog, cow = engine(folder, loaded).predict(pairs)
-    assert cat == dog != cow
+    assert cat == pytest.approx(dog, abs=1e-6)
+    assert cow != pytest.approx(dog, abs=1e-4)
 
 
 def test_hooks_are_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
