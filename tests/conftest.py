@@ -39,6 +39,10 @@ def pytest_configure() -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+def pytest_collection_finish() -> None:
+    gc.freeze()  # every test collects garbage; what the libraries hold, a quarter of a second's walk, is none
+
+
 @pytest.fixture(scope="session")
 def device(request: pytest.FixtureRequest) -> str:
     """The device real models are tested on."""
