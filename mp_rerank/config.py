@@ -46,9 +46,10 @@ class ModelSpec:
         weights: ``"shared"``: what a CPU can use as the checkpoint's file has it stays in that file's pages, once in
             memory for all workers; the file must not be overwritten in place meanwhile (another may take its name).
             ``"private"``: every worker makes its own copy.
-        prepack: let a worker lay its linear layers out anew where it measures that to be faster on its CPU. The layers
+        prepack: let a worker lay its linear layers out anew where that is faster on its CPU, as it measures. The layers
             it does that with are then copies of its own; with ``False`` all weights can be shared.
-        unpad: let the network compute on real tokens only, on a CPU, where it then scores the same.
+        unpad: let the network compute on real tokens only, and its last layer only what the head reads, on a CPU, where
+            it then scores the same.
         trust_remote_code: let the model's repository run its code in the workers.
         model_kwargs, tokenizer_kwargs, config_kwargs: handed to transformers by ``CrossEncoder``.
         backend: what computes the network: ``"torch"``, or on the CPU ``"onnx"`` (ONNX Runtime, float32 or int8) or

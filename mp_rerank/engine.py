@@ -23,6 +23,7 @@ from transformers.utils import logging as transformers_logging
 from mp_rerank.config import ModelSpec
 from mp_rerank.direct import Direct, find_direct
 from mp_rerank.prepack import prepack
+from mp_rerank.readout import read_first
 from mp_rerank.tokens import estimate_pair, estimate_text
 from mp_rerank.unpad import unpad
 from mp_rerank.weights import make_private, mapped_bytes
@@ -51,6 +52,7 @@ class Engine:
     Attributes:
         prepacked: linear layers that are prepacked.
         unpadded: whether the network computes on no padding.
+        first_only: whether its last layer computes what the head reads and no more.
         tokens: of the pairs last scored, after truncation; ``None`` where only ``predict`` knows.
     """
 
@@ -87,7 +89,7 @@ class Engine:
         self.dtype, self.weights_bytes = prove(network, torch.device(device), _torch_dtype(spec))
         self.max_length = _max_length(self.model)
         self.prepacked = 0
-        self.unpadded = False
+        self.unpadded = self.first_only = False
         self.tokens: int | None = None
         self._direct: Direct | None = None
         ours = loaded is None or in_worker_process()  # else a loader's, in a process where others may be using it
@@ -106,6 +108,9 @@ class Engine:
             else:
                 if spec.unpad and device.startswith("cpu") and isinstance(self.model, CrossEncoder):
                     self.unpadded = unpad(self.model.model, self.dtype, lambda: self._predict(CANARY))
+                    self.first_only = self.unpadded and read_first(
+                        self.model.model, self.dtype, lambda: self._predict(CANARY)
+                    )
                 if spec.prepack:
                     self.prepacked = prepack(network, lambda: self.predict(CANARY))
         if ours:

@@ -14,7 +14,7 @@ torch = pytest.importorskip("torch")
 models = pytest.importorskip("models")
 from transformers.models.bert import modeling_bert  # noqa: E402
 
-from mp_rerank import unpad as module  # noqa: E402
+from mp_rerank import row  # noqa: E402
 from mp_rerank.engine import Engine, even_batches  # noqa: E402
 
 pytestmark = pytest.mark.real
@@ -72,14 +72,14 @@ def test_an_encoder_that_would_score_otherwise_is_put_back(
     fails: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = models.build("bert", tmp_path)
-    attend = module._attend
+    attend = row._attend
 
     def wrong(*arguments: Any, **options: Any) -> Any:
         if fails:
             raise RuntimeError("no such operator")
         return 1.01 * attend(*arguments, **options)[0], None
 
-    monkeypatch.setattr(module, "_attend", wrong)
+    monkeypatch.setattr(row, "_attend", wrong)
     padded = engine(folder)
     assert not padded.unpadded
     assert left_alone(padded.model.model)

@@ -1,0 +1,80 @@
+"""A last layer that computes first tokens only gives the scores of a whole one, or is left as it was."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from mp_rerank import ModelSpec
+
+torch = pytest.importorskip("torch")
+models = pytest.importorskip("models")
+from test_unpad import PAIRS, UNPADDED, needs_interface  # noqa: E402
+
+from mp_rerank.engine import Engine  # noqa: E402
+from mp_rerank.readout import read_first  # noqa: E402
+from mp_rerank.unpad import unpad  # noqa: E402
+
+pytestmark = [pytest.mark.real, needs_interface]
+
+
+def engine(folder: str, **options: Any) -> Engine:
+    return Engine(ModelSpec(folder, prepack=False, **options), "cpu", None, 256)
+
+
+@pytest.mark.parametrize("num_labels", [1, 3])
+@pytest.mark.parametrize("family", UNPADDED)
+def test_scores_are_the_whole_layer_s(family: str, num_labels: int, tmp_path: Path) -> None:
+    folder = models.build(family, tmp_path, num_labels)
+    short, plain = engine(folder), models.load(folder, "cpu")
+    assert short.first_only
+    for pairs in (PAIRS, PAIRS[:1], PAIRS[:1] * 5, PAIRS[:2]):
+        np.testing.assert_allclose(short.predict(pairs), plain.predict(pairs), rtol=1e-5, atol=1e-5)
+
+
+def test_past_the_keys_and_values_there_are_first_tokens_only(tmp_path: Path) -> None:
+    short = engine(models.build("bert", tmp_path))
+    seen: dict[str, int] = {}
+    first, last = short.model.model.bert.encoder.layer
+    for name, part in (
+        ("a whole layer", first.intermediate),
+        ("keys", last.attention.self.key),
+        ("the last layer", last.intermediate),
+    ):
+        part.register_forward_hook(lambda module, arguments, output, name=name: seen.update({name: output.shape[1]}))
+    short.predict(PAIRS[:3])
+    assert seen == {"a whole layer": short.tokens, "keys": short.tokens, "the last layer": 3}
+
+
+@pytest.mark.parametrize("reads", ["the mean of two", "the second token", "nothing that can be computed"])
+def test_a_head_that_reads_anything_else_gets_it(reads: str, tmp_path: Path) -> None:
+    whole = engine(models.build("bert", tmp_path), unpad=False)
+    network = whole.model.model
+    pooler = network.bert.pooler
+    pool = pooler.forward
+
+    def forward(hidden_states: Any) -> Any:
+        if reads == "the mean of two":
+            return pool(hidden_states[:, :2].mean(1, keepdim=True))
+        if reads == "the second token":
+            return pool(hidden_states[:, 1:])
+        if not hidden_states[:, 1].any():
+            raise RuntimeError("where are the others?")
+        return pool(hidden_states)
+
+    pooler.forward = forward
+    before = whole.predict(PAIRS)
+    assert unpad(network, "float32", lambda: whole.predict(PAIRS[:4]))
+    assert not read_first(network, "float32", lambda: whole.predict(PAIRS[:4]))
+    assert "forward" not in vars(network.bert.encoder.layer[-1])
+    np.testing.assert_allclose(whole.predict(PAIRS), before, rtol=1e-5, atol=1e-5)
+
+
+def test_in_bfloat16_too(tmp_path: Path) -> None:
+    folder = models.build("bert", tmp_path)
+    short, whole = engine(folder, dtype="bfloat16"), engine(folder, dtype="bfloat16", unpad=False)
+    assert (short.first_only, whole.first_only) == (True, False)
+    np.testing.assert_allclose(short.predict(PAIRS), whole.predict(PAIRS), atol=0.05)
