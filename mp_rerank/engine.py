@@ -112,7 +112,7 @@ class Engine:
                         self.model.model, self.dtype, lambda: self._predict(CANARY)
                     )
                 if spec.prepack:
-                    self.prepacked = prepack(network, lambda: self.predict(CANARY))
+                    self.prepacked = prepack(network, self.dtype, lambda: self.predict(CANARY))
         if ours:
             self._direct = find_direct(self.model, self._predict, self.max_length)
         self.mapped_bytes = mapped_bytes(network)

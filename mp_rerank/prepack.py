@@ -2,8 +2,9 @@
 
 ``nn.Linear`` hands its weight to the BLAS library as it lies in memory, every time. oneDNN can lay a weight out once
 for this CPU's registers and caches, and apply a GELU to products that are still in them; ``torch.compile`` with
-freezing uses the same two operators. Which layers gain is measured on the spot, a fraction of a second for each shape;
-where none does, or scores would differ, the model stays as it was.
+freezing uses the same two operators. Which layers of float32 gain is measured on the spot, a fraction of a second for
+each shape; where none does, or scores would differ, the model stays as it was. In bfloat16, where oneDNN computes in
+it, all are prepacked and nothing is measured: workers that chose differently would differ in a score's third digit.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from mp_rerank.row import same_scores
+
 __all__ = ["prepack"]
 
 logger = logging.getLogger(__name__)
@@ -28,13 +31,11 @@ ROWS = 512
 TRIALS = 3
 # Share of the plain layer's time that a packed one may take to be worth it.
 WORTHWHILE = 0.95
-# Largest difference of a score, absolute and relative: sums in another order differ in their last bits.
-TOLERANCE = 1e-5
 # The names under which encoders of BERT's family keep a layer and the activation that follows it.
 ACTIVATION_AFTER = {"dense": "intermediate_act_fn", "lin1": "activation"}
 
 
-def prepack(model: torch.nn.Module, predict: Callable[[], npt.NDArray[np.float32]]) -> int:
+def prepack(model: torch.nn.Module, dtype: str, predict: Callable[[], npt.NDArray[np.float32]]) -> int:
     """Prepack those ``nn.Linear`` of ``model`` on the CPU that are faster for it, if the model then scores the same.
 
     Only for a model that does nothing but predict from then on: a packed layer's ``weight`` keeps its shape, dtype and
@@ -42,6 +43,7 @@ def prepack(model: torch.nn.Module, predict: Callable[[], npt.NDArray[np.float32
 
     Args:
         model: changed in place, or not at all.
+        dtype: of its weights.
         predict: scores some fixed pairs with it: what must not change.
 
     Returns:
@@ -64,7 +66,7 @@ def prepack(model: torch.nn.Module, predict: Callable[[], npt.NDArray[np.float32
         logger.debug("layers cannot be prepacked here: %s", error)
         same = False
     else:
-        same = np.allclose(before, after, rtol=TOLERANCE, atol=TOLERANCE)
+        same = same_scores(before, after, dtype)
         if not same:
             logger.debug("prepacked layers score %s, not %s", after, before)
     if same:
@@ -110,15 +112,15 @@ class _Packed:
 
 
 def _worthwhile(linears: list[torch.nn.Linear]) -> list[_Packed]:
-    """The layers of those shapes that are faster packed, by one layer of each shape."""
+    """The layers of those shapes that are faster packed, by one layer of each shape; in bfloat16 all."""
     alike: dict[tuple[Any, ...], list[torch.nn.Linear]] = defaultdict(list)
     for linear in linears:
-        alike[linear.in_features, linear.out_features, linear.bias is None].append(linear)
+        alike[linear.weight.dtype, linear.in_features, linear.out_features, linear.bias is None].append(linear)
     chosen: list[_Packed] = []
-    for group in alike.values():
+    for (dtype, *_), group in alike.items():
         first = _Packed(group[0])
-        input = torch.randn(ROWS, first.linear.in_features)
-        if _share_of_time(first, group[0].forward, input) < WORTHWHILE:
+        input = torch.randn(ROWS, first.linear.in_features, dtype=dtype)
+        if dtype is torch.bfloat16 or _share_of_time(first, group[0].forward, input) < WORTHWHILE:
             chosen += [first, *map(_Packed, group[1:])]
     return chosen
 
@@ -148,7 +150,7 @@ def _fuse_activations(model: torch.nn.Module, packed: dict[torch.nn.Linear, _Pac
 
 
 def _is_exact_gelu(activation: torch.nn.Module) -> bool:
-    probe = torch.linspace(-3, 3, 61)
+    probe = torch.linspace(-3, 3, 61)  # float32 tells the exact one from its approximation
     return bool(torch.equal(activation(probe), torch.nn.functional.gelu(probe)))
 
 
@@ -157,10 +159,10 @@ def _identity(input: torch.Tensor) -> torch.Tensor:
 
 
 def _candidates(model: torch.nn.Module) -> list[torch.nn.Linear]:
-    """Plain linear layers in float32 on the CPU, each alone with its weight: a tied one is read elsewhere.
-
-    In bfloat16 the gain is a tenth, and workers that chose differently would differ in the third digit of a score.
-    """
+    """Plain linear layers on the CPU, each alone with its weight: a tied one is read elsewhere."""
+    dtypes = [torch.float32]
+    if torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        dtypes.append(torch.bfloat16)
     owners = Counter(id(parameter) for module in model.modules() for parameter in module._parameters.values())
     return [
         module
@@ -168,7 +170,7 @@ def _candidates(model: torch.nn.Module) -> list[torch.nn.Linear]:
         if type(module) is torch.nn.Linear
         and owners[id(module.weight)] == 1
         and module.weight.device.type == "cpu"
-        and module.weight.dtype is torch.float32
+        and module.weight.dtype in dtypes
         and "forward" not in vars(module)
         and not module._forward_hooks
         and not module._forward_pre_hooks

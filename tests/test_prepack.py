@@ -55,9 +55,16 @@ def test_scores_are_the_plain_model_s(family: str, tmp_path: Path) -> None:
     np.testing.assert_allclose(packed.predict(PAIRS), plain.predict(PAIRS), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.usefixtures("always")
-def test_bfloat16_is_left_alone(tmp_path: Path) -> None:
-    assert engine(models.build("bert", tmp_path), "bfloat16").prepacked == 0
+@pytest.mark.parametrize("supported", [False, True])
+def test_in_bfloat16_it_is_all_or_none(supported: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is measured: workers that chose differently would score differently."""
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: supported)
+    monkeypatch.setattr(module, "_share_of_time", None)
+    folder = models.build("bert", tmp_path)
+    packed = engine(folder, "bfloat16")
+    assert bool(list(plain_linears(packed.model.model))) != supported
+    assert (packed.prepacked > 0) == supported
+    np.testing.assert_allclose(packed.predict(PAIRS), models.load(folder, "cpu").predict(PAIRS), atol=0.05)
 
 
 @pytest.mark.usefixtures("always")
@@ -109,6 +116,6 @@ def test_a_weight_that_another_layer_reads_stays(tmp_path: Path) -> None:
     layers = network.model.bert.encoder.layer
     layers[1].output.dense.weight = layers[0].output.dense.weight
     before = network.predict(PAIRS)
-    assert module.prepack(network, lambda: network.predict(PAIRS[:4])) > 0
+    assert module.prepack(network, "float32", lambda: network.predict(PAIRS[:4])) > 0
     assert not layers[0].output.dense.weight.isnan().any()
     np.testing.assert_allclose(network.predict(PAIRS), before, rtol=1e-5, atol=1e-5)
