@@ -86,7 +86,11 @@ def _parser() -> argparse.ArgumentParser:
     basic = argparse.ArgumentParser(add_help=False)
     basic.add_argument("--model", default=BUILTIN, help="a hub name or a local folder (default: the built-in model)")
     basic.add_argument(
-        "--devices", default=["auto"], nargs="+", metavar="DEVICE", help="auto, cpu, cuda, cuda:1, mps, …"
+        "--devices",
+        default=["auto"],
+        type=lambda names: names.split(","),
+        metavar="DEVICE[,DEVICE...]",
+        help="auto, cpu, cuda, cuda:1, mps, …",
     )
     basic.add_argument("--json", action="store_true", help="print JSON")
     basic.add_argument("-v", "--verbose", action="store_true", help="log what the pool and its workers do")
@@ -346,7 +350,7 @@ def _read(name: str, form: str | None = None, field: str = "text") -> list[_Docu
 def _parse(lines: Iterable[bytes], where: str, form: str, field: str) -> Iterator[_Document]:
     for number, line in enumerate(lines, 1):
         try:
-            text = line.decode("utf-8").strip()
+            text = line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
         except UnicodeDecodeError as error:
             raise _InputError(f"{where}, line {number}: not UTF-8: {error.reason}") from error
         if not text:

@@ -13,6 +13,8 @@ import psutil
 import pytest
 from conftest import PATIENCE
 
+from mp_rerank import cli
+
 ROOT = Path(__file__).parent.parent
 BERLIN = ROOT / "examples" / "berlin.txt"
 COMMAND = [sys.executable, "-m", "mp_rerank.cli"]
@@ -65,6 +67,16 @@ def test_bytes_that_are_no_text_are_named_by_line(tmp_path: Path) -> None:
     done = mp_rerank("rank", "q", str(tmp_path / "latin1.txt"))
     assert (done.returncode, done.stdout) == (2, "")
     assert "latin1.txt, line 2: not UTF-8" in done.stderr
+
+
+def test_an_editor_s_byte_order_mark_is_no_part_of_a_document(tmp_path: Path) -> None:
+    (tmp_path / "marked.jsonl").write_bytes(b'\xef\xbb\xbf{"text": "a"}\n"b"\n')
+    assert [document.text for document in cli._read(str(tmp_path / "marked.jsonl"))] == ["a", "b"]
+
+
+def test_several_devices_are_one_argument() -> None:
+    done = mp_rerank("plan", "--devices", "cuda:0,cuda:1", "--json")
+    assert [seat["device"] for seat in json.loads(done.stdout)["seats"]] == ["cuda:0", "cuda:1"]
 
 
 def test_the_plan_says_how_many_workers_and_why() -> None:
