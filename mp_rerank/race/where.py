@@ -258,16 +258,10 @@ def predicting(send: Connection, folder: Path, threads: int) -> None:
     facts += [f"torch.nn.Module.{label} was called on the model {count} times" for label, count in counts.items()]
     facts += [f"  from {' > '.join(stack)}" for stack in moving[:1]]
     facts.append(f"parameters on another device or at another address afterwards: {sum(map(_differ, before, after))}")
-    activation = getattr(model, "activation_fn", None)
-    if activation is not None:
-        cases.predict(model, asked[0], torch.nn.Identity())
-        now = model.activation_fn
-        facts.append(
-            f"predict(activation_fn=Identity()) left the model's own as it was, {type(activation).__name__}"
-            if now is activation
-            else f"predict(activation_fn=Identity()) changed the model's own from {type(activation).__name__} to "
-            f"{type(now).__name__}: the next caller's"
-        )
+    if hasattr(model, "activation_fn"):
+        found, place = sharing_activation(model, asked)
+        facts += found
+        places.append(place)
     if "device" in inspect.signature(type(model).predict).parameters:
         try:
             cases.predict(model, asked[0], device="meta")
@@ -276,6 +270,43 @@ def predicting(send: Connection, folder: Path, threads: int) -> None:
         devices = ", ".join(sorted({str(parameter.device) for parameter in network.parameters()}))
         facts.append(f'predict(device="meta") left the model on {devices}: for every other caller too')
     send.send({"facts": facts, "places": [place.as_json() for place in places]})
+
+
+def sharing_activation(model: Any, asked: Sequence[Any]) -> tuple[list[str], Place]:
+    """Whether ``predict(activation_fn=...)`` of one thread is what another thread's scores go through."""
+    own = model.activation_fn
+    place = Place("CrossEncoder.predict", "the model's activation_fn", lambda: type(model.activation_fn))
+    swapped: list[str] = []
+
+    def predict(pairs: Any, wanted: torch.nn.Module) -> None:
+        original = wanted.forward
+
+        def forward(logits: Any) -> Any:
+            if callers[threading.get_ident()] is not wanted:
+                swapped.append(f"{threading.current_thread().name}'s scores went through another's activation")
+            return original(logits)
+
+        wanted.forward = forward
+        callers[threading.get_ident()] = wanted
+        place.enter(f"it asks for {type(wanted).__name__}")
+        try:
+            cases.predict(model, pairs, wanted, batch_size=8)
+        finally:
+            place.leave()
+
+    callers: dict[int, torch.nn.Module] = {}
+    kinds = itertools.cycle((torch.nn.Sigmoid, torch.nn.Identity))
+    together([partial(predict, pairs, kind()) for pairs, kind in zip(asked, kinds, strict=False)])
+    facts = [f"{line}, in {swapped.count(line)} batches" for line in sorted(set(swapped))]
+    facts = facts or ["every thread's scores went through the activation it asked for"]
+    now = model.activation_fn
+    facts.append(
+        f"predict(activation_fn=...) left the model's own as it was, {type(own).__name__}"
+        if now is own
+        else f"predict(activation_fn=...) changed the model's own from {type(own).__name__} to {type(now).__name__}: "
+        "the next caller's"
+    )
+    return facts, place
 
 
 def _differ(one: Any, other: Any) -> bool:
