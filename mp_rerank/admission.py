@@ -32,12 +32,24 @@ class Admission:
         self._turn = threading.Condition()
         self._line: deque[object] = deque()
 
-    def admit(self, pairs: int, tokens: int, deadline: float | None = None, timeout: float | None = None) -> None:
+    def admit(
+        self,
+        pairs: int,
+        tokens: int,
+        deadline: float | None = None,
+        timeout: float | None = None,
+        *,
+        may_wait: bool = True,
+    ) -> bool:
         """Take a place for ``pairs`` and ``tokens``.
 
         Args:
             pairs, tokens: the request's size.
             deadline: the request's own, on the monotonic clock, and ``timeout``, the seconds it was made of.
+            may_wait: whether to wait for a place.
+
+        Returns:
+            Whether it has one: ``False`` only where it may not wait and would have to.
 
         Raises:
             PoolOverloadedError: there was no room, within the patience configured.
@@ -48,7 +60,9 @@ class Admission:
         with self._turn:
             if not self._line and self._fits(pairs, tokens):
                 self._take(pairs, tokens)
-                return
+                return True
+            if not may_wait:
+                return False
             limit = None if self.patience is None else time.monotonic() + self.patience
             if deadline is not None:
                 limit = deadline if limit is None else min(limit, deadline)
@@ -62,25 +76,20 @@ class Admission:
                     raise PoolClosedError("the pool was closed while this request waited to be admitted")
                 if admitted:
                     self._take(pairs, tokens)
-                elif deadline is not None and limit == deadline:
+                    return True
+                if deadline is not None and limit == deadline:
                     raise RequestTimeoutError(
                         f"the request waited {timeout:g} s to be admitted", timeout=timeout or 0.0, total=pairs
                     )
-                else:
-                    raise PoolOverloadedError(
-                        f"{self.pairs} pairs ({self.tokens} tokens) are pending; no room for {pairs} ({tokens}) within "
-                        f"max_pending_pairs={self.max_pairs} and max_pending_tokens={self.max_tokens}",
-                        pending_pairs=self.pairs,
-                        pending_tokens=self.tokens,
-                    )
+                raise PoolOverloadedError(
+                    f"{self.pairs} pairs ({self.tokens} tokens) are pending; no room for {pairs} ({tokens}) within "
+                    f"max_pending_pairs={self.max_pairs} and max_pending_tokens={self.max_tokens}",
+                    pending_pairs=self.pairs,
+                    pending_tokens=self.tokens,
+                )
             finally:
                 self._line.remove(ticket)
                 self._turn.notify_all()
-
-    def would_wait(self, pairs: int, tokens: int) -> bool:
-        """Whether ``admit`` would not return at once."""
-        with self._turn:
-            return bool(self._line) or not self._fits(pairs, tokens)
 
     def release(self, pairs: int, tokens: int) -> None:
         """Give the place back."""

@@ -6,10 +6,11 @@ in the thread that made it, and not a worker that dies. Every default of the pac
 
 from __future__ import annotations
 
-import importlib
+import importlib.util
 import multiprocessing
 import pickle
 import re
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -316,8 +317,12 @@ def _importable(loader: str | Callable[..., Any]) -> str:
         raise ValueError(
             f"loader: {name} lives in the main module, which workers do not run; move it into a module they can import"
         )
+    found: Any = sys.modules.get(module)
     try:
-        found: Any = importlib.import_module(module)
+        if found is None:  # not to be imported here: it may import torch
+            if importlib.util.find_spec(module) is None:
+                raise ModuleNotFoundError(f"No module named {module!r}")
+            return f"{module}:{name}"
         for part in name.split("."):
             found = getattr(found, part)
     except Exception as error:

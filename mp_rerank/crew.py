@@ -26,6 +26,7 @@ from mp_rerank.batching import RequestQueue, Slice, Suspect
 from mp_rerank.config import ModelSpec, PoolConfig
 from mp_rerank.errors import ModelLoadError, RequestTimeoutError, RerankError, ScoringError, WorkerCrashedError
 from mp_rerank.launch import Worker
+from mp_rerank.logs import GuardedLogger
 from mp_rerank.pairs import Score
 from mp_rerank.plan import Seat
 from mp_rerank.request import Request
@@ -37,7 +38,7 @@ __all__ = ["Crew", "Outcome"]
 
 Outcome = Literal["completed", "failed", "cancelled", "timed_out"]
 
-logger = logging.getLogger(__name__)
+logger = GuardedLogger(logging.getLogger(__name__), {})
 
 CPU_BATCH_TOKENS = 1024
 GPU_BATCH_TOKENS = 16_384
@@ -97,7 +98,8 @@ class Crew:
         self._counts = counts
         self._leaving: list[tuple[Worker, float]] = []  # workers let go, and when to kill them
         self._started = False
-        self._scored_since_blame = False
+        self._scored = False  # whether the model has ever scored anything but its canary
+        self._blamed: set[Hashable] = set()  # pairs that failed their requests since it last did
         self._overestimate = 1.0  # estimated tokens for each that workers count
 
     def __repr__(self) -> str:
@@ -244,7 +246,7 @@ class Crew:
         offline = not self.spec.local and self.facts is not None
         try:
             slot.launch(self.spec, self.config, self._batch_tokens(slot), offline=offline, now=now)
-        except (OSError, RuntimeError) as error:  # no more processes, no more threads
+        except Exception as error:  # no more processes, no more threads, a fork server that died meanwhile
             logger.warning("worker %d on %s could not be launched: %s", slot.index, slot.seat.device, error)
             self._count_crash(slot, f"could not be launched: {error}", now)
 
@@ -325,7 +327,8 @@ class Crew:
                 self._blame_raised(slot, suspect, outcome)
         else:
             slot.took(piece, outcome.seconds, now)
-            self._scored_since_blame = True
+            self._scored = True
+            self._blamed.clear()
             scores = np.frombuffer(outcome.scores, dtype=np.float32)
             if outcome.num_labels is not None:
                 scores = scores.reshape(-1, outcome.num_labels)
@@ -403,6 +406,8 @@ class Crew:
 
     def _limit(self, slot: Slot) -> float | None:
         """When the slot's worker counts as hung; of one that has ended, when its slices count as lost."""
+        if slot.worker is None:
+            return None  # let go, with whatever it was at
         if slot.ended_at is not None:
             return slot.ended_at + GRACE_SECONDS if slot.outstanding else None
         if self.config.isolation == "thread" or slot.hung:
@@ -459,11 +464,13 @@ class Crew:
                     document_index=suspect.index,
                 ),
             )
-        if suspects and self._scored_since_blame:
-            # The deaths are explained, and the model is known to score: they say nothing against the seats.
-            self._scored_since_blame = False
-            for other in self.slots:
-                other.crashes = 0
+        if suspects and self._scored:
+            # The deaths are explained, and the model is known to score: they say nothing against the seats. Unless it
+            # is one pair after the other, and no score between: then the model has come to die of everything.
+            self._blamed.update(suspect.request.keys[suspect.index] for suspect in suspects)
+            if len(self._blamed) <= self.config.max_restarts:
+                for other in self.slots:
+                    other.crashes = 0
         self._end_worker(slot, now)
         self._count_crash(slot, how, now)
 

@@ -23,25 +23,28 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 from mp_rerank.admission import Admission
 from mp_rerank.config import ModelSpec, PoolConfig
 from mp_rerank.crew import Crew, Outcome
 from mp_rerank.errors import PoolClosedError, RerankError
 from mp_rerank.launch import launching
+from mp_rerank.logs import GuardedLogger
 from mp_rerank.plan import Seat
 from mp_rerank.request import Request
 from mp_rerank.results import PoolStats, WorkerInfo
 from mp_rerank.slot import Report
 from mp_rerank.worker import WorkerFacts
 
-__all__ = ["SIGNAL_CHECK_SECONDS", "Dispatcher"]
+__all__ = ["Dispatcher", "waited"]
 
-logger = logging.getLogger(__name__)
+_T = TypeVar("_T")
+
+logger = GuardedLogger(logging.getLogger(__name__), {})
 
 # How long a caller's thread sleeps at a time: CPython can lose a signal that arrives as it falls asleep on a lock.
 SIGNAL_CHECK_SECONDS = 0.5
@@ -136,7 +139,7 @@ class Dispatcher:
             return question()
         answer: Future[Any] = Future()
         self._put(_Ask(question, answer))
-        return answer.result()
+        return waited(answer).result()
 
     def stats(self) -> PoolStats:
         """A copy of the counters."""
@@ -227,8 +230,9 @@ class Dispatcher:
         elif isinstance(message, _Submit):
             self._counts.submitted += 1
             self._pending += 1
-            if self._closing is not None:
-                message.request.fail(PoolClosedError("the pool is closed"))
+            error = self._refusal(message.request)
+            if error is not None:
+                message.request.fail(error)
                 self._on_done(message.request, "failed")
             else:
                 self._crew.submit(message.request)
@@ -243,6 +247,17 @@ class Dispatcher:
             if self._closing is None or self._closing.drain:
                 self._closing = message
             self.admission.close()
+
+    def _refusal(self, request: Request) -> Exception | None:
+        """Why ``request``, admitted a moment ago, cannot be taken any more."""
+        if self._closing is not None:
+            return PoolClosedError("the pool is closed")
+        if request.ranking and self.facts is not None and self.facts.num_labels != 1:
+            return ValueError(
+                f"{self._crew.spec.name}, the model from a moment ago on, gives {self.facts.num_labels} scores a pair, "
+                "and ranking needs one: use submit_pairs"
+            )
+        return None
 
     def _change_crews(self, now: float) -> None:
         """Resolve ``started``, switch to a reloaded model, let go of a drained one."""
@@ -342,6 +357,17 @@ class Dispatcher:
         self._pending -= 1
         self.admission.release(len(request.pairs), request.total_tokens)
         setattr(self._counts, outcome, getattr(self._counts, outcome) + 1)
+
+
+def waited(future: Future[_T]) -> Future[_T]:
+    """``future``, once it is done.
+
+    Not ``future.result()``: CPython can lose a signal that arrives as the main thread falls asleep on a lock (measured:
+    5 of 8 times while another thread started a process), and Ctrl-C would wait for the result.
+    """
+    while not wait([future], timeout=SIGNAL_CHECK_SECONDS).done:
+        pass
+    return future
 
 
 def _answer(message: _Ask) -> None:

@@ -12,10 +12,23 @@ import logging
 import os
 import sys
 from multiprocessing.connection import Connection
+from typing import Any
 
-__all__ = ["WORKER_LOGGER", "redirect_output", "repeat_log"]
+__all__ = ["WORKER_LOGGER", "GuardedLogger", "redirect_output", "repeat_log"]
 
 WORKER_LOGGER = "mp_rerank.worker"
+
+
+class GuardedLogger(logging.LoggerAdapter):  # type: ignore[type-arg]  # Python 3.10 has it without
+    """A logger for a thread that others depend on: what a handler or filter of the caller's raises ends there."""
+
+    def log(self, level: int, msg: object, *args: object, **options: Any) -> None:
+        """As ``Logger.log``, naming the same caller."""
+        options.setdefault("stacklevel", 2)
+        try:
+            super().log(level, msg, *args, **options)
+        except Exception:  # there is nobody to tell
+            pass
 
 
 class _Sender(logging.Handler):

@@ -10,27 +10,25 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import Future, wait
+from concurrent.futures import Future
 from functools import partial
-from typing import Any, Literal, SupportsIndex, TypeVar, cast
+from typing import Any, Literal, SupportsIndex, cast
 
 import numpy as np
 import numpy.typing as npt
 import psutil
 
 from mp_rerank.config import BUILTIN, ModelSpec, PoolConfig
-from mp_rerank.dispatcher import SIGNAL_CHECK_SECONDS, Dispatcher
-from mp_rerank.errors import PoolClosedError
+from mp_rerank.dispatcher import Dispatcher, waited
+from mp_rerank.errors import PoolClosedError, RequestTimeoutError
 from mp_rerank.launch import check_may_spawn
 from mp_rerank.pairs import Pair, digests
 from mp_rerank.plan import Plan, make_plan
-from mp_rerank.request import PoolFuture, Request, Scores
+from mp_rerank.request import Request, Scores
 from mp_rerank.results import PoolMemory, PoolStats, RerankResult, WorkerInfo, WorkerMemory
 from mp_rerank.tokens import estimate_pair, estimate_text
 
 __all__ = ["RerankerPool"]
-
-_T = TypeVar("_T")
 
 MAX_PRIORITY = 8
 
@@ -116,7 +114,7 @@ class RerankerPool:
                         raise
                 dispatcher = self._dispatcher
         try:
-            error = _wait(dispatcher.started).exception()
+            error = waited(dispatcher.started).exception()
         except BaseException:
             dispatcher.close(drain=False)
             dispatcher.join()
@@ -170,7 +168,7 @@ class RerankerPool:
         spec = _spec(model)
         spec.check_devices(self.config.devices)
         dispatcher = self._running()
-        dispatcher.reload(spec).result()
+        waited(dispatcher.reload(spec)).result()
         self.spec = spec
 
     # Work.
@@ -206,11 +204,8 @@ class RerankerPool:
             PoolClosedError, PoolOverloadedError: the request was not taken.
             ModelLoadError: from ``start``, if this is the first request.
         """
-        text = _text("query", query)
-        kept = _documents(documents)
-        _check_top_n(top_n)
-        pairs = [(text, _text("documents", document, i)) for i, document in enumerate(kept)]
-        return self._submit(pairs, partial(_rank, kept, top_n), timeout, priority, on_timeout, ranking=True)
+        dispatcher, request = self._ranking(query, documents, top_n, timeout, priority, on_timeout)
+        return self._enter(dispatcher, request)
 
     def submit_pairs(
         self,
@@ -239,25 +234,46 @@ class RerankerPool:
             if isinstance(pair, str) or not isinstance(pair, Sequence) or len(pair) != 2:
                 raise TypeError(f"pairs[{i}]: a (query, document) is needed, not {_shown(pair)}")
             texts.append((_text("pairs", pair[0], i), _text("pairs", pair[1], i)))
-        return self._submit(texts, _all_scores, timeout, priority, on_timeout, ranking=False)
+        return self._enter(*self._request(texts, _all_scores, timeout, priority, on_timeout, ranking=False))
 
     def rerank(self, query: str, documents: Iterable[str], **options: Any) -> list[RerankResult]:
         """``submit(...).result()``: rank and wait. Interrupted, it cancels the request."""
         future = self.submit(query, documents, **options)
         try:
-            return _wait(future).result()
+            return waited(future).result()
         finally:
             future.cancel()  # of a finished one: nothing
 
-    async def arerank(self, query: str, documents: Iterable[str], **options: Any) -> list[RerankResult]:
+    async def arerank(
+        self,
+        query: str,
+        documents: Iterable[str],
+        *,
+        top_n: int | None = None,
+        timeout: float | None = None,
+        priority: int = 0,
+        on_timeout: OnTimeout = "raise",
+    ) -> list[RerankResult]:
         """``submit`` for asyncio: the loop goes on meanwhile, even while the pool starts or is full.
 
         Cancelling the task cancels the request.
         """
         kept = _documents(documents)
-        call = partial(self.submit, query, kept, **options)
-        if not self._may_block(query, kept):
-            return await asyncio.wrap_future(call())
+        if self._has_started:
+            dispatcher, request = self._ranking(query, kept, top_n, timeout, priority, on_timeout)
+            if self._admitted(dispatcher, request, may_wait=False):
+                return await asyncio.wrap_future(request.future)
+            call = partial(self._enter, dispatcher, request)
+        else:
+            call = partial(
+                self.submit,
+                query,
+                kept,
+                top_n=top_n,
+                timeout=timeout,
+                priority=priority,
+                on_timeout=on_timeout,
+            )
         submitting = asyncio.ensure_future(asyncio.to_thread(call))
         try:
             future = await asyncio.shield(submitting)
@@ -277,6 +293,7 @@ class RerankerPool:
         apply_softmax: bool | None = False,
         convert_to_numpy: bool = True,
         convert_to_tensor: bool = False,
+        **rest: Any,
     ) -> Any:
         """``CrossEncoder.predict``: scores of one pair or of a list of them, and wait.
 
@@ -287,22 +304,21 @@ class RerankerPool:
             activation_fn: must be ``None``: it belongs to the model here (``ModelSpec.activation``).
             apply_softmax: with several labels, make each pair's scores sum to 1.
             convert_to_numpy, convert_to_tensor: what to return; tensors import torch into this process.
+            rest: ``prompt_name``, ``prompt``, ``device``, ``pool`` and ``chunk_size`` of sentence-transformers 6, which
+                must be ``None`` for the same reason.
 
         Returns:
             A float32 array of shape (n,) or (n, num_labels), or without the first dimension for one pair; or a tensor,
             or a list of tensors, as ``CrossEncoder`` would.
         """
         del batch_size, show_progress_bar
-        if activation_fn is not None:
-            raise ValueError(
-                "activation_fn: a pool's activation is its model's: RerankerPool(ModelSpec(..., activation=...))"
-            )
+        _check_left_to_the_pool(activation_fn=activation_fn, **rest)
         given = inputs if inputs is not None else sentences
         if given is None or isinstance(given, str):
             raise TypeError(f"inputs: pairs of (query, document) are needed, not {_shown(given)}")
         single = len(given) > 0 and isinstance(given[0], str)
         pairs = cast("Sequence[Sequence[str]]", [given] if single else given)
-        scores = self.submit_pairs(pairs).result()
+        scores = waited(self.submit_pairs(pairs)).result()
         if apply_softmax and scores.ndim > 1:
             powers = np.exp(scores - scores.max(axis=1, keepdims=True))
             scores = powers / powers.sum(axis=1, keepdims=True)
@@ -325,16 +341,14 @@ class RerankerPool:
         batch_size: int = 32,
         show_progress_bar: bool | None = None,
         activation_fn: Callable[..., Any] | None = None,
+        **rest: Any,
     ) -> list[dict[str, Any]]:
         """``CrossEncoder.rank``: dicts of ``corpus_id``, ``score`` and, if asked for, ``text``, best first.
 
-        ``batch_size``, ``show_progress_bar`` and ``activation_fn`` are as for ``predict``.
+        ``batch_size``, ``show_progress_bar``, ``activation_fn`` and the rest are as for ``predict``.
         """
         del batch_size, show_progress_bar
-        if activation_fn is not None:
-            raise ValueError(
-                "activation_fn: a pool's activation is its model's: RerankerPool(ModelSpec(..., activation=...))"
-            )
+        _check_left_to_the_pool(activation_fn=activation_fn, **rest)
         ranked = self.rerank(query, documents, top_n=top_k)
         results: list[dict[str, Any]] = [{"corpus_id": r.index, "score": r.relevance_score} for r in ranked]
         if return_documents:
@@ -378,23 +392,35 @@ class RerankerPool:
         if self._closed:
             raise PoolClosedError("the pool is closed")
 
+    @property
+    def _has_started(self) -> bool:
+        return self._dispatcher is not None and self._dispatcher.facts is not None
+
     def _running(self) -> Dispatcher:
         self._check_open()
-        dispatcher = self._dispatcher
-        if dispatcher is None or dispatcher.facts is None:
+        if not self._has_started:
             self.start()
-            dispatcher = self._dispatcher
-            assert dispatcher is not None
+        dispatcher = self._dispatcher
+        assert dispatcher is not None
         return dispatcher
 
-    def _may_block(self, query: str, documents: Sequence[str]) -> bool:
-        dispatcher = self._dispatcher
-        if dispatcher is None or dispatcher.facts is None:
-            return True
-        tokens = sum(len(document) for document in documents if isinstance(document, str))
-        return dispatcher.admission.would_wait(len(documents), tokens)
+    def _ranking(
+        self,
+        query: str,
+        documents: Iterable[str],
+        top_n: int | None,
+        timeout: float | None,
+        priority: int,
+        on_timeout: OnTimeout,
+    ) -> tuple[Dispatcher, Request]:
+        """The request that ``submit`` makes of its arguments, and who is to have it."""
+        text = _text("query", query)
+        kept = _documents(documents)
+        _check_top_n(top_n)
+        pairs = [(text, _text("documents", document, i)) for i, document in enumerate(kept)]
+        return self._request(pairs, partial(_rank, kept, top_n), timeout, priority, on_timeout, ranking=True)
 
-    def _submit(
+    def _request(
         self,
         pairs: list[Pair],
         finish: Callable[[Scores, npt.NDArray[np.bool_]], Any],
@@ -403,7 +429,7 @@ class RerankerPool:
         on_timeout: OnTimeout,
         *,
         ranking: bool,
-    ) -> Future[Any]:
+    ) -> tuple[Dispatcher, Request]:
         deadline = _deadline(timeout)
         _check_priority(priority)
         if on_timeout not in ("raise", "partial"):
@@ -415,11 +441,6 @@ class RerankerPool:
             raise ValueError(
                 f"{self.spec.name} gives {facts.num_labels} scores a pair, and ranking needs one: use submit_pairs"
             )
-        if not pairs:
-            nothing = PoolFuture()
-            shape = (0,) if facts.num_labels == 1 else (0, facts.num_labels)
-            nothing.set_result(finish(np.zeros(shape, dtype=np.float32), np.zeros(0, dtype=np.bool_)))
-            return nothing
         request = Request(
             pairs,
             _lengths(pairs, facts.max_length),
@@ -429,10 +450,33 @@ class RerankerPool:
             deadline=deadline,
             timeout=timeout,
             partial=on_timeout == "partial",
+            num_labels=facts.num_labels,
+            ranking=ranking,
         )
-        dispatcher.admission.admit(len(pairs), request.total_tokens, deadline, timeout)
-        dispatcher.submit(request)
+        return dispatcher, request
+
+    def _enter(self, dispatcher: Dispatcher, request: Request) -> Future[Any]:
+        """Hand ``request`` over, once there is room for it; its future."""
+        self._admitted(dispatcher, request, may_wait=True)
         return request.future
+
+    def _admitted(self, dispatcher: Dispatcher, request: Request, *, may_wait: bool) -> bool:
+        """Hand ``request`` over, or resolve it here; ``False`` where that would have to wait and may not."""
+        if not request.pairs:
+            request.resolve()
+            return True
+        try:
+            admitted = dispatcher.admission.admit(
+                len(request.pairs), request.total_tokens, request.deadline, request.timeout, may_wait=may_wait
+            )
+        except RequestTimeoutError:
+            if not request.partial:
+                raise
+            request.resolve()  # with what there is: nothing
+            return True
+        if admitted:
+            dispatcher.submit(request)
+        return admitted
 
 
 def _spec(model: str | ModelSpec) -> ModelSpec:
@@ -460,6 +504,15 @@ def _documents(documents: Iterable[str]) -> list[str]:
 def _shown(value: object) -> str:
     text = repr(value)
     return f"{type(value).__name__} {text[:60]}{'…' if len(text) > 60 else ''}"
+
+
+def _check_left_to_the_pool(**arguments: object) -> None:
+    """Raise for what ``CrossEncoder`` takes with each call, and a pool has once for all."""
+    for name, value in arguments.items():
+        if name not in ("activation_fn", "prompt_name", "prompt", "device", "pool", "chunk_size"):
+            raise TypeError(f"{name}: CrossEncoder has no such argument")
+        if value is not None:
+            raise ValueError(f"{name}: it is the pool's own, or its model's: RerankerPool(ModelSpec(...), devices=...)")
 
 
 def _check_top_n(top_n: int | None) -> None:
@@ -512,17 +565,6 @@ def _rank(
 
 def _all_scores(scores: Scores, scored: npt.NDArray[np.bool_]) -> Scores:
     return scores
-
-
-def _wait(future: Future[_T]) -> Future[_T]:
-    """``future``, once it is done.
-
-    Not ``future.result()``: CPython can lose a signal that arrives as the main thread falls asleep on a lock (measured:
-    5 of 8 times while another thread started a process), and Ctrl-C would wait for the result.
-    """
-    while not wait([future], timeout=SIGNAL_CHECK_SECONDS).done:
-        pass
-    return future
 
 
 def _cancel_submitted(submitting: asyncio.Future[Future[Any]]) -> None:

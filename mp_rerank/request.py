@@ -68,6 +68,8 @@ class Request:
         deadline: when it expires, on the monotonic clock.
         timeout: the limit behind the deadline, in seconds, for the error message.
         partial: whether it then gets what is scored, rather than ``RequestTimeoutError``.
+        num_labels: scores a pair that the model gives, as far as is known while there are none.
+        ranking: whether ``finish`` needs that to be one.
     """
 
     def __init__(
@@ -81,6 +83,8 @@ class Request:
         deadline: float | None = None,
         timeout: float | None = None,
         partial: bool = False,
+        num_labels: int = 1,
+        ranking: bool = False,
     ) -> None:
         self.number = next(_numbers)
         self.pairs = pairs
@@ -92,6 +96,8 @@ class Request:
         self.deadline = deadline
         self.timeout = timeout
         self.partial = partial
+        self.num_labels = num_labels
+        self.ranking = ranking
         self.future = PoolFuture()
 
         # Longest first: what goes out together is then of like length, and the short ones fill the gaps at the end.
@@ -143,10 +149,13 @@ class Request:
     def _scores(self) -> tuple[Scores, npt.NDArray[np.bool_]]:
         """What ``finish`` takes."""
         scores = [pair.score for pair in self.wanted]
+        one = next((score for score in scores if score is not None), None)
+        if one is None:  # as of a request that never got as far as a queue
+            shape = (len(self.pairs),) if self.num_labels == 1 else (len(self.pairs), self.num_labels)
+            return np.full(shape, np.nan, dtype=np.float32), np.zeros(len(self.pairs), dtype=np.bool_)
         if not self.missing:
             return np.array(scores, dtype=np.float32), np.ones(len(scores), dtype=np.bool_)
         scored = [pair.state is PairState.SCORED for pair in self.wanted]
-        one = next((score for score in scores if score is not None), None)
         nothing = [np.nan] * len(one) if isinstance(one, list) else np.nan
         rows = [nothing if score is None else score for score in scores]
         return np.array(rows, dtype=np.float32), np.array(scored, dtype=np.bool_)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -120,6 +121,13 @@ def test_a_loader_from_the_main_module_is_refused_with_the_way_out() -> None:
         ModelSpec("model", loader=load)
 
 
+def test_a_loader_s_module_is_found_and_not_imported() -> None:
+    """It may import torch, which the parent never does."""
+    assert "dies_at_import" not in sys.modules
+    assert ModelSpec("fake", loader="dies_at_import:load").loader == "dies_at_import:load"
+    assert "dies_at_import" not in sys.modules
+
+
 def test_a_loader_may_be_the_function_itself() -> None:
     assert ModelSpec("model", loader=fakes.load) == ModelSpec("model", loader="fakes:load")
 
@@ -144,7 +152,9 @@ def test_a_loader_may_be_the_function_itself() -> None:
         (lambda p: p.submit_pairs(["qd"]), TypeError, "pairs[0]: a (query, document) is needed"),
         (lambda p: p.submit_pairs([("q", 7)]), TypeError, "pairs[0]: a string is needed, not int 7"),
         (lambda p: p.predict("text"), TypeError, "inputs: pairs of (query, document)"),
-        (lambda p: p.predict([("q", "d")], activation_fn=abs), ValueError, "activation_fn: a pool's activation"),
+        (lambda p: p.predict([("q", "d")], activation_fn=abs), ValueError, "activation_fn: it is the pool's own"),
+        (lambda p: p.rank("q", ["d"], device="cpu"), ValueError, "device: it is the pool's own"),
+        (lambda p: p.predict([("q", "d")], top_k=1), TypeError, "top_k: CrossEncoder has no such argument"),
     ],
 )
 def test_a_bad_argument_is_named_before_the_pool_is_started(

@@ -115,7 +115,7 @@ def test_several_labels_are_scored_and_not_ranked(make_pool: MakePool, kind: dic
 def test_it_stands_in_for_a_cross_encoder(pool: RerankerPool) -> None:
     documents = ["a", "b", "c"]
     scores = scores_of("query", documents)
-    predicted = pool.predict([("query", d) for d in documents], batch_size=2, show_progress_bar=False)
+    predicted = pool.predict([("query", d) for d in documents], batch_size=2, show_progress_bar=False, prompt=None)
     assert predicted.tolist() == scores
     assert pool.predict(["query", "a"]) == np.float32(scores[0])
     assert pool.predict(sentences=[["query", "a"]]).tolist() == scores[:1]

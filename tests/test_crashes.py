@@ -211,6 +211,25 @@ def test_poison_in_every_request_leaves_the_pool_standing(make_pool: MakePool) -
         assert {w.state for w in pool.workers()} <= {"ready", "restarting"}
 
 
+def test_the_same_poison_asked_for_again_and_again_takes_no_seat_away(make_pool: MakePool) -> None:
+    """An agent that tries again is one document's fault, with nothing else scored between."""
+    with make_pool(workers=1, max_attempts=2, max_restarts=2) as pool:
+        assert pool.rerank("query", documents(1))
+        for _ in range(6):
+            error = pool.submit("query", ["!os._exit 3"]).exception(PATIENCE)
+            assert "document 0 ended 2 workers" in str(error)
+        assert pool.rerank("query", documents(9)) == ranked("query", documents(9))
+
+
+def test_one_poison_after_the_other_and_nothing_between_ends_the_pool(make_pool: MakePool) -> None:
+    with make_pool(workers=1, max_attempts=2, max_restarts=3) as pool:
+        assert pool.rerank("query", documents(1))
+        errors = [pool.submit("query", [f"!os._exit {i}"]).exception(PATIENCE) for i in range(1, 8)]
+        assert all(isinstance(error, WorkerCrashedError) for error in errors)
+        assert ["document 0 ended 2 workers" in str(error) for error in errors] == [True] * 4 + [False] * 3
+        assert {w.state for w in pool.workers()} == {"failed"}
+
+
 def test_a_model_that_dies_of_every_document_ends_the_pool(make_pool: MakePool) -> None:
     with make_pool(ModelSpec("deadly", loader="fakes:load_deadly"), max_restarts=4) as pool:
         futures = [pool.submit(f"query {i}", documents(20)) for i in range(50)]
@@ -408,6 +427,24 @@ def test_a_log_handler_that_raises_or_blocks_hides_no_death(make_pool: MakePool)
         finally:
             release.set()
             logger.removeHandler(handler)
+
+
+def test_a_log_handler_that_raises_ends_no_pool(make_pool: MakePool, tmp_path: Path) -> None:
+    """What the pool itself has to say of a death is said on the thread that all depend on."""
+
+    class Broken(logging.Handler):
+        def handle(self, record: logging.LogRecord) -> bool:
+            raise OSError("the log server is gone")
+
+    broken = Broken()
+    logging.getLogger("mp_rerank").addHandler(broken)
+    try:
+        with make_pool() as pool:
+            mortal = ["fine", f"!once {tmp_path / 'died'} !os._exit 3"]
+            assert pool.rerank("query", mortal) == ranked("query", mortal)
+            assert pool.stats().crashes == 1
+    finally:
+        logging.getLogger("mp_rerank").removeHandler(broken)
 
 
 def test_futures_tampered_with_by_their_owner_hurt_only_him(make_pool: MakePool) -> None:

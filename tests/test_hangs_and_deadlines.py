@@ -194,6 +194,15 @@ def test_a_worker_that_does_not_leave_is_killed_after_its_grace() -> None:
     assert not crew.alive
 
 
+def test_a_worker_let_go_in_the_middle_of_a_slice_is_not_hung_as_well() -> None:
+    """As by a reload, when nobody waits for the slice any more: the limit of its slice comes before its grace ends."""
+    crew, standing, _ = busy_crew(10, 0.001, hang_timeout=1.0)
+    crew.close(0.0, kill=False)
+    assert crew.wake_at() == GRACE_SECONDS
+    crew.tick(GRACE_SECONDS - 0.1)
+    assert not standing.killed
+
+
 def test_a_worker_that_loads_has_nothing_to_finish() -> None:
     crew, standing, _ = busy_crew(10, 0.001)
     crew.slots[0].state = SlotState.STARTING

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
 import time
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 from conftest import PATIENCE, Fifo, ranked, until
 
-from mp_rerank import ModelSpec, PoolClosedError, PoolOverloadedError, RequestTimeoutError, RerankerPool
+from mp_rerank import ModelSpec, PoolClosedError, PoolOverloadedError, RequestTimeoutError, RerankerPool, RerankResult
 from mp_rerank.admission import Admission
 
 MakePool = Callable[..., RerankerPool]
@@ -74,6 +76,31 @@ def test_a_blocked_caller_s_own_timeout_counts(full: Callable[..., RerankerPool]
         pool.submit("query", documents(3), timeout=0.1)
     assert (caught.value.timeout, caught.value.scored, caught.value.total) == (0.1, 0, 3)
     fifo.release()
+
+
+def test_a_blocked_caller_who_takes_what_there_is_gets_it(full: Callable[..., RerankerPool], fifo: Fifo) -> None:
+    pool = full(overload="block")
+    results = pool.submit("query", documents(3), timeout=0.1, on_timeout="partial").result(0)
+    assert [(result.document, result.relevance_score) for result in results] == [(d, None) for d in documents(3)]
+    scores = pool.submit_pairs([("query", d) for d in documents(3)], timeout=0.1, on_timeout="partial").result(0)
+    assert np.isnan(scores).tolist() == [True] * 3
+    fifo.release()
+
+
+def test_a_full_pool_does_not_hold_up_an_event_loop(make_pool: MakePool, fifo: Fifo) -> None:
+    """However long the query is, and short the documents: what is bounded is both."""
+    pool = make_pool(workers=1, max_pending_tokens=1000).start()
+    pool.submit("word " * 700, [fifo.order])
+    fifo.wait_until_read()
+
+    async def main() -> list[RerankResult]:
+        waiting = asyncio.create_task(pool.arerank("word " * 400, ["a", "b"]))
+        while not pool._dispatcher.admission._line:  # type: ignore[union-attr]
+            await asyncio.sleep(0.005)
+        fifo.release()
+        return await waiting
+
+    assert asyncio.run(asyncio.wait_for(main(), PATIENCE)) == ranked("word " * 400, ["a", "b"])
 
 
 @pytest.mark.parametrize("drain", [True, False])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -156,6 +157,27 @@ def test_what_waits_for_one_score_a_pair_is_not_given_three(make_pool: MakePool,
         assert begun.result(PATIENCE)
         assert [future.result(PATIENCE) for future in waiting] == [ranked("query", documents(20))] * 5
         assert pool.predict([("query", "document")]).shape == (1, 3)
+
+
+def test_a_ranking_that_comes_as_the_model_gets_three_labels_is_refused_in_words(
+    make_pool: MakePool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Checked as it was submitted, admitted after the reload."""
+    with make_pool(workers=1) as pool:
+        admission = pool._dispatcher.admission  # type: ignore[union-attr]
+        admit = admission.admit
+
+        def reload_first(*arguments: Any, **options: Any) -> bool:
+            monkeypatch.undo()
+            pool.reload(ModelSpec("three", loader="fakes:load_three_labels"))
+            return admit(*arguments, **options)
+
+        monkeypatch.setattr(admission, "admit", reload_first)
+        error = pool.submit("query", documents(2)).exception(PATIENCE)
+        assert isinstance(error, ValueError)
+        assert "gives 3 scores a pair, and ranking needs one" in str(error)
+        assert pool.submit_pairs([("query", "document")]).result(PATIENCE).shape == (1, 3)
+        assert pool.stats().pending_pairs == 0
 
 
 def test_a_model_that_cannot_be_loaded_leaves_the_old_one(make_pool: MakePool) -> None:
