@@ -32,7 +32,8 @@ Written by `python -m bench matrix`: each environment made by tox, the tests of 
 `mp-rerank race` ([what its columns mean](race.md)). Time is that of making it and of its tests, on one core.
 
 Tests of frameworks and of other runtimes are skipped: `tox run -e integrations` and `-e backends` have those.
-Environments with transformers 4.49 are below the declared minimums, and show why these are no lower.
+Environments with torch 2.4, or transformers 4.49 or 4.53, are below the declared minimums, and show why these are no
+lower.
 """
 NOT_HERE = re.compile(r"^SKIPPED .*(is not installed|only with MP_RERANK_\w+=required)$")
 COUNTS = re.compile(r"(\d+) (passed|failed|errors?|skipped|xfailed|deselected)")
@@ -96,8 +97,10 @@ def run(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
         race, _ = json.JSONDecoder().raw_decode(raced.stdout, raced.stdout.index("{"))  # tox has the last word
     except ValueError:
         race = {"failed": True, "said": (raced.stdout + raced.stderr)[-2000:]}
+    commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
     return {
         "name": name,
+        "commit": commit.stdout.strip(),
         "passed": tested.returncode == 0,
         "tests": " ".join(f"{n} {what}" for n, what in COUNTS.findall(summaries[-1])) if summaries else said[-2000:],
         "notes": failures,
@@ -129,6 +132,7 @@ def page(results: Sequence[dict[str, Any]]) -> Iterator[str]:
         yield f"| {' | '.join([result['name'], *numbers, tests, *cost, threads, pool])} |"
     seconds, size = sum(r["seconds"] for r in results), sum(r["bytes"] for r in results)
     yield ""
+    yield f"Commits: {', '.join(sorted({result['commit'] for result in results}))}."
     yield f"In all {seconds / 60:.0f} minutes, one after another, and {size / 1e9:.0f} GB if all are kept."
     for result in results:
         yield from ("", f"## {result['name']}", "")
