@@ -10,6 +10,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "chaos": ("bench.chaos", "agents, dying workers, and a ledger of every request"),
     "fairness": ("bench.fairness", "delays of small requests with and without a large one"),
     "compare": ("bench.compare", "two runs held against each other: what got slower, beyond the spread of both"),
+    "langroid": ("bench.langroid_arms", "ten Langroid agents at once: with the pool, with a lock, with neither"),
     "latency": ("bench.latency", "one request alone and in company; the machinery without a model"),
     "load": ("bench.load", "what importing, constructing and the first prediction cost, cached and not"),
     "matrix": ("bench.matrix", "every environment of the tox matrix tested and raced, on one page"),

@@ -14,7 +14,7 @@ os.environ.setdefault("HAYSTACK_TELEMETRY_ENABLED", "False")
 
 
 def need(name: str) -> ModuleType:
-    """The module ``name``, or a skip; under ``tox -e integrations``, the error that importing it ended in."""
+    """The module ``name``, or a skip; under ``tox -e newest``, the error that importing it ended in."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what a framework warns of while it is imported is its own affair
         if os.environ.get("MP_RERANK_INTEGRATIONS") == "required":
