@@ -18,7 +18,7 @@ import ir_measures
 import numpy as np
 from ir_measures import nDCG
 
-from bench.datasets import HELD_OUT, Collection
+from bench.datasets import HELD_OUT, Collection, scifact
 from bench.retrieval import BM25, BiEncoder
 from mp_rerank import ModelSpec, RerankerPool
 
@@ -78,6 +78,27 @@ def quantiles(collection: Collection, run: Run) -> dict[str, list[float]]:
     }
 
 
+def seen_and_unseen(collection: Collection, training: Collection, runs: dict[str, Run]) -> dict[str, dict[str, float]]:
+    """nDCG@10 of the queries that share a relevant document with a training query, and of the others.
+
+    SciFact's splits share their abstracts, and its claims are often variants of each other.
+    """
+    used = {doc for grades in training.qrels.values() for doc, grade in grades.items() if grade > 0}
+    seen = {query for query, grades in collection.qrels.items() if used & {doc for doc in grades if grades[doc] > 0}}
+    groups = {"seen": seen, "unseen": collection.qrels.keys() - seen}
+    return {
+        ranker: {
+            f"{name} ({len(group)})": float(
+                np.mean(
+                    [m.value for m in ir_measures.iter_calc([nDCG @ 10], collection.qrels, run) if m.query_id in group]
+                )
+            )
+            for name, group in groups.items()
+        }
+        for ranker, run in runs.items()
+    }
+
+
 def bi_encoder(collection: Collection, pool: Candidates) -> Scorer:
     """Cosines, with every candidate encoded once although many queries share it."""
     encoder = BiEncoder()
@@ -108,23 +129,30 @@ class Measured:
     ndcg: dict[str, dict[str, float]]  # ranker -> set -> nDCG@10
     scores: dict[str, dict[str, dict[str, list[float]]]]  # cross-encoder -> set -> relevant and others -> quantiles
     seconds: dict[str, float]  # cross-encoder -> time spent scoring, all sets together
+    scifact: dict[str, dict[str, float]]  # ranker -> claims whose abstract training has seen, and others -> nDCG@10
 
 
 def measure(data: Path, names: list[str], models: list[str], seed: int, dtype: str) -> Measured:
     """Every ranker on every set, with a line on standard error as each set is done."""
-    found = Measured({"random": {}, "BM25": {}, "bi-encoder": {}}, {}, {})
+    found = Measured({"random": {}, "BM25": {}, "bi-encoder": {}}, {}, {}, {})
     for name in names:
         collection = HELD_OUT[name](data)
         pool = candidates(collection)
         found.ndcg["random"][name] = random_order(collection, pool, seed)
-        found.ndcg["BM25"][name] = ndcg(collection, {query: dict(ranked) for query, ranked in pool.items()})
-        found.ndcg["bi-encoder"][name] = ndcg(collection, rerank(collection, pool, bi_encoder(collection, pool)))
+        runs: dict[str, Run] = {
+            "BM25": {query: dict(ranked) for query, ranked in pool.items()},
+            "bi-encoder": rerank(collection, pool, bi_encoder(collection, pool)),
+        }
         for model in models:
             title = "built-in" if model == str(BUILTIN) else model
             run, seconds = cross_encoder(model, dtype, collection, pool)
             found.seconds[title] = found.seconds.get(title, 0.0) + seconds
-            found.ndcg.setdefault(title, {})[name] = ndcg(collection, run)
+            runs[title] = run
             found.scores.setdefault(title, {})[name] = quantiles(collection, run)
+        for ranker, run in runs.items():
+            found.ndcg.setdefault(ranker, {})[name] = ndcg(collection, run)
+        if name == "scifact":
+            found.scifact = seen_and_unseen(collection, scifact(data, "train"), runs)
         print(name, {ranker: round(row[name], 4) for ranker, row in found.ndcg.items()}, file=sys.stderr, flush=True)
     return found
 
@@ -137,6 +165,11 @@ def markdown(found: Measured, names: list[str]) -> str:
         mean = np.mean([row[name] for name in names])
         cells = " | ".join(f"{row[name]:.3f}" for name in names)
         lines.append(f"| {ranker} | {cells} | {mean:.3f} | {mean - base:+.3f} |")
+    if found.scifact:
+        groups = list(found.scifact["BM25"])
+        lines += ["", f"| nDCG@10, SciFact's claims whose abstracts training has | {' | '.join(groups)} |"]
+        lines.append("|---|" + "---:|" * len(groups))
+        lines += [f"| {r} | {' | '.join(f'{row[g]:.3f}' for g in groups)} |" for r, row in found.scifact.items()]
     if found.scores:
         lines += ["", "| scores at | " + " | ".join(f"{q:.0%}" for q in QUANTILES) + " |"]
         lines.append("|---|" + "---:|" * len(QUANTILES))

@@ -213,12 +213,16 @@ def labelled(data: Path, squad: list[Path], passages: list[Passage]) -> list[Que
     return found
 
 
-def made(passages: list[Passage], count: int, generator: random.Random) -> list[Query]:
-    """`count` queries made from passages, the pools with human text drawn more often than documentation."""
+def made(passages: list[Passage], count: int, generator: random.Random, labels: list[Query]) -> list[Query]:
+    """`count` queries made from passages, the pools with human text drawn more often than documentation.
+
+    None from a passage that answers a query of `labels` kept for validation: its title may be that query.
+    """
     rarity = Rarity(passages)
     kinds = makers(rarity)
     weight = {"abstracts": 3.0, "findings": 1.5, "sentences": 4.0, "paragraphs": 6.0}
-    usable = [number for number, item in enumerate(passages) if not item.pool.endswith("-validation")]
+    held = {number for query in labels if query.validation for number in query.relevant}
+    usable = [n for n, item in enumerate(passages) if n not in held and not item.pool.endswith("-validation")]
     weights = [weight.get(passages[number].pool, 1.0) for number in usable]
     found: dict[str, Query] = {}
     while len(found) < count:
@@ -250,7 +254,8 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(argv)
     passages = read(options.work / "passages.jsonl", Passage)
-    found = labelled(options.data, options.squad, passages) + made(passages, options.count, random.Random(options.seed))
+    labels = labelled(options.data, options.squad, passages)
+    found = labels + made(passages, options.count, random.Random(options.seed), labels)
     write(options.work / "queries.jsonl", found)
     print(f"{len(found)} queries: {dict(collections.Counter(query.kind for query in found))}")
     return 0
