@@ -6,6 +6,7 @@ import sys
 #: command -> (module with a `main(argv)`, what it does in one line)
 COMMANDS: dict[str, tuple[str, str]] = {
     "backends": ("bench.backends", "speed, rank agreement and memory of torch, ONNX Runtime and OpenVINO, by dtype"),
+    "bulk": ("bench.bulk", "mp-rerank run on SciFact and Vaswani, killed in the middle and gone on with"),
     "builtin": ("bench.builtin", "make the built-in model again from its sources"),
     "chaos": ("bench.chaos", "agents, dying workers, and a ledger of every request"),
     "fairness": ("bench.fairness", "delays of small requests with and without a large one"),

@@ -22,6 +22,7 @@ import json
 import os
 import re
 import time
+import zlib
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
@@ -29,7 +30,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
-from mp_rerank.config import ModelSpec
+from mp_rerank.config import BUILTIN, ModelSpec
 from mp_rerank.pool import RerankerPool
 from mp_rerank.results import RerankResult
 
@@ -197,9 +198,14 @@ def parse_measures(measures: Sequence[str]) -> list[Any]:
 
 
 def model_tag(spec: ModelSpec) -> str:
-    """A run's tag that tells which model made it, and how far it read: one word."""
+    """A run's tag that tells which model made it, and how far it read: one word.
+
+    Of a folder's path its name and a checksum: many are called ``model``.
+    """
     backend = None if spec.backend == "torch" else spec.backend
-    parts = [spec.name.rstrip("/").rpartition("/")[2], spec.revision, backend, spec.dtype, spec.max_length]
+    folder = Path(spec.name).resolve()
+    where = f"{zlib.crc32(str(folder).encode()):08x}" if spec.name != BUILTIN and folder.is_dir() else None
+    parts = [spec.name.rstrip("/").rpartition("/")[2], where, spec.revision, backend, spec.dtype, spec.max_length]
     return ":".join(["mp_rerank", *(re.sub(r"[^A-Za-z0-9._-]+", "-", str(part)) for part in parts if part is not None)])
 
 

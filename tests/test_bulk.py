@@ -285,6 +285,16 @@ def test_a_models_tag_is_one_word() -> None:
     assert model_tag(ModelSpec("/some where/my model/")) == "mp_rerank:my-model"
 
 
+def test_two_folders_of_one_name_have_two_tags(tmp_path: Path) -> None:
+    """So that neither's output is taken for the other's, and gone on with."""
+    folders = [tmp_path / version / "model" for version in ("v1", "v2")]
+    for folder in folders:
+        folder.mkdir(parents=True)
+    tags = {model_tag(ModelSpec(f"{folder}/")) for folder in folders}
+    assert len(tags) == 2
+    assert all(tag.startswith("mp_rerank:model:") for tag in tags)
+
+
 QRELS = {
     "trec": "q0 0 d0 1\nq0 0 d2 0\nq1 0 d8 2\n",
     "beir": "query-id\tcorpus-id\tscore\nq0\td0\t1\nq0\td2\t0\nq1\td8\t2\n",

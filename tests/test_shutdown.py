@@ -332,7 +332,10 @@ report(futures)
 """
 
 
-@pytest.mark.parametrize(("state", "parting"), [("starting", ""), ("idle", ""), ("busy", ""), ("busy", "closing")])
+@pytest.mark.parametrize(
+    ("state", "parting"),
+    [("starting", ""), ("idle", ""), ("busy", ""), ("busy", "closing"), ("broken", ""), ("restarting", "")],
+)
 def test_ctrl_c(run: Callable[..., Script], state: str, parting: str) -> None:
     """Once, while the main thread starts the pool, sleeps, or closes it."""
     script = run(WAITING, state, parting)
@@ -441,7 +444,7 @@ def test_the_parent_is_killed(run: Callable[..., Script], state: str, name: str)
 
 @needs_fork
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-@pytest.mark.parametrize("state", ["idle", "busy"])
+@pytest.mark.parametrize("state", ["starting", "idle", "busy", "broken", "restarting"])
 def test_the_parent_is_killed_and_a_fork_of_it_lives_on(run: Callable[..., Script], state: str) -> None:
     """It holds open every pipe whose end would tell the workers."""
     script = run(STAYING, state, "fork")
@@ -495,11 +498,13 @@ report(futures)
 
 
 @needs_fork
-@pytest.mark.parametrize("parting", ["", "collect", "_exit"])
-def test_a_fork_has_no_pool_and_takes_none_away(run: Callable[..., Script], parting: str) -> None:
-    script = run(FORKING, "idle", parting)
+@pytest.mark.parametrize(
+    ("state", "parting"), [("idle", ""), ("idle", "collect"), ("idle", "_exit"), ("busy", ""), ("broken", "")]
+)
+def test_a_fork_has_no_pool_and_takes_none_away(run: Callable[..., Script], state: str, parting: str) -> None:
+    script = run(FORKING, state, parting)
     child = "child ['PoolClosedError', 'PoolClosedError', 'PoolClosedError', 1]"
-    check(script, words=(child, "pending 0"))
+    check(script, release=state == "busy", words=(child, "pending 0"))
 
 
 FORKED_WHILE_SPAWNING = """
