@@ -133,6 +133,9 @@ def initialize_process(
     threading.Thread(target=_leave_with_parent, name="parent-watch", daemon=True).start()
     set_threads(threads)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false" if threads == 1 else "true")
+    # Some models (ModernBERT in transformers 4) have torch compile them, whose helpers would be processes of their own,
+    # which nobody ends when the worker is killed.
+    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
     if offline:
         os.environ["HF_HUB_OFFLINE"] = "1"
     redirect_output(logs, log_level)

@@ -30,8 +30,7 @@ def compile_network(
     Raises:
         RuntimeError: there is no C++ compiler, or it failed.
     """
-    # The compiler's helpers would be processes of their own, which nobody ends when the worker is killed.
-    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
+    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # as in a worker process
     options = {"freezing": True} if device.startswith("cpu") else None
     network.forward = torch.compile(network.forward, dynamic=True, options=options)
     try:
