@@ -97,7 +97,7 @@ def run(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
         race, _ = json.JSONDecoder().raw_decode(raced.stdout, raced.stdout.index("{"))  # tox has the last word
     except ValueError:
         race = {"failed": True, "said": (raced.stdout + raced.stderr)[-2000:]}
-    commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
     return {
         "name": name,
         "commit": commit.stdout.strip(),
@@ -132,7 +132,7 @@ def page(results: Sequence[dict[str, Any]]) -> Iterator[str]:
         yield f"| {' | '.join([result['name'], *numbers, tests, *cost, threads, pool])} |"
     seconds, size = sum(r["seconds"] for r in results), sum(r["bytes"] for r in results)
     yield ""
-    yield f"Commits: {', '.join(sorted({result['commit'] for result in results}))}."
+    yield f"Commits: {', '.join(sorted({result.get('commit', 'before they were noted') for result in results}))}."
     yield f"In all {seconds / 60:.0f} minutes, one after another, and {size / 1e9:.0f} GB if all are kept."
     for result in results:
         yield from ("", f"## {result['name']}", "")

@@ -124,6 +124,8 @@ def find_direct(
     """
     if type(model) is not CrossEncoder or "predict" in vars(model):  # a loader's, with a predict of its own
         return None
+    if not isinstance(model, torch.nn.Module):  # before sentence-transformers 4
+        return None
     if any(module._forward_hooks or module._forward_pre_hooks for module in model.modules()):
         return None
     try:

@@ -24,7 +24,7 @@ class GuardedLogger(logging.LoggerAdapter):  # type: ignore[type-arg]  # Python 
 
     def log(self, level: int, msg: object, *args: object, **options: Any) -> None:
         """As ``Logger.log``, naming the same caller."""
-        options.setdefault("stacklevel", 2)
+        options.setdefault("stacklevel", 2 if sys.version_info >= (3, 11) else 3)  # 3.10 counts logging's own frames
         try:
             super().log(level, msg, *args, **options)
         except Exception:  # there is nobody to tell

@@ -33,7 +33,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure() -> None:
-    # The models that pools are held against are in this process, and some have torch compile them, in helpers that stay.
+    # The models that pools are held against are in this process; some have torch compile them, in helpers that stay.
     os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
     os.environ["MP_RERANK_TUNED"] = "0"  # pools are what their tests say, whatever was measured on this machine
     # A shell's background job ignores Ctrl-C, and so would every process that the tests start and interrupt.

@@ -431,9 +431,11 @@ def test_a_log_handler_that_raises_or_blocks_hides_no_death(make_pool: MakePool)
 
 def test_a_log_handler_that_raises_ends_no_pool(make_pool: MakePool, tmp_path: Path) -> None:
     """What the pool itself has to say of a death is said on the thread that all depend on."""
+    said_by = []
 
     class Broken(logging.Handler):
         def handle(self, record: logging.LogRecord) -> bool:
+            said_by.append(record.module)
             raise OSError("the log server is gone")
 
     broken = Broken()
@@ -445,6 +447,7 @@ def test_a_log_handler_that_raises_ends_no_pool(make_pool: MakePool, tmp_path: P
             assert pool.stats().crashes == 1
     finally:
         logging.getLogger("mp_rerank").removeHandler(broken)
+    assert set(said_by) == {"crew"}, "and not what guards it"
 
 
 def test_futures_tampered_with_by_their_owner_hurt_only_him(make_pool: MakePool) -> None:
