@@ -29,7 +29,7 @@ PAGE = ROOT / "docs" / "matrix.md"
 INTRODUCTION = """# The matrix
 
 Written by `python -m bench matrix`: each environment made by tox, the tests of real models run in it, and then
-`mp-rerank race` ([what its columns mean](race.md)). Time is that of making it and of its tests, on one core.
+`mp-rerank race` ([what its columns mean](race.md)). Time is that of making it and of its tests, on about one core.
 
 Tests of frameworks and of other runtimes are skipped: `tox run -e newest` and `-e backends` have those.
 Environments with torch 2.4, or transformers 4.49 or 4.53, are below the declared minimums, and show why these are no
