@@ -103,6 +103,8 @@ def test_documents_are_ranked_offline_by_the_built_in_model() -> None:
     assert header.split() == ["rank", "score", "document"]
     assert first.split()[0] == "1"
     assert len(rest) == 2
+    assert "had a population of 3,520,031" in done.stdout, "before what is said of its museums"
+    assert "museums" not in done.stdout
 
 
 @pytest.mark.real
