@@ -11,7 +11,7 @@ import json
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import ir_measures
@@ -126,19 +126,23 @@ def cross_encoder(model: str, dtype: str, collection: Collection, found: Candida
 class Measured:
     """What one run of the command found."""
 
-    ndcg: dict[str, dict[str, float]]  # ranker -> set -> nDCG@10
-    scores: dict[str, dict[str, dict[str, list[float]]]]  # cross-encoder -> set -> relevant and others -> quantiles
-    seconds: dict[str, float]  # cross-encoder -> time spent scoring, all sets together
-    scifact: dict[str, dict[str, float]]  # ranker -> claims whose abstract training has seen, and others -> nDCG@10
+    #: ranker -> set -> nDCG@10
+    ndcg: dict[str, dict[str, float]] = field(default_factory=dict)
+    #: cross-encoder -> set -> relevant and others -> quantiles
+    scores: dict[str, dict[str, dict[str, list[float]]]] = field(default_factory=dict)
+    #: cross-encoder -> time spent scoring, all sets together
+    seconds: dict[str, float] = field(default_factory=dict)
+    #: ranker -> claims whose abstract training has seen, and others -> nDCG@10
+    scifact: dict[str, dict[str, float]] = field(default_factory=dict)
 
 
 def measure(data: Path, names: list[str], models: list[str], seed: int, dtype: str) -> Measured:
     """Every ranker on every set, with a line on standard error as each set is done."""
-    found = Measured({"random": {}, "BM25": {}, "bi-encoder": {}}, {}, {}, {})
+    found = Measured()
     for name in names:
         collection = HELD_OUT[name](data)
         pool = candidates(collection)
-        found.ndcg["random"][name] = random_order(collection, pool, seed)
+        found.ndcg.setdefault("random", {})[name] = random_order(collection, pool, seed)
         runs: dict[str, Run] = {
             "BM25": {query: dict(ranked) for query, ranked in pool.items()},
             "bi-encoder": rerank(collection, pool, bi_encoder(collection, pool)),

@@ -9,7 +9,6 @@ it, all are prepacked and nothing is measured: workers that chose differently wo
 
 from __future__ import annotations
 
-import logging
 import math
 import time
 from collections import Counter, defaultdict
@@ -20,11 +19,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from mp_rerank.row import same_scores
+from mp_rerank.equal_scores import keep_if_equal
 
 __all__ = ["prepack"]
-
-logger = logging.getLogger(__name__)
 
 # Rows of input that the layout is chosen for and measured with: about half a batch of tokens.
 ROWS = 512
@@ -52,34 +49,26 @@ def prepack(model: torch.nn.Module, dtype: str, predict: Callable[[], npt.NDArra
     if not torch.backends.mkldnn.is_available():
         return 0
     packed: list[_Packed] = []
-    try:
+
+    def change() -> None:
         with torch.inference_mode():
-            packed = _worthwhile(_candidates(model))
-        if not packed:
-            return 0
-        before = predict()
+            packed.extend(_worthwhile(_candidates(model)))
         for layer in packed:
             layer.take_over()
-        activations = _fuse_activations(model, {layer.linear: layer for layer in packed})
-        after = predict()
-    except Exception as error:  # an operator that this build of torch lacks, or a layer that it does not take
-        logger.debug("layers cannot be prepacked here: %s", error)
-        same = False
-    else:
-        same = same_scores(before, after, dtype)
-        if not same:
-            logger.debug("prepacked layers score %s, not %s", after, before)
-    if same:
+        _fuse_activations(model, {layer.linear: layer for layer in packed})
+
+    def undo() -> None:
         for layer in packed:
-            layer.let_go()
-        logger.debug("%d linear layers prepacked, %d activations with them", len(packed), len(activations))
-        return len(packed)
+            layer.give_back()
+        for module in model.modules():
+            if vars(module).get("forward") is _identity:
+                del module.forward
+
+    if not keep_if_equal("prepacked layers", change, undo, predict, dtype):
+        return 0
     for layer in packed:
-        layer.give_back()
-    for module in model.modules():
-        if vars(module).get("forward") is _identity:
-            del module.forward
-    return 0
+        layer.let_go()
+    return len(packed)
 
 
 class _Packed:
@@ -136,17 +125,14 @@ def _share_of_time(packed: Callable[..., object], plain: Callable[..., object], 
     return best[packed] / best[plain]
 
 
-def _fuse_activations(model: torch.nn.Module, packed: dict[torch.nn.Linear, _Packed]) -> list[torch.nn.Module]:
-    """Let packed layers apply the exact GELU that follows them; the modules that now pass on what they get."""
-    fused = []
+def _fuse_activations(model: torch.nn.Module, packed: dict[torch.nn.Linear, _Packed]) -> None:
+    """Let packed layers apply the exact GELU that follows them; its module then passes on what it gets."""
     for module in model.modules():
         for layer_name, activation_name in ACTIVATION_AFTER.items():
             layer, activation = getattr(module, layer_name, None), getattr(module, activation_name, None)
             if layer in packed and isinstance(activation, torch.nn.Module) and _is_exact_gelu(activation):
                 packed[layer].activation = ("gelu", [], "none")
                 activation.forward = _identity
-                fused.append(activation)
-    return fused
 
 
 def _is_exact_gelu(activation: torch.nn.Module) -> bool:

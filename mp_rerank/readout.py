@@ -8,7 +8,6 @@ of a model with three layers, 14 % with six, 7 % with twelve.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -16,12 +15,11 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from mp_rerank.row import current_row, same_scores
+from mp_rerank.equal_scores import keep_if_equal
+from mp_rerank.row import current_row
 from mp_rerank.unpad import find_encoder
 
 __all__ = ["read_first"]
-
-logger = logging.getLogger(__name__)
 
 
 def read_first(model: torch.nn.Module, dtype: str, predict: Callable[[], npt.NDArray[np.float32]]) -> bool:
@@ -39,19 +37,11 @@ def read_first(model: torch.nn.Module, dtype: str, predict: Callable[[], npt.NDA
     if not isinstance(layers, torch.nn.ModuleList) or "forward" in vars(layers[-1]):
         return False
     last = layers[-1]
-    try:
-        before = predict()
+
+    def change() -> None:
         last.forward = _FirstOnly(last)
-        after = predict()
-        same = same_scores(before, after, dtype)
-        if not same:
-            logger.debug("with first tokens only it scores %s, not %s", after, before)
-    except Exception as error:
-        logger.debug("the last layer cannot be computed for first tokens only: %s", error)
-        same = False
-    if not same:
-        vars(last).pop("forward", None)
-    return same
+
+    return keep_if_equal("first tokens only", change, lambda: vars(last).pop("forward", None), predict, dtype)
 
 
 class _FirstOnly:

@@ -12,19 +12,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import torch
 
-__all__ = ["NAME", "Row", "current_row", "laid_out", "register_attention", "same_scores"]
+__all__ = ["NAME", "Row", "current_row", "laid_out", "register_attention"]
 
 #: under which transformers finds the attention below
 NAME = "mp_rerank_row"
 #: what BERT's and DistilBERT's kin call the layers that make keys and values
 PROJECTIONS = (("key", "value"), ("k_lin", "v_lin"))
-# Largest difference of a score, absolute and relative: sums in another order differ in their last bits.
-TOLERANCE = {"float32": 1e-5, "float64": 1e-5}
-TOLERANCE_16_BITS = 0.03
 
 _here = threading.local()  # .row: of the batch that this thread's encoder is at
 
@@ -66,12 +61,6 @@ def laid_out(row: Row) -> Iterator[None]:
         yield
     finally:
         del _here.row
-
-
-def same_scores(before: npt.NDArray[np.float32], after: npt.NDArray[np.float32], dtype: str) -> bool:
-    """Whether they are, as far as a model of ``dtype`` goes."""
-    tolerance = TOLERANCE.get(dtype, TOLERANCE_16_BITS)
-    return bool(np.allclose(before, after, rtol=tolerance, atol=tolerance))
 
 
 def register_attention() -> None:

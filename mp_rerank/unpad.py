@@ -9,7 +9,6 @@ does one that would then score differently.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -17,11 +16,10 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from mp_rerank.row import NAME, Row, laid_out, register_attention, same_scores
+from mp_rerank.equal_scores import keep_if_equal
+from mp_rerank.row import NAME, Row, laid_out, register_attention
 
 __all__ = ["find_encoder", "unpad"]
-
-logger = logging.getLogger(__name__)
 
 #: of the encoder, in the base models of transformers
 ENCODERS = ("encoder", "transformer")
@@ -45,22 +43,23 @@ def unpad(model: torch.nn.Module, dtype: str, predict: Callable[[], npt.NDArray[
     if not getattr(model, "_can_set_attn_implementation", bool)():  # setting it would do nothing and warn of it
         return False
     unpadded = _Unpadded(encoder)
-    try:
-        before = predict()
+
+    def change() -> None:
         register_attention()
         model.set_attn_implementation(NAME)
         encoder.forward = unpadded
-        after = predict()
-        same = unpadded.used and same_scores(before, after, dtype)
-        if not same:
-            logger.debug("without padding it scores %s, not %s", after, before)
-    except Exception as error:
-        logger.debug("padding cannot be left out here: %s", error)
-        same = False
-    if not same:
+
+    def undo() -> None:
         vars(encoder).pop("forward", None)
         model.set_attn_implementation(attention)
-    return same
+
+    def predict_unpadded() -> npt.NDArray[np.float32]:
+        scores = predict()
+        if "forward" in vars(encoder) and not unpadded.used:
+            raise ValueError("padding does not get as far as the encoder")
+        return scores
+
+    return keep_if_equal("no padding", change, undo, predict_unpadded, dtype)
 
 
 def find_encoder(model: torch.nn.Module) -> torch.nn.Module | None:
