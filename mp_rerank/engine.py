@@ -107,12 +107,10 @@ class Engine:
                 compile_network(self.model.model, device, self._predict)
             else:
                 if spec.unpad and device.startswith("cpu") and isinstance(self.model, CrossEncoder):
-                    self.unpadded = unpad(self.model.model, self.dtype, lambda: self._predict(CANARY))
-                    self.first_only = self.unpadded and read_first(
-                        self.model.model, self.dtype, lambda: self._predict(CANARY)
-                    )
+                    self.unpadded = unpad(self.model.model, self.dtype, self.canary)
+                    self.first_only = self.unpadded and read_first(self.model.model, self.dtype, self.canary)
                 if spec.prepack:
-                    self.prepacked = prepack(network, self.dtype, lambda: self.predict(CANARY))
+                    self.prepacked = prepack(network, self.dtype, self.canary)
         if ours:
             self._direct = find_direct(self.model, self._predict, self.max_length)
         self.mapped_bytes = mapped_bytes(network)
@@ -133,6 +131,21 @@ class Engine:
             for i, value in zip(batch, values, strict=True):
                 scores[i] = value
         return np.asarray(scores, dtype=np.float32)
+
+    def canary(self) -> np.ndarray:
+        """What no change for speed may change: the canary's scores, and its logits where an activation follows them.
+
+        A sigmoid is flat where it is near 0 or 1, and would hide that another logit comes out.
+        """
+        scores = np.asarray(self._predict(CANARY), dtype=np.float32)
+        activation = getattr(self.model, "activation_fn", None)
+        if not isinstance(self.model, CrossEncoder) or activation is None:
+            return scores
+        self.model.activation_fn = torch.nn.Identity()
+        try:
+            return np.stack([scores, np.asarray(self._predict(CANARY), dtype=np.float32)])
+        finally:
+            self.model.activation_fn = activation
 
     def _batches(self, pairs: list[tuple[str, str]]) -> Iterator[tuple[list[int], Any]]:
         """Indices of ``pairs``, batch by batch, with their scores."""

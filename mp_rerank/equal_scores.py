@@ -26,7 +26,7 @@ def keep_if_equal(
 
     Args:
         what: the change, for the log.
-        predict: scores some fixed pairs with the model.
+        predict: what the model makes of some fixed pairs.
         dtype: of the model's weights.
 
     Returns:

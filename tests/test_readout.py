@@ -73,6 +73,19 @@ def test_a_head_that_reads_anything_else_gets_it(reads: str, tmp_path: Path) -> 
     np.testing.assert_allclose(whole.predict(PAIRS), before, rtol=1e-5, atol=1e-5)
 
 
+def test_a_sigmoid_that_is_flat_hides_nothing(tmp_path: Path) -> None:
+    whole = engine(models.build("bert", tmp_path), unpad=False, activation="torch.nn.Sigmoid")
+    network = whole.model.model
+    pool = network.bert.pooler.forward
+    network.bert.pooler.forward = lambda hidden_states: pool(hidden_states[:, 1:])
+    with torch.no_grad():
+        network.classifier.bias.fill_(30.0)
+    assert (whole.predict(PAIRS) == 1).all()
+    assert unpad(network, "float32", whole.canary)
+    assert not read_first(network, "float32", whole.canary)
+    assert (whole.predict(PAIRS) == 1).all(), "the activation is as it was"
+
+
 def test_in_bfloat16_too(tmp_path: Path) -> None:
     folder = models.build("bert", tmp_path)
     short, whole = engine(folder, dtype="bfloat16"), engine(folder, dtype="bfloat16", unpad=False)
