@@ -20,6 +20,7 @@ from sentence_transformers import CrossEncoder
 from tqdm import tqdm
 from transformers.utils import logging as transformers_logging
 
+from mp_rerank.calls import record_calls
 from mp_rerank.config import ModelSpec
 from mp_rerank.direct import Direct, find_direct
 from mp_rerank.prepack import prepack
@@ -133,19 +134,25 @@ class Engine:
         return np.asarray(scores, dtype=np.float32)
 
     def canary(self) -> np.ndarray:
-        """What no change for speed may change: the canary's scores, and its logits where an activation follows them.
+        """What no change for speed may change: the canary's scores, and the logits that an activation makes them of.
 
         A sigmoid is flat where it is near 0 or 1, and would hide that another logit comes out.
         """
-        scores = np.asarray(self._predict(CANARY), dtype=np.float32)
-        activation = getattr(self.model, "activation_fn", None)
-        if not isinstance(self.model, CrossEncoder) or activation is None:
-            return scores
-        self.model.activation_fn = torch.nn.Identity()
-        try:
-            return np.stack([scores, np.asarray(self._predict(CANARY), dtype=np.float32)])
-        finally:
-            self.model.activation_fn = activation
+        if not isinstance(self.model, CrossEncoder):
+            return np.asarray(self._predict(CANARY))
+        network = self.model.model
+        present = network.forward
+        found: list[Any] = []
+
+        def answer(**arguments: Any) -> Any:
+            output = present(**arguments)
+            logits = output.logits
+            if logits.ndim == 2:  # else a generating model's, of every token
+                found.append(logits.float().cpu().numpy().ravel())
+            return output
+
+        record_calls(network, lambda pairs: found.append(np.ravel(self._predict(pairs))), CANARY, answer)
+        return np.concatenate(found)
 
     def _batches(self, pairs: list[tuple[str, str]]) -> Iterator[tuple[list[int], Any]]:
         """Indices of ``pairs``, batch by batch, with their scores."""

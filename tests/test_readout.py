@@ -83,7 +83,6 @@ def test_a_sigmoid_that_is_flat_hides_nothing(tmp_path: Path) -> None:
     assert (whole.predict(PAIRS) == 1).all()
     assert unpad(network, "float32", whole.canary)
     assert not read_first(network, "float32", whole.canary)
-    assert (whole.predict(PAIRS) == 1).all(), "the activation is as it was"
 
 
 def test_in_bfloat16_too(tmp_path: Path) -> None:
