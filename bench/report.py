@@ -25,7 +25,7 @@ import psutil
 
 from mp_rerank.plan import read_machine
 
-__all__ = ["ROOT", "Report", "Row", "add_output", "draw", "finish", "number", "quantile", "read", "shown"]
+__all__ = ["ROOT", "Report", "Row", "add_output", "draw", "finish", "number", "quantile", "read", "save", "shown"]
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
@@ -181,11 +181,16 @@ def add_output(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder for JSON, Markdown and pictures")
 
 
-def finish(report: Report, out: Path) -> None:
-    """Write ``report`` into ``out`` as JSON, Markdown and pictures, and print the tables."""
+def save(report: Report, out: Path) -> None:
+    """Write ``report`` into ``out`` as JSON and Markdown."""
     out.mkdir(parents=True, exist_ok=True)
     (out / f"{report.command}.json").write_text(json.dumps(asdict(report), indent=1) + "\n", encoding="utf-8")
     (out / f"{report.command}.md").write_text(report.markdown(), encoding="utf-8")
+
+
+def finish(report: Report, out: Path) -> None:
+    """Save ``report`` and its pictures, and print the tables."""
+    save(report, out)
     print(report.markdown())
     draw(report, out)
 

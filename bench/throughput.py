@@ -1,8 +1,9 @@
 """`python -m bench throughput`: pairs a second for many agents, beside what else one can do, in one run.
 
-The contenders of a model are loaded first and then take turns, round after round, so that the machine's moods fall on
-all alike. Models have a known shape and random weights: speed does not depend on their values. Every contender's scores
-are held against the first one's.
+Contenders are loaded a few at a time, the locked model and the pool among every few, and then take turns, round after
+round, so that the machine's moods fall on all alike: all eleven at once are more than 24 GiB hold. Models have a known
+shape and random weights: speed does not depend on their values. Every contender's scores are held against the locked
+model's. The report is written after each work-load, so that what was measured stays if a later one fails.
 
 The arithmetic's share is the pool's, of what each core reaches when it multiplies matrices of the model's shapes, in
 the fastest way that torch has here, all cores at once: of its linear layers alone, and with the products within
@@ -19,9 +20,9 @@ import os
 import random
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -31,7 +32,7 @@ from transformers import AutoTokenizer
 from bench.contenders import BASELINE, CONTENDERS, OURS, NotRun, Run, Setting
 from bench.datasets import scifact
 from bench.models import SHAPES, Pairs, make_model, make_requests
-from bench.report import Report, add_output, finish
+from bench.report import Report, add_output, finish, save
 
 #: mean words a document; a query has 8
 TEXTS = {"short": 20, "medium": 60, "long": 300}
@@ -39,6 +40,8 @@ SCIFACT = "scifact"
 MAX_LENGTH = 512  # of the models' positions, and so of a pair's tokens
 #: a request: of the wide model fewer, for all contenders take half an hour together as it is
 DOCUMENTS = {"minilm-l6": 15, "bert-base": 4}
+#: contenders in memory at once, beside the baseline and the pool
+TEAM = 4
 WORKLOADS = [
     *("minilm-l6/8/short", "minilm-l6/8/medium", "minilm-l6/8/long", "minilm-l6/8/scifact", "minilm-l6/32/short"),
     *("bert-base/8/short", "bert-base/8/long", "bert-base/8/scifact", "bert-base/32/short"),
@@ -85,26 +88,40 @@ def workload(name: str) -> str:
 
 
 def measure(report: Report, shape: str, names: list[str], options: argparse.Namespace) -> None:
-    """Every work-load of one shape, with all its contenders loaded."""
-    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
+    """Every work-load of one shape."""
+    with tempfile.TemporaryDirectory() as folder:
         make_model(folder, SHAPES[shape])
-        setting = Setting(folder, options.workers, max(int(name.split("/")[1]) for name in names))
+        best = products(shape, options.workers) if "mp_rerank" in options.contenders else None
+        for name in names:
+            setting = Setting(folder, options.workers, int(name.split("/")[1]))
+            requests = requests_of(name, options.documents, options.data)
+            compare(report, name, setting, requests, options)
+            if best is not None:
+                arithmetic(report, folder, name, requests, best)
+            save(report, options.out)
+
+
+def teams(contenders: Sequence[str]) -> Iterator[list[str]]:
+    """The contenders, a few at a time, with those that rates are held against in each team."""
+    always = [key for key in contenders if key in ("lock", "mp_rerank")]
+    others = [key for key in contenders if key not in always]
+    for first in range(0, max(1, len(others)), TEAM):
+        yield [*always, *others[first : first + TEAM]]
+
+
+@contextmanager
+def loaded(report: Report, name: str, team: Sequence[str], setting: Setting) -> Iterator[dict[str, Run]]:
+    """The contenders of a team that can run here, by title."""
+    with ExitStack() as stack:
         runs: dict[str, Run] = {}
-        for key in options.contenders:
+        for key in team:
             title, contender = CONTENDERS[key]
             try:
                 runs[title] = stack.enter_context(contender(setting))
             except NotRun as reason:
-                report.note(f"{shape}, {title}: not run: {reason}")
-            else:
-                print(f"{shape}: {title} is loaded", flush=True)
-        for name in names:
-            requests = requests_of(name, options.documents, options.data)
-            compare(report, name, runs, requests, options.rounds)
-        if OURS in runs:
-            best = products(shape, options.workers)
-            for name in names:
-                arithmetic(report, folder, name, requests_of(name, options.documents, options.data), best)
+                report.note(f"{name}, {title}: not run: {reason}")
+        print(f"{name}: {', '.join(runs)}", flush=True)
+        yield runs
 
 
 def requests_of(name: str, documents: int | None, data: Path | None) -> list[Pairs]:
@@ -124,23 +141,27 @@ def requests_of(name: str, documents: int | None, data: Path | None) -> list[Pai
     ]
 
 
-def compare(report: Report, name: str, runs: dict[str, Run], requests: list[Pairs], rounds: int) -> None:
-    """Rates of each contender over ``rounds`` interleaved rounds, and how far its scores are from the baseline's."""
+def compare(report: Report, name: str, setting: Setting, requests: list[Pairs], options: argparse.Namespace) -> None:
+    """Rates of each contender over interleaved rounds, and how far its scores are from the baseline's."""
     pairs = sum(len(request) for request in requests)
-    rates: dict[str, list[float]] = {title: [] for title in runs}
+    rates: dict[str, list[float]] = {}
+    times: dict[str, list[float]] = {}
     scores: dict[str, np.ndarray] = {}
-    for turn in range(rounds + 1):  # the first is a warm-up
-        for title, run in runs.items():
-            start = time.perf_counter()
-            found = np.concatenate(run(requests))
-            if turn:
-                rates[title].append(pairs / (time.perf_counter() - start))
-            scores[title] = found
-    for title in runs:
+    for team in teams(options.contenders):
+        with loaded(report, name, team, setting) as runs:
+            for turn in range(options.rounds + 1):  # the first is a warm-up
+                rate = {}
+                for title, run in runs.items():
+                    start = time.perf_counter()
+                    scores[title] = np.concatenate(run(requests))
+                    rate[title] = pairs / (time.perf_counter() - start)
+                for title in runs if turn else ():
+                    rates.setdefault(title, []).append(rate[title])
+                    times.setdefault(title, []).append(rate[title] / rate[BASELINE])
+    for title in (CONTENDERS[key][0] for key in options.contenders if CONTENDERS[key][0] in rates):
         of = {"work": name, "contender": title}
-        times = [ours / theirs for ours, theirs in zip(rates[title], rates[BASELINE], strict=True)]
         report.add(of, "pairs/s", rates[title], better="higher")
-        report.add(of, "times the lock", times, better="higher")
+        report.add(of, "times the lock", times[title], better="higher")
         report.add(of, "largest score difference", float(np.abs(scores[title] - scores[BASELINE]).max()), better="")
     print(f"{name}: {pairs} pairs a round: done", flush=True)
 
