@@ -102,9 +102,8 @@ def test_documents_are_ranked_offline_by_the_built_in_model() -> None:
     header, first, *rest = done.stdout.splitlines()
     assert header.split() == ["rank", "score", "document"]
     assert first.split()[0] == "1"
+    assert "Berlin had a population of 3,520,031" in first, "Hamburg is said in the words of the question"
     assert len(rest) == 2
-    assert "had a population of 3,520,031" in done.stdout, "before what is said of its museums"
-    assert "museums" not in done.stdout
 
 
 @pytest.mark.real

@@ -3,6 +3,7 @@
     collect   sets and documentation        -> passages.jsonl
     queries   passages                      -> queries.jsonl
     teach     BM25 + bi-encoder on those    -> lists.jsonl, calibration.json
+    contrast  answers about something else -> more passages, queries and lists
     train     a three-layer cross-encoder   -> checkpoint/
     export    float16 weights, calibrated   -> the folder that is shipped
 
@@ -12,7 +13,7 @@ Every step reads and writes one `--work` folder, is seeded, and can be run again
 import importlib
 import sys
 
-STEPS = ("collect", "queries", "teach", "train", "export")
+STEPS = ("collect", "queries", "teach", "contrast", "train", "export")
 
 
 def main(argv: list[str]) -> int:

@@ -38,7 +38,8 @@ class Query:
 class RankedList:
     """A query with candidates and what the teacher thinks of each of them.
 
-    `bm25` and `cosine` are z-scores among the query's 100 candidates, `similarity` is the cosine itself.
+    `bm25` and `cosine` are z-scores among the query's 100 candidates, `similarity` is the cosine itself. `impostor` is
+    the place of the candidate that answers the question about something else, -1 where there is none.
     """
 
     query: int
@@ -47,6 +48,7 @@ class RankedList:
     cosine: list[float]
     similarity: list[float]
     relevant: list[bool]
+    impostor: int = -1
 
 
 Record = TypeVar("Record", Passage, Query, RankedList)

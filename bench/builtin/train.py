@@ -1,4 +1,4 @@
-"""Step 4: the student learns to order, and to say how sure it is.
+"""Step 5: the student learns to order, and to say how sure it is.
 
     python -m bench builtin train --work W --minutes 80
 
@@ -28,8 +28,10 @@ import numpy as np
 import torch
 from tokenizers import Tokenizer
 from torch.nn import functional
-from transformers import BertForSequenceClassification
+from transformers import AttentionInterface, BertForSequenceClassification
+from transformers.masking_utils import AttentionMaskInterface, eager_mask
 
+from bench.builtin.contrast import IMPOSTORS
 from bench.builtin.records import Passage, Query, RankedList, read
 from bench.builtin.student import build, choose_vocabulary, prune_tokenizer
 from bench.retrieval import bi_encoder_path
@@ -66,6 +68,12 @@ class Source:
         self._titles = [item.ids for item in self._encode(tokenizer, [item.title for item in self.passages])]
         self._questions = [item.ids for item in self._encode(tokenizer, [item.text for item in self.queries])]
         self._mark = tokenizer.token_to_id("?")
+        asked = [self.queries[item.query] for item in self.lists]
+        pairs = list(zip(self.lists, asked, strict=True))
+        self.training = [item for item, query in pairs if not query.validation]
+        self.validation = [item for item, query in pairs if query.validation and query.kind != "impostor"]
+        #: an answer and its impostor each
+        self.rivals = [item for item, query in pairs if query.validation and query.kind == "impostor"]
 
     @staticmethod
     def _encode(tokenizer: Tokenizer, texts: list[str]) -> list:
@@ -92,7 +100,7 @@ class Source:
             docs=[self._document(doc, query, generator)[:room] for doc in item.docs],
             target=z + bonus * flags,
             probability=probability.astype(np.float32),
-            forced=[place for place, flag in enumerate(item.relevant) if flag],
+            forced=[place for place, flag in enumerate(item.relevant) if flag or place == item.impostor],
         )
 
     def _document(self, number: int, query: Query, generator: random.Random) -> list[int]:
@@ -175,6 +183,26 @@ def batches(
         groups.append(group)
         generator.shuffle(groups)
         yield from groups
+
+
+def attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+    **rest: object,
+) -> tuple[torch.Tensor, None]:
+    """Attention written out: its backward pass is three times as fast on a CPU as that of the fused one.
+
+    It stays in bfloat16, where autocast would have the softmax, and copies to it and from it, in float32.
+    """
+    with torch.autocast("cpu", enabled=False):
+        weights = torch.matmul(query * scaling, key.transpose(2, 3))
+        if attention_mask is not None:  # where all are of one length there is none
+            weights = weights + attention_mask.to(query.dtype)
+        return torch.matmul(weights.softmax(-1), value).transpose(1, 2).contiguous(), None
 
 
 class Matching(torch.nn.Module):
@@ -263,7 +291,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--tokens", type=int, default=8192, help="of a batch, with padding")
     parser.add_argument("--longest", type=int, default=14, help="candidates of a list")
     parser.add_argument("--rate", type=float, default=2e-4, help="the highest learning rate")
-    parser.add_argument("--start", type=Path, help="a checkpoint to go on from, of the same layers and vocabulary")
+    parser.add_argument("--start", type=Path, help="a model to go on from, with its tokenizer")
     parser.add_argument("--every", type=float, default=8.0, help="minutes between checkpoints")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(argv)
@@ -273,22 +301,26 @@ def main(argv: list[str]) -> int:
     checkpoint.mkdir(parents=True, exist_ok=True)
 
     origin = bi_encoder_path()
-    texts = [item.text for item in read(options.work / "passages.jsonl", Passage)]
-    whole = Tokenizer.from_file(str(origin / "tokenizer.json"))
-    whole.no_truncation()
-    whole.no_padding()
-    vocabulary = choose_vocabulary(whole, texts, options.vocabulary)
-    tokenizer = prune_tokenizer(origin, vocabulary)
+    if options.start:
+        tokenizer = Tokenizer.from_file(str(options.start / "tokenizer.json"))
+        model = BertForSequenceClassification.from_pretrained(
+            options.start, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0
+        )
+    else:
+        texts = [item.text for item in read(options.work / "passages.jsonl", Passage) if item.pool != IMPOSTORS]
+        whole = Tokenizer.from_file(str(origin / "tokenizer.json"))
+        whole.no_truncation()
+        whole.no_padding()
+        vocabulary = choose_vocabulary(whole, texts, options.vocabulary)
+        tokenizer = prune_tokenizer(origin, vocabulary)
+        model = build(origin, vocabulary, options.layers)
     tokenizer.save(str(checkpoint / "tokenizer.json"))
     source = Source(options.work, tokenizer)
     special = tokenizer.token_to_id("[CLS]"), tokenizer.token_to_id("[SEP]")
-    validation = [item for item in source.lists if source.queries[item.query].validation]
-    lists = [item for item in source.lists if not source.queries[item.query].validation]
 
-    model = build(origin, vocabulary, options.layers)
-    if options.start:
-        model.load_state_dict(BertForSequenceClassification.from_pretrained(options.start).state_dict())
-    model.set_attn_implementation("eager")  # its backward pass is three times as fast on a CPU as the fused one's
+    AttentionInterface.register("in bfloat16", attention)
+    AttentionMaskInterface.register("in bfloat16", eager_mask)
+    model.set_attn_implementation("in bfloat16")
     matching = Matching(model.bert.embeddings.word_embeddings.weight)
     heads = [*model.classifier.parameters(), *model.bert.pooler.parameters(), *matching.heads.parameters()]
     known = {id(parameter) for parameter in heads}
@@ -300,14 +332,18 @@ def main(argv: list[str]) -> int:
     )
     rates = [group["lr"] for group in optimizer.param_groups]
 
-    def validate(limit: int) -> dict[str, dict[str, float]]:
-        chosen = validation[:limit]
-        return evaluate(source, chosen, [score(model, source, item, special) for item in chosen])
+    def validate(limit: int | None = None) -> dict[str, dict[str, float]]:
+        lists, rivals = source.validation[:limit], source.rivals[:limit]
+        found = evaluate(source, lists, [score(model, source, item, special) for item in lists])
+        before = [(answer > other).item() for answer, other in (score(model, source, item, special) for item in rivals)]
+        return found | {"answers before impostors": {"lists": len(before), "share": round(float(np.mean(before)), 3)}}
 
+    if options.start:
+        print(json.dumps(validate(200)), flush=True)
     model.train()
     start = last = time.monotonic()
     pairs, sums = 0, np.zeros(2)
-    for step, group in enumerate(batches(source, lists, options.tokens, options.longest, generator)):
+    for step, group in enumerate(batches(source, source.training, options.tokens, options.longest, generator)):
         minutes = (time.monotonic() - start) / 60
         progress = max(step / options.steps, minutes / options.minutes)
         if progress >= 1:
@@ -343,7 +379,7 @@ def main(argv: list[str]) -> int:
             last = time.monotonic()
     model.save_pretrained(checkpoint)
     report = {"steps": step, "pairs": pairs, "minutes": round((time.monotonic() - start) / 60, 1)}
-    report["validation"] = validate(len(validation))
+    report["validation"] = validate()
     (checkpoint / "report.json").write_text(json.dumps(report, indent=2) + "\n")
     print(json.dumps(report), flush=True)
     return 0
