@@ -142,10 +142,11 @@ def main(argv: list[str]) -> int:
     scores = [score(model, source, item, special) for item in lists]
     print(table(evaluate(source, lists, scores)))
     pairs = flatten(source, lists, scores)
-    rivals = flatten(source, source.rivals, [score(model, source, item, special) for item in source.rivals])
+    said = [score(model, source, item, special) for item in source.rivals]
     factor, offset = calibrate(model, pairs)
     print(f"calibration: {factor:.3f} x logit {offset:+.3f}\n\n{distribution(pairs, factor, offset)}\n")
-    print(f"answers and their impostors:\n\n{distribution(rivals, factor, offset)}\n")
+    if said:  # once there has been `contrast`
+        print(f"answers and impostors:\n\n{distribution(flatten(source, source.rivals, said), factor, offset)}\n")
 
     options.out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=options.out.parent, prefix=".builtin-") as folder:

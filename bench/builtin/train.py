@@ -336,7 +336,9 @@ def main(argv: list[str]) -> int:
         lists, rivals = source.validation[:limit], source.rivals[:limit]
         found = evaluate(source, lists, [score(model, source, item, special) for item in lists])
         before = [(answer > other).item() for answer, other in (score(model, source, item, special) for item in rivals)]
-        return found | {"answers before impostors": {"lists": len(before), "share": round(float(np.mean(before)), 3)}}
+        if before:  # once there has been `contrast`
+            found["answers before impostors"] = {"lists": len(before), "share": round(float(np.mean(before)), 3)}
+        return found
 
     if options.start:
         print(json.dumps(validate(200)), flush=True)
