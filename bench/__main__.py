@@ -19,7 +19,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "scale": ("bench.scale", "what 64 workers and 100,000 pending requests cost the dispatcher"),
     "reuse": ("bench.reuse", "what agents that ask alike gain by equal pairs being scored once, and kept"),
     "start": ("bench.start", "time and memory of starting workers, spawned and forked"),
-    "suite": ("bench.suite", "throughput, latency, scale, memory, load and start, one after the other, onto one page"),
+    "suite": ("bench.suite", "all that makes figures of speed and memory, one after the other, onto one page"),
     "throughput": ("bench.throughput", "pairs a second beside the locked model and the library's pool, in one run"),
     "weights": ("bench.weights", "a worker's memory with its weights shared and private, and its speed"),
     "quality": ("bench.quality", "nDCG@10 of rerankers beside random, BM25 and the bi-encoder"),

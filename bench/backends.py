@@ -10,10 +10,7 @@ fewer bits rank. Kendall's tau and the overlap of the best ten are means over qu
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import platform
-import statistics
 import sys
 import tempfile
 import threading
@@ -21,7 +18,6 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +26,7 @@ from scipy.stats import kendalltau
 from sentence_transformers import CrossEncoder
 
 from bench.models import SHAPES, Pairs, make_model, make_requests
+from bench.report import Report, add_output, finish
 from mp_rerank import ModelLoadError, ModelSpec, RerankerPool
 
 LOCK = "one CrossEncoder, a lock, float32"
@@ -44,12 +41,11 @@ CONTENDERS: dict[str, dict[str, Any]] = {
     "openvino bfloat16": {"backend": "openvino", "dtype": "bfloat16"},
     "openvino int8": {"backend": "openvino", "dtype": "int8"},
 }
-PACKAGES = ("torch", "transformers", "sentence-transformers", "onnxruntime", "openvino", "nncf")
 TOP = 10
 
 
 def main(argv: Sequence[str]) -> int:
-    """Measure and print a table for each model."""
+    """Measure each model and write."""
     parser = argparse.ArgumentParser(prog="python -m bench backends", description=__doc__.partition("\n\n")[0])
     parser.add_argument("--data", type=Path, help="the folder with vaswani/ (default: no real texts)")
     parser.add_argument("--queries", type=int, default=16, help="queries a round, each asked by a thread (default 16)")
@@ -59,35 +55,19 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="worker processes (default: one a CPU)")
     parser.add_argument("--shape", choices=SHAPES, default="minilm-l6")
     parser.add_argument("--only", nargs="+", choices=CONTENDERS, default=list(CONTENDERS), metavar="CONTENDER")
-    parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
+    add_output(parser)
     options = parser.parse_args(argv)
-    reports = {}
+    report = Report.begin("backends", "Backends", options)
     with tempfile.TemporaryDirectory() as folder:
         make_model(folder, SHAPES[options.shape])
         requests = make_requests(options.queries, options.documents, options.words)
-        title = f"{options.shape}, random weights and texts"
-        reports[title] = measure(folder, requests, options)
-    if not options.json:
-        print_table(title, reports[title])
+        measure(report, f"{options.shape}, random", folder, requests, options)
     if options.data is None:
-        print("built-in model: skipped, for its texts are in --data", file=sys.stderr)
+        report.note("The built-in model is left out: its texts are in --data.")
     else:
         requests = real_requests(options.data, options.queries, options.documents)
-        title = "built-in model, Vaswani"
-        reports[title] = measure(ModelSpec().path, requests, options)
-        if not options.json:
-            print_table(title, reports[title])
-    machine = {
-        "cpus": os.cpu_count(),
-        "processor": platform.processor() or platform.machine(),
-        "python": platform.python_version(),
-        "workers": options.workers,
-        **{name: _version(name) for name in PACKAGES},
-    }
-    if options.json:
-        print(json.dumps({"models": reports, "machine": machine}, indent=2))
-    else:
-        print(machine)
+        measure(report, "built-in, Vaswani", ModelSpec().path, requests, options)
+    finish(report, options.out)
     return 0
 
 
@@ -103,9 +83,8 @@ def real_requests(data: Path, queries: int, documents: int) -> list[Pairs]:
     return [[(query, texts[i]) for i in row] for query, row in zip(asked, found, strict=True)]
 
 
-def measure(model: str, requests: list[Pairs], options: argparse.Namespace) -> dict[str, Any]:
+def measure(report: Report, title: str, model: str, requests: list[Pairs], options: argparse.Namespace) -> None:
     """Every contender on `requests`, all asked at once; those that cannot be started are named with the reason."""
-    skipped = {}
     with ExitStack() as stack:
         contenders = {LOCK: locked(model)}
         pools: dict[str, RerankerPool] = {}
@@ -116,35 +95,23 @@ def measure(model: str, requests: list[Pairs], options: argparse.Namespace) -> d
             try:
                 pools[name] = stack.enter_context(pool)
             except ModelLoadError as error:
-                skipped[name] = error.cause
+                report.note(f"{title}, {name}: not run: {error.cause}")
                 continue
             started[name] = time.perf_counter() - begun
             contenders[name] = lambda pairs, pool=pool: pool.submit_pairs(pairs).result()
             print(f"{name}: started in {started[name]:.1f} s", file=sys.stderr)
         rates, scores = take_turns(contenders, requests, options.rounds)
-        rows = []
         for name in contenders:
-            memory = pools[name].memory().workers if name in pools else []
-            rows.append(
-                {
-                    "name": name,
-                    "pairs_per_second": statistics.median(rates[name]),
-                    "slowest": min(rates[name]),
-                    "fastest": max(rates[name]),
-                    "times_the_lock": statistics.median(
-                        ours / theirs for ours, theirs in zip(rates[name], rates[LOCK], strict=True)
-                    ),
-                    **agreement(scores[name], scores[LOCK]),
-                    "uss_mib": statistics.mean(worker.uss for worker in memory) / 2**20 if memory else None,
-                    "start_seconds": started.get(name),
-                }
-            )
-    return {
-        "pairs_a_round": sum(map(len, requests)),
-        "rounds": options.rounds,
-        "contenders": rows,
-        "skipped": skipped,
-    }
+            of = {"model": title, "contender": name if name == LOCK else f"mp_rerank, {name}"}
+            report.add(of, "pairs/s", rates[name], better="higher")
+            ratios = [ours / theirs for ours, theirs in zip(rates[name], rates[LOCK], strict=True)]
+            report.add(of, "times the lock", ratios, better="higher")
+            for measured, value in agreement(scores[name], scores[LOCK]).items():
+                report.add(of, measured, value, better="")
+            if name in pools:
+                memory = [worker.uss / 2**20 for worker in pools[name].memory().workers if worker.uss is not None]
+                report.add(of, "USS a worker, MiB", memory)
+                report.add(of, "start, s", started[name])
 
 
 def locked(model: str) -> Callable[[Pairs], np.ndarray]:
@@ -180,41 +147,12 @@ def agreement(ours: list[np.ndarray], theirs: list[np.ndarray]) -> dict[str, flo
     """How far scores are apart at most, and how alike they rank, query by query."""
     both = list(zip(ours, theirs, strict=True))
     return {
-        "largest_score_difference": float(max(np.abs(a - b).max() for a, b in both)),
-        "kendall_tau": statistics.mean(float(kendalltau(a, b).statistic) for a, b in both),
-        "top_10_overlap": statistics.mean(len(best(a) & best(b)) / min(TOP, len(a)) for a, b in both),
+        "largest score difference": float(max(np.abs(a - b).max() for a, b in both)),
+        "Kendall's tau": float(np.mean([kendalltau(a, b).statistic for a, b in both])),
+        "overlap of the best 10": float(np.mean([len(best(a) & best(b)) / min(TOP, len(a)) for a, b in both])),
     }
 
 
 def best(scores: np.ndarray) -> set[int]:
     """Where the best ten are."""
     return set(np.argsort(-scores, kind="stable")[:TOP].tolist())
-
-
-def print_table(title: str, report: dict[str, Any]) -> None:
-    """The report as Markdown."""
-    print(
-        f"| {title} | pairs/s, median (range) | times the lock | largest score difference | Kendall's tau "
-        "| overlap of the best 10 | USS a worker, MiB | start, s |"
-    )
-    print("|---|" + "---:|" * 7)
-    for row in report["contenders"]:
-        ends = [
-            f"{row[name]:.{digits}f}" if row[name] else "" for name, digits in (("uss_mib", 0), ("start_seconds", 1))
-        ]
-        print(
-            f"| {row['name']} | {row['pairs_per_second']:.0f} ({row['slowest']:.0f} to {row['fastest']:.0f}) "
-            f"| {row['times_the_lock']:.2f} | {row['largest_score_difference']:.1e} | {row['kendall_tau']:.4f} "
-            f"| {row['top_10_overlap']:.3f} | {' | '.join(ends)} |"
-        )
-    print(f"\n{report['pairs_a_round']} pairs a round, {report['rounds']} rounds")
-    for name, cause in report["skipped"].items():
-        print(f"{name}: skipped: {cause}")
-    print(flush=True)
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None

@@ -117,8 +117,37 @@ def start(report: Report) -> None:
         axis.set_title(measure, loc="left")
 
 
+def backends(report: Report) -> None:
+    """A panel a model, a bar a way to compute it."""
+    found = rows_of(report, "pairs/s")
+    models = distinct(found, "model")
+    for axis, model in zip(panels(len(models), 2, 0.3 * len(found) / len(models) + 0.6), models, strict=True):
+        bars(axis, [row for row in found if row.of["model"] == model], lambda row: row.of["contender"])
+        axis.set_title(f"{model}: pairs/s", loc="left")
+
+
+def weights(report: Report) -> None:
+    """What all workers take together, over their number: a panel a start method, a line a way to hold the weights."""
+    found = rows_of(report, "PSS of all, MiB")
+    methods = distinct(found, "start method")
+    for axis, method in zip(panels(len(methods), 2, 3), methods, strict=True):
+        for color, way in zip(SERIES, distinct(found, "weights"), strict=False):
+            of = {"start method": method, "weights": way}
+            lines(axis, [row for row in found if of.items() <= row.of.items()], "workers", way, color)
+        axis.set(title=f"{method}: PSS of all workers, MiB")
+        axis.set_ylim(bottom=0)
+        axis.legend(frameon=False)
+
+
+def reuse(report: Report) -> None:
+    """A bar a setting."""
+    (axis,) = panels(1, 1, 1.6)
+    bars(axis, rows_of(report, "pairs/s"), lambda row: row.of["reused"])
+    axis.set_title("pairs/s, by what is reused", loc="left")
+
+
 PAINTERS: dict[str, Callable[[Report], None]] = {
-    painter.__name__: painter for painter in (throughput, latency, scale, memory, load, start)
+    painter.__name__: painter for painter in (throughput, latency, scale, memory, load, start, backends, weights, reuse)
 }
 
 

@@ -38,6 +38,7 @@ PACKAGES = (
     "numpy",
     "onnxruntime",
     "openvino",
+    "nncf",
     "fastembed",
     "flashrank",
     "infinity-emb",

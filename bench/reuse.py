@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import random
-import statistics
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -21,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+from bench.report import Report, add_output, finish
 from mp_rerank import RerankerPool
 from mp_rerank.config import BUILTIN, BUILTIN_FOLDER
 
@@ -29,6 +29,9 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "pending pairs": {},
     "and a score cache": {"score_cache": 100_000},
 }
+#: the pool's counters, as shares of all pairs
+COUNTERS = {"scored_pairs": "scored, %", "coalesced_pairs": "with a pending one, %", "cached_pairs": "kept, %"}
+DIFFERENCE = "largest score difference"
 # How many documents are near a question, by how many of them an agent gets.
 NEAREST = 1.25
 
@@ -36,7 +39,7 @@ Question = tuple[str, list[str]]
 
 
 def main(argv: Sequence[str]) -> int:
-    """Measure and print; fails if a setting changes a score."""
+    """Measure and write; 1 if a setting changes a score."""
     parser = argparse.ArgumentParser(prog="python -m bench reuse", description=__doc__.partition("\n\n")[0])
     parser.add_argument("--model", default=BUILTIN, help="built in, of the hub, or a folder")
     parser.add_argument("--agents", type=int, default=8, help="agent threads")
@@ -47,20 +50,18 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--words", type=int, default=60, help="words of a document, about")
     parser.add_argument("--workers", type=int, default=2, help="worker processes of each pool")
     parser.add_argument("--rounds", type=int, default=3, help="after one to warm up")
-    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    add_output(parser)
     options = parser.parse_args(argv)
-    report = measure(options)
-    if options.json:
-        print(json.dumps(report, indent=2))
-    else:
-        print_table(report)
-    return 1 if any(row["largest_score_difference"] > 1e-5 for row in report["settings"]) else 0
+    report = Report.begin("reuse", "Agents that ask alike", options)
+    measure(report, options)
+    finish(report, options.out)
+    return int(any(row.measure == DIFFERENCE and row.median > 1e-5 for row in report.rows))
 
 
-def measure(options: argparse.Namespace) -> dict[str, Any]:
+def measure(report: Report, options: argparse.Namespace) -> None:
     """Play all rounds with each setting, and count."""
     rates: dict[str, list[float]] = {name: [] for name in SETTINGS}
-    counts = {name: dict.fromkeys(("scored_pairs", "coalesced_pairs", "cached_pairs"), 0) for name in SETTINGS}
+    shares: dict[str, dict[str, list[float]]] = {name: {counter: [] for counter in COUNTERS} for name in SETTINGS}
     differences = dict.fromkeys(SETTINGS, 0.0)
     pairs = options.agents * options.requests * options.documents
     with ExitStack() as stack:
@@ -82,25 +83,17 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
                 differences[name] = max(differences[name], np.abs(np.subtract(scores, expected)).max().item())
                 if turn:
                     rates[name].append(pairs / seconds)
-                    for counter in counts[name]:
-                        counts[name][counter] += getattr(after, counter) - getattr(before, counter)
-    first = next(iter(SETTINGS))
-    return {
-        "pairs_a_round": pairs,
-        **{name: value for name, value in vars(options).items() if name != "json"},
-        "settings": [
-            {
-                "reused": name,
-                "pairs_per_second": statistics.median(rates[name]),
-                "slowest": min(rates[name]),
-                "fastest": max(rates[name]),
-                "gain": statistics.median(a / b for a, b in zip(rates[name], rates[first], strict=True)),
-                **{f"{counter}_share": count / (pairs * options.rounds) for counter, count in counts[name].items()},
-                "largest_score_difference": differences[name],
-            }
-            for name in SETTINGS
-        ],
-    }
+                    for counter, found in shares[name].items():
+                        found.append(100 * (getattr(after, counter) - getattr(before, counter)) / pairs)
+    nothing = rates[next(iter(SETTINGS))]
+    for name in SETTINGS:
+        of = {"reused": name}
+        report.add(of, "pairs/s", rates[name], better="higher")
+        gains = [ours / theirs for ours, theirs in zip(rates[name], nothing, strict=True)]
+        report.add(of, "times the first", gains, better="higher")
+        for counter, measured in COUNTERS.items():
+            report.add(of, measured, shares[name][counter], better="")
+        report.add(of, DIFFERENCE, differences[name])
 
 
 def make_round(options: argparse.Namespace, turn: int) -> list[list[Question]]:
@@ -133,19 +126,3 @@ def play(pool: RerankerPool, questions: list[Question]) -> list[float]:
     for query, documents in questions:
         scores += pool.predict([(query, document) for document in documents]).tolist()
     return scores
-
-
-def print_table(report: dict[str, Any]) -> None:
-    """The report as Markdown."""
-    print("| reused | pairs/s, median (range) | gain | scored | with a pending one | kept | score difference |")
-    print("|---|---|---|---|---|---|---|")
-    for row in report["settings"]:
-        print(
-            f"| {row['reused']} | {row['pairs_per_second']:,.0f} ({row['slowest']:,.0f} to {row['fastest']:,.0f}) "
-            f"| {row['gain']:.2f} | {row['scored_pairs_share']:.0%} | {row['coalesced_pairs_share']:.0%} "
-            f"| {row['cached_pairs_share']:.0%} | {row['largest_score_difference']:.0e} |"
-        )
-    print(
-        f"\n{report['agents']} agents, {report['requests']} requests each of {report['documents']} documents a round, "
-        f"of {report['queries']} questions (Zipf, exponent {report['exponent']:g}); {report['rounds']} rounds"
-    )

@@ -28,7 +28,13 @@ COMMANDS: dict[str, str] = {
     "memory": "--workers 2 --requests 500",
     "load": "--rounds 1",
     "start": "--rounds 1",
+    "backends": "--rounds 1 --queries 4 --documents 20",
+    "weights": "--workers 1 2 --rounds 1",
+    "reuse": "--rounds 1 --requests 2",
 }
+
+#: those that have more to show on real texts
+WITH_DATA = ("throughput", "backends")
 
 
 def main(argv: Sequence[str]) -> int:
@@ -39,13 +45,13 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--only", nargs="+", choices=COMMANDS, default=list(COMMANDS), help="these commands alone")
     parser.add_argument("--quick", action="store_true", help="a small part of each")
     parser.add_argument("--page", action="store_true", help="run nothing")
-    parser.add_argument("--data", type=Path, help="the folder with scifact/, for its real texts")
+    parser.add_argument("--data", type=Path, help="the folder with scifact/ and vaswani/, for their texts")
     add_output(parser)
     options = parser.parse_args(argv)
     failed = []
     for command in [] if options.page else options.only:
         arguments = COMMANDS[command].split() if options.quick else []
-        if command == "throughput" and options.data is not None:
+        if command in WITH_DATA and options.data is not None:
             arguments += ["--data", str(options.data.resolve())]
         print(f"\n{command} …", flush=True)
         start = time.perf_counter()

@@ -9,16 +9,15 @@ after it has scored, since pages are mapped when they are first used.
 from __future__ import annotations
 
 import argparse
-import json
 import multiprocessing
-import statistics
 import tempfile
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 
-from bench.throughput import SHAPES, make_model, make_requests
+from bench.models import SHAPES, make_model, make_requests
+from bench.report import Report, add_output, finish
 from mp_rerank import ModelSpec, RerankerPool
 
 MIB = 2**20
@@ -30,59 +29,54 @@ WAYS = {
 
 
 def main(argv: Sequence[str]) -> int:
-    """Measure and print a table."""
+    """Measure and write."""
     parser = argparse.ArgumentParser(prog="python -m bench weights", description=__doc__.partition("\n\n")[0])
     parser.add_argument("--model", help="a hub name or a folder (default: random weights of --shape)")
     parser.add_argument("--shape", choices=SHAPES, default="minilm-l6")
     parser.add_argument("--workers", type=int, nargs="+", default=[1, 2, 4], help="(default: 1 2 4)")
     parser.add_argument("--rounds", type=int, default=5, help="rounds of the race for speed; 0: none (default: 5)")
-    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    add_output(parser)
     options = parser.parse_args(argv)
+    report = Report.begin("weights", "Weights, shared and private", options)
     with tempfile.TemporaryDirectory() as folder:
         if options.model is None:
             make_model(folder, SHAPES[options.shape])
         spec = ModelSpec(options.model or folder)
         pairs = make_requests(1, 100, 60)[0]
         methods = [name for name in ("spawn", "forkserver") if name in multiprocessing.get_all_start_methods()]
-        rows = [
-            {"start_method": method, "workers": workers, "way": way, **memory(spec, method, workers, way, pairs)}
-            for method in methods
-            for workers in options.workers
-            for way in WAYS
-        ]
-        speed = race(spec, methods[-1], pairs, options.rounds) if options.rounds else {}
-    if options.json:
-        print(json.dumps({"memory": rows, "pairs_per_second": speed}, indent=2))
-        return 0
-    print("| start method | workers | weights | mapped, MiB | USS a worker, MiB | PSS a worker, MiB | all, MiB |")
-    print("|---|---:|---|---:|---:|---:|---:|")
-    for row in rows:
-        figures = " | ".join(f"{row[name]:.0f}" for name in ("mapped", "uss", "pss", "all"))
-        print(f"| {row['start_method']} | {row['workers']} | {row['way']} | {figures} |")
-    if speed:
-        print(f"\nTwo workers, in turns, pairs a second: {', '.join(f'{way} {v:.0f}' for way, v in speed.items())}")
+        for method in methods:
+            for workers in options.workers:
+                for way in WAYS:
+                    weigh(report, spec, method, workers, way, pairs)
+        if options.rounds:
+            race(report, spec, methods[-1], pairs, options.rounds)
+    finish(report, options.out)
     return 0
 
 
-def memory(
-    spec: ModelSpec, start_method: str, workers: int, way: str, pairs: Sequence[tuple[str, str]]
-) -> dict[str, float]:
-    """Means over the workers of one pool, in MiB, and their sum."""
+def weigh(
+    report: Report, spec: ModelSpec, start_method: str, workers: int, way: str, pairs: Sequence[tuple[str, str]]
+) -> None:
+    """What the workers of one pool have, and all of them together."""
     with pool_of(spec, start_method, workers, way) as pool:
         pool.predict([*pairs[:20]] * workers)
         found = pool.memory().workers
-    return {
-        "mapped": statistics.mean(worker.mapped_bytes for worker in found) / MIB,
-        "uss": statistics.mean(worker.uss or 0 for worker in found) / MIB,
-        "pss": statistics.mean(worker.pss or 0 for worker in found) / MIB,
-        "all": sum(worker.pss or 0 for worker in found) / MIB,
-    }
+    of = {"start method": start_method, "workers": workers, "weights": way}
+    report.add(of, "mapped, MiB", [worker.mapped_bytes / MIB for worker in found], better="")
+    report.add(of, "USS a worker, MiB", [(worker.uss or 0) / MIB for worker in found])
+    report.add(of, "PSS a worker, MiB", [(worker.pss or 0) / MIB for worker in found])
+    report.add(of, "PSS of all, MiB", sum(worker.pss or 0 for worker in found) / MIB)
 
 
 def race(
-    spec: ModelSpec, start_method: str, pairs: Sequence[tuple[str, str]], rounds: int, workers: int = 2
-) -> dict[str, float]:
-    """Median pairs a second of each way, taking turns."""
+    report: Report,
+    spec: ModelSpec,
+    start_method: str,
+    pairs: Sequence[tuple[str, str]],
+    rounds: int,
+    workers: int = 2,
+) -> None:
+    """Pairs a second of each way, taking turns."""
     rates: dict[str, list[float]] = {way: [] for way in WAYS}
     with ExitStack() as stack:
         pools = {way: stack.enter_context(pool_of(spec, start_method, workers, way)) for way in WAYS}
@@ -92,7 +86,8 @@ def race(
                 pool.predict(pairs * workers)
                 if turn:
                     rates[way].append(workers * len(pairs) / (time.perf_counter() - begun))
-    return {way: statistics.median(values) for way, values in rates.items()}
+    for way, values in rates.items():
+        report.add({"two workers, in turns": way}, "pairs/s", values, better="higher")
 
 
 def pool_of(spec: ModelSpec, start_method: str, workers: int, way: str) -> RerankerPool:
