@@ -1,7 +1,7 @@
 """Readers of the test collections and the labelled training sets: files in, plain objects out.
 
-Every reader takes the folder that holds all the sets (`--data`), and none of them changes the text, so that
-what is measured is what was published.
+Every reader takes the folder that holds all the sets (`--data`), and none of them changes a word, so that what is
+measured is what was published.
 """
 
 import csv
@@ -88,14 +88,43 @@ def vaswani(data: Path) -> Collection:
 def cisi(data: Path) -> Collection:
     """CISI: 1,460 abstracts of information science; the queries that have relevance judgements (76 of 112)."""
     folder = data / "cisi"
-    documents = {key: f"{part.get('T', '')} {part.get('W', '')}".strip() for key, part in _smart(folder / "CISI.ALL")}
-    texts = {key: f"{part.get('T', '')} {part.get('W', '')}".strip() for key, part in _smart(folder / "CISI.QRY")}
-    qrels: dict[str, dict[str, int]] = {}
-    for line in (folder / "CISI.REL").read_text().splitlines():
-        if line.strip():
-            query, doc, *_ = line.split()
-            qrels.setdefault(query, {})[doc] = 1
+    texts = {key: _whole(part) for key, part in _smart(folder / "CISI.QRY")}
+    qrels = _columns(folder / "CISI.REL")
+    documents = {key: _whole(part) for key, part in _smart(folder / "CISI.ALL")}
     return Collection("CISI", documents, {key: texts[key] for key in qrels}, qrels)
+
+
+def cranfield(data: Path) -> Collection:
+    """Cranfield: 1,400 abstracts of aeronautics, 225 questions. The judgements number the questions by their place."""
+    folder = data / "cranfield"
+    documents = {key: part.get("W", "") for key, part in _smart(folder / "cran.all.1400")}  # begins with the title
+    texts = {str(place): part["W"] for place, (_, part) in enumerate(_smart(folder / "cran.qry"), 1)}
+    return Collection("Cranfield", documents, texts, _columns(folder / "cranqrel"))
+
+
+def cacm(data: Path) -> Collection:
+    """CACM: 3,204 papers of computer science, half of them a title alone; the 52 queries that have judgements."""
+    folder = data / "cacm"
+    documents = {key: _whole(part) for key, part in _smart(folder / "cacm.all")}
+    texts = {key: _whole(part) for key, part in _smart(folder / "query.text")}
+    judged = _columns(folder / "qrels.text")  # writes 1 as 01 and 0001
+    qrels = {str(int(query)): {str(int(doc)): 1 for doc in grades} for query, grades in judged.items()}
+    return Collection("CACM", documents, {key: texts[key] for key in qrels}, qrels)
+
+
+def lisa(data: Path) -> Collection:
+    """LISA: 5,999 abstracts of library science in capitals, 35 long queries, with keywords at their end."""
+    folder = data / "lisa"
+    blocks = re.findall(
+        r"^Document +(\d+)\s*\n(.*?)^\*{40,}", (folder / "lisa.all.txt").read_text("latin-1"), re.M | re.S
+    )
+    asked = re.findall(r"^(\d+)\n([^#]*)#", (folder / "lisa.queries.txt").read_text("latin-1"), re.M)
+    qrels: dict[str, dict[str, int]] = {}
+    numbers = iter((folder / "lisa.relevance.txt").read_text().split())
+    for query in numbers:
+        qrels[query] = {next(numbers): 1 for _ in range(int(next(numbers)))}
+    documents = {key: " ".join(text.split()) for key, text in blocks}
+    return Collection("LISA", documents, {key: " ".join(text.split()) for key, text in asked}, qrels)
 
 
 def xquad(data: Path) -> list[Answered]:
@@ -127,6 +156,8 @@ HELD_OUT: dict[str, Callable[[Path], Collection]] = {
     "vaswani": vaswani,
     "cisi": cisi,
 }
+#: sets for decisions while the built-in model is made (`bench builtin average`): neither trained on nor held out
+DEVELOPMENT: dict[str, Callable[[Path], Collection]] = {"cranfield": cranfield, "cacm": cacm, "lisa": lisa}
 
 
 def _tsv_qrels(path: Path) -> dict[str, dict[str, int]]:
@@ -135,6 +166,18 @@ def _tsv_qrels(path: Path) -> dict[str, dict[str, int]]:
         for row in csv.DictReader(file, delimiter="\t"):
             qrels.setdefault(row["query-id"], {})[row["corpus-id"]] = int(row["score"])
     return qrels
+
+
+def _columns(path: Path) -> dict[str, dict[str, int]]:
+    """Judgements that are a line each, `query document ...`: what is listed is relevant, unless its code is -1."""
+    qrels: dict[str, dict[str, int]] = {}
+    for query, doc, *rest in filter(None, map(str.split, path.read_text().splitlines())):
+        qrels.setdefault(query, {})[doc] = int(rest[:1] != ["-1"])
+    return qrels
+
+
+def _whole(part: dict[str, str]) -> str:
+    return f"{part.get('T', '')} {part.get('W', '')}".strip()
 
 
 def _smart(path: Path) -> Iterator[tuple[str, dict[str, str]]]:

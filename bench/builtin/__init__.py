@@ -5,6 +5,7 @@
     teach     BM25 + bi-encoder on those    -> lists.jsonl, calibration.json
     contrast  answers about something else -> more passages, queries and lists
     train     a three-layer cross-encoder   -> checkpoint/
+    average   with the weights before       -> a model, by the development sets
     export    float16 weights, calibrated   -> the folder that is shipped
 
 Every step reads and writes one `--work` folder, is seeded, and can be run again by itself.
@@ -13,7 +14,7 @@ Every step reads and writes one `--work` folder, is seeded, and can be run again
 import importlib
 import sys
 
-STEPS = ("collect", "queries", "teach", "contrast", "train", "export")
+STEPS = ("collect", "queries", "teach", "contrast", "train", "average", "export")
 
 
 def main(argv: list[str]) -> int:

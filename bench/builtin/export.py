@@ -1,4 +1,4 @@
-"""Step 6: the files that are shipped.
+"""Step 7: the files that are shipped.
 
     python -m bench builtin export --work W --out DIR
 
@@ -25,8 +25,6 @@ from bench.builtin.train import Source, evaluate, score
 
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 CUTS = (0.1, 0.3, 0.5)
-#: share of the model before the last training, in an average
-KEPT = 0.25
 
 
 def flatten(source: Source, lists: list[RankedList], scores: list[np.ndarray]) -> dict[str, np.ndarray]:
@@ -46,17 +44,6 @@ def calibrate(model: BertForSequenceClassification, pairs: dict[str, np.ndarray]
         model.classifier.weight.mul_(factor)
         model.classifier.bias.mul_(factor).add_(offset)
     return factor, offset
-
-
-def average(model: BertForSequenceClassification, before: BertForSequenceClassification) -> None:
-    """Put `KEPT` of the weights from before the last training into `model`.
-
-    What a training on some texts takes from others, a mean of the weights before and after it gives back in part
-    (Wortsman et al., Robust fine-tuning of zero-shot models, 2022).
-    """
-    with torch.no_grad():
-        for weight, earlier in zip(model.parameters(), before.parameters(), strict=True):
-            weight.lerp_(earlier, KEPT)
 
 
 def distribution(pairs: dict[str, np.ndarray], factor: float, offset: float) -> str:
@@ -129,12 +116,9 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--out", type=Path, required=True, help="the model's folder")
     parser.add_argument("--lists", type=int, default=1000, help="validation lists to calibrate on, at most")
     parser.add_argument("--model", type=Path, help="the model to export (default: the checkpoint in --work)")
-    parser.add_argument("--average", type=Path, help="a model that it was trained on from: a quarter of each weight")
     options = parser.parse_args(argv)
     checkpoint = options.model or options.work / "checkpoint"
     model = BertForSequenceClassification.from_pretrained(checkpoint).eval()
-    if options.average:
-        average(model, BertForSequenceClassification.from_pretrained(options.average))
     tokenizer = Tokenizer.from_file(str(checkpoint / "tokenizer.json"))
     source = Source(options.work, tokenizer)
     lists = source.validation[: options.lists]
