@@ -95,29 +95,26 @@ class RerankerPool:
         """
         self._check_open()
         dispatcher = self._dispatcher
-        if dispatcher is None:
-            with self._lock:
-                self._check_open()
-                if self._dispatcher is None:
-                    if self.config.isolation == "process":
-                        check_may_spawn()
-                    self._plan = make_plan(self.config, self.spec)
-                    config = dataclasses.replace(self.config, batch_tokens=self._plan.batch_tokens)
-                    dispatcher = Dispatcher(self.spec, self._plan.seats, config)
-                    weakref.finalize(self, dispatcher.close, drain=True).atexit = False
-                    _leave_with_interpreter(dispatcher)
-                    try:
+        try:
+            if dispatcher is None:
+                with self._lock:
+                    self._check_open()
+                    if self._dispatcher is None:
+                        if self.config.isolation == "process":
+                            check_may_spawn()
+                        self._plan = make_plan(self.config, self.spec)
+                        config = dataclasses.replace(self.config, batch_tokens=self._plan.batch_tokens)
+                        dispatcher = Dispatcher(self.spec, self._plan.seats, config)
+                        weakref.finalize(self, dispatcher.close, drain=True).atexit = False
+                        _leave_with_interpreter(dispatcher)
                         dispatcher.start()
                         self._dispatcher = dispatcher
-                    except BaseException:  # Ctrl-C, or no thread to be had
-                        dispatcher.close(drain=False)
-                        raise
-                dispatcher = self._dispatcher
-        try:
+                    dispatcher = self._dispatcher
             error = waited(dispatcher.started).exception()
-        except BaseException:
-            dispatcher.close(drain=False)
-            dispatcher.join()
+        except BaseException:  # Ctrl-C, or no thread to be had
+            if dispatcher is not None:
+                dispatcher.close(drain=False)
+                dispatcher.join()  # it may be launching workers, which an interpreter that exits lets nobody do
             raise
         if error is not None:
             dispatcher.close(drain=False)

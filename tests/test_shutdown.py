@@ -20,6 +20,7 @@ import pytest
 from conftest import FAKE, PATIENCE, Fifo, ranked, until
 
 from mp_rerank import ModelSpec, PoolClosedError, RerankerPool, RerankError
+from mp_rerank.dispatcher import Dispatcher
 
 MakePool = Callable[..., RerankerPool]
 
@@ -567,6 +568,22 @@ def test_close_while_it_starts(make_pool: MakePool, fifo: Fifo) -> None:
     assert len(errors) == 1
     assert not psutil.pid_exists(fifo.pid)
     fifo.release()
+
+
+def test_an_interrupt_while_it_starts_waits_for_what_has_begun(
+    make_pool: MakePool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else an interpreter that exits at once would find the dispatcher launching workers, and neither could go on."""
+    start = Dispatcher.start
+
+    def interrupted(dispatcher: Dispatcher) -> None:
+        start(dispatcher)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Dispatcher, "start", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        make_pool().start()
+    assert [thread for thread in threading.enumerate() if thread.name.startswith("mp_rerank")] == []
 
 
 def test_start_while_it_closes(make_pool: MakePool, fifo: Fifo) -> None:
