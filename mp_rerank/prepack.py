@@ -20,12 +20,15 @@ import numpy.typing as npt
 import torch
 
 from mp_rerank.equal_scores import keep_if_equal
+from mp_rerank.row import ROUND
 
 __all__ = ["prepack"]
 
 # Rows of input that the layout is chosen for and measured with: about half a batch of tokens.
 ROWS = 512
 TRIALS = 3
+# Numbers of rows that are not made round: there are not many of them.
+FEW_ROWS = 64
 # Share of the plain layer's time that a packed one may take to be worth it.
 WORTHWHILE = 0.95
 # The names under which encoders of BERT's family keep a layer and the activation that follows it.
@@ -82,6 +85,13 @@ class _Packed:
         self.activation: tuple[str, list[Any], str] = ("none", [], "")
 
     def __call__(self, input: torch.Tensor) -> torch.Tensor:
+        rows = input.shape[:-1].numel()
+        if rows <= FEW_ROWS or rows % ROUND == 0:
+            return self._product(input)
+        padded = torch.nn.functional.pad(input.flatten(0, -2), (0, 0, 0, -rows % ROUND))
+        return self._product(padded)[:rows].unflatten(0, input.shape[:-1])
+
+    def _product(self, input: torch.Tensor) -> torch.Tensor:
         product: torch.Tensor = torch.ops.mkldnn._linear_pointwise(input, self._weight, self._bias, *self.activation)
         return product
 

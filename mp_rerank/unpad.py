@@ -1,4 +1,4 @@
-"""Encoders without padding: a batch goes through their layers as one row of real tokens.
+"""Encoders without padding: a batch goes through their layers as one row of real tokens, and a few to make it round.
 
 What comes out is laid out as it was for the head, which looks for a pair's first token in the first column.
 
@@ -17,7 +17,7 @@ import numpy.typing as npt
 import torch
 
 from mp_rerank.equal_scores import keep_if_equal
-from mp_rerank.row import NAME, Row, laid_out, register_attention
+from mp_rerank.row import NAME, ROUND, Row, laid_out, register_attention
 
 __all__ = ["find_encoder", "unpad"]
 
@@ -85,15 +85,18 @@ class _Unpadded:
         real = real[order]
         values, counts = lengths.unique_consecutive(return_counts=True)
         row = Row(list(zip(counts.tolist(), values.tolist(), strict=True)))
+        states = hidden_states[order][real]
+        count = len(states)
+        rounded = torch.nn.functional.pad(states, (0, 0, 0, -count % ROUND))
         with laid_out(row):
-            output = self._forward(hidden_states[order][real].unsqueeze(0), None, **rest)
+            output = self._forward(rounded.unsqueeze(0), None, **rest)
         tokens = output.last_hidden_state[0]
         padded = torch.zeros_like(hidden_states)
         if row.whole is None:
-            padded[real] = tokens
+            padded[real] = tokens[:count]
         else:
             padded[:, 0] = tokens
         output.last_hidden_state = torch.empty_like(padded)
         output.last_hidden_state[order] = padded
-        self.used |= len(tokens) < pairs * longest
+        self.used |= count < pairs * longest
         return output

@@ -44,6 +44,19 @@ def plain_linears(network: Any) -> Iterator[Any]:
     return (part for part in network.modules() if type(part) is torch.nn.Linear and "forward" not in vars(part))
 
 
+def test_products_of_many_rows_are_made_of_a_round_number_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What oneDNN makes for each number of rows it keeps: there must not be any number of them."""
+    linear = torch.nn.Linear(8, 4)
+    packed = module._Packed(linear)
+    product, seen = packed._product, []
+    monkeypatch.setattr(packed, "_product", lambda input: seen.append(input.shape[:-1].numel()) or product(input))
+    with torch.inference_mode():
+        for shape in ((1, 8), (3, 21, 8), (5, 13, 8), (4, 16, 8), (8,), (2, 3, 100, 8), (0, 8)):
+            input = torch.randn(shape)
+            torch.testing.assert_close(packed(input), linear(input), rtol=1e-5, atol=1e-5)
+    assert seen == [1, 63, 96, 64, 1, 608, 0], "65 became 96, and 600 became 608; few are left as they are"
+
+
 @pytest.mark.usefixtures("always")
 @pytest.mark.parametrize("family", [*models.ENCODERS, *models.DECODERS])
 def test_scores_are_the_plain_model_s(family: str, tmp_path: Path) -> None:

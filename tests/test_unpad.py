@@ -46,7 +46,8 @@ def test_scores_are_the_padded_model_s(family: str, num_labels: int, tmp_path: P
 
 
 @needs_interface
-def test_no_layer_sees_padding(tmp_path: Path) -> None:
+def test_no_layer_sees_padding_but_what_makes_a_row_round(tmp_path: Path) -> None:
+    """Rows of few different lengths: what oneDNN makes for each of them, and keeps, is then not without end."""
     unpadded = engine(models.build("bert", tmp_path))
     seen: list[tuple[int, ...]] = []
     for layer in unpadded.model.model.bert.encoder.layer:
@@ -54,7 +55,9 @@ def test_no_layer_sees_padding(tmp_path: Path) -> None:
     unpadded.predict(PAIRS)
     assert {len(shape) for shape in seen} == {3}
     assert {shape[0] for shape in seen} == {1}
-    assert sum(shape[1] for shape in seen) == 2 * unpadded.tokens, "two layers"
+    assert {shape[1] % row.ROUND for shape in seen} == {0}
+    more = sum(shape[1] for shape in seen) - 2 * unpadded.tokens  # two layers
+    assert 0 < more < row.ROUND * len(seen)
 
 
 @needs_interface
