@@ -32,8 +32,8 @@ Written by `python -m bench matrix`: each environment made by tox, the tests of 
 `mp-rerank race` ([what its columns mean](race.md)). Time is that of making it and of its tests, on about one core.
 
 Tests of frameworks and of other runtimes are skipped: `tox run -e newest` and `-e backends` have those.
-Environments with torch 2.4, or transformers 4.49 or 4.53, are below the declared minimums, and show why these are no
-lower.
+Environments with torch 2.4 or 2.5, transformers 4.49, or sentence-transformers 3.4 or 5.0 are below the declared
+minimums, and show why these are no lower.
 """
 NOT_HERE = re.compile(r"^SKIPPED .*(is not installed|only with MP_RERANK_\w+=required)$")
 COUNTS = re.compile(r"(\d+) (passed|failed|errors?|skipped|xfailed|deselected)")

@@ -33,6 +33,8 @@ COMMANDS: dict[str, str] = {
     "reuse": "--rounds 1 --requests 2",
 }
 
+#: those that are run by themselves, and shown on the page too
+OTHERS = ("bulk", "langroid")
 #: those that have more to show on real texts
 WITH_DATA = ("throughput", "backends")
 
@@ -60,7 +62,7 @@ def main(argv: Sequence[str]) -> int:
         print(f"{command}: exit code {done.returncode} after {time.perf_counter() - start:.0f} s", flush=True)
         if done.returncode:
             failed.append(command)
-    reports = [read(path) for command in COMMANDS if (path := options.out / f"{command}.json").is_file()]
+    reports = [read(path) for command in (*COMMANDS, *OTHERS) if (path := options.out / f"{command}.json").is_file()]
     for report in reports if options.page else []:
         draw(report, options.out)
     (options.out / "README.md").write_text(page(reports, options.out), encoding="utf-8")
