@@ -102,11 +102,7 @@ def memory(report: Report) -> None:
 
 def load(report: Report) -> None:
     """A bar a step, cached and not."""
-    found = rows_of(report, "s")
-    caches = distinct(found, "files")
-    for axis, cache in zip(panels(len(caches), 2, 0.3 * len(found) / len(caches) + 0.6), caches, strict=True):
-        bars(axis, [row for row in found if row.of["files"] == cache], lambda row: row.of["step"])
-        axis.set_title(f"seconds, {cache}", loc="left")
+    bars_in_panels(report, "s", "files", "step", "seconds, {}")
 
 
 def start(report: Report) -> None:
@@ -119,11 +115,7 @@ def start(report: Report) -> None:
 
 def backends(report: Report) -> None:
     """A panel a model, a bar a way to compute it."""
-    found = rows_of(report, "pairs/s")
-    models = distinct(found, "model")
-    for axis, model in zip(panels(len(models), 2, 0.3 * len(found) / len(models) + 0.6), models, strict=True):
-        bars(axis, [row for row in found if row.of["model"] == model], lambda row: row.of["contender"])
-        axis.set_title(f"{model}: pairs/s", loc="left")
+    bars_in_panels(report, "pairs/s", "model", "contender", "{}: pairs/s")
 
 
 def weights(report: Report) -> None:
@@ -171,6 +163,15 @@ def panels(count: int, columns: int, height: float) -> list[Axes]:
         axis.remove()
     figure.set_layout_engine("constrained")
     return list(axes[:count])
+
+
+def bars_in_panels(report: Report, measure: str, panel: str, bar: str, title: str) -> None:
+    """One measure: a panel for each value of a label, a bar for each of another within it."""
+    found = rows_of(report, measure)
+    values = distinct(found, panel)
+    for axis, value in zip(panels(len(values), 2, 0.3 * len(found) / len(values) + 0.6), values, strict=True):
+        bars(axis, [row for row in found if row.of[panel] == value], lambda row: row.of[bar])
+        axis.set_title(title.format(value), loc="left")
 
 
 def bars(axis: Axes, rows: Sequence[Row], name: Callable[[Row], str]) -> None:

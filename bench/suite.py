@@ -1,7 +1,7 @@
 """`python -m bench suite`: every benchmark that makes figures, one after the other, and one page of them all.
 
-    python -m bench suite --data DIR            all, in about half an hour on two cores
-    python -m bench suite --quick               a small part of each, in about five minutes
+    python -m bench suite --data DIR            all; throughput by itself takes over half an hour on two cores
+    python -m bench suite --quick               a small part of each
     python -m bench suite --page                run nothing, write the page and the pictures of what has run
 
 Each runs in a process of its own and writes into `--out`; the page is `README.md` there, and its first table is the one

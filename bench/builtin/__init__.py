@@ -8,7 +8,8 @@
     average   with the weights before       -> a model, by the development sets
     export    float16 weights, calibrated   -> the folder that is shipped
 
-Every step reads and writes one `--work` folder, is seeded, and can be run again by itself.
+Every step but `average`, which takes two models, reads and writes one `--work` folder; each is seeded where it draws
+anything, and can be run again by itself.
 """
 
 import importlib
