@@ -74,6 +74,9 @@ class Engine:
             # tqdm's own lock is a semaphore shared by processes; of a worker that is killed, the interpreter's resource
             # tracker would call it leaked, in the user's terminal.
             tqdm.set_lock(threading.RLock())
+            # Of the attentions torch may choose for 16 bits on a GPU, cuDNN's plans anew for every shape of a batch; no
+            # two batches here have one. MiniLM-L6 in float16 on an H200: 3,441 pairs a second with it, 10,199 without.
+            torch.backends.cuda.enable_cudnn_sdp(False)
             # Weights that a checkpoint lacks are drawn at random: differently in each worker, so that the canary tells.
             torch.seed()
         self.batch_tokens = batch_tokens

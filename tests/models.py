@@ -106,6 +106,11 @@ def coarse(logits: torch.Tensor) -> torch.Tensor:
     return torch.round(logits * 4) / 4
 
 
+def cudnn_attention(logits: torch.Tensor) -> torch.Tensor:
+    """An activation that says whether attention may be cuDNN's in this process: 1 or 0."""
+    return torch.full_like(logits, torch.backends.cuda.cudnn_sdp_enabled())
+
+
 def load_lengthwise(spec: object, device: str) -> torch.nn.Module:
     """A torch module that is no ``CrossEncoder`` and has the pool's ``predict(pairs)``."""
     return Lengthwise().to(device)
