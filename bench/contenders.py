@@ -57,11 +57,18 @@ class Setting:
         folder: the model.
         workers: processes that a pool may have, one a core.
         agents: threads that call.
+        device: where models are: ``"cpu"``, or a GPU that the processes share.
     """
 
     folder: str
     workers: int
     agents: int
+    device: str = "cpu"
+
+    def on_cpu_only(self) -> None:
+        """Raise ``NotRun`` elsewhere."""
+        if self.device != "cpu":
+            raise NotRun("as installed, it computes on the CPU only")
 
 
 Contender = Callable[[Setting], AbstractContextManager[Run]]
@@ -128,7 +135,7 @@ def all_at_once(setting: Setting) -> Iterator[Run]:
 def library_pool(setting: Setting) -> Iterator[Run]:
     """The library's pool with its defaults; without the lock, its results go to the wrong callers."""
     model = load_model(setting)
-    pool = model.start_multi_process_pool(["cpu"] * setting.workers)
+    pool = model.start_multi_process_pool([setting.device] * setting.workers)
     lock = threading.Lock()
 
     def score(pairs: Pairs) -> np.ndarray:
@@ -150,7 +157,7 @@ def library_pool_tuned(setting: Setting) -> Iterator[Run]:
     """
     model = load_model(setting)
     with threads_of_children(1):
-        pool = model.start_multi_process_pool(["cpu"] * setting.workers)
+        pool = model.start_multi_process_pool([setting.device] * setting.workers)
     lock = threading.Lock()
     chosen: dict[str, int] = {}
     tuned_for: list[list[Pairs]] = []
@@ -216,7 +223,7 @@ def infinity(setting: Setting) -> Iterator[Run]:
                     EngineArgs(
                         model_name_or_path=setting.folder,
                         engine="torch",
-                        device="cpu",
+                        device=setting.device.partition(":")[0],
                         dtype="float32",
                         bettertransformer=False,
                     )
@@ -246,6 +253,7 @@ def infinity(setting: Setting) -> Iterator[Run]:
 @contextmanager
 def fastembed(setting: Setting) -> Iterator[Run]:
     """The package of that name on ONNX Runtime: one session, which several threads may call."""
+    setting.on_cpu_only()
     try:
         from fastembed.common.model_description import ModelSource
         from fastembed.rerank.cross_encoder import TextCrossEncoder
@@ -267,6 +275,7 @@ def fastembed(setting: Setting) -> Iterator[Run]:
 @contextmanager
 def flashrank(setting: Setting) -> Iterator[Run]:
     """FlashRank on ONNX Runtime: one session, a request a batch. It knows models by name: ours takes one's place."""
+    setting.on_cpu_only()
     try:
         from flashrank import Ranker, RerankRequest
         from flashrank.Config import default_model, model_file_map
@@ -299,7 +308,7 @@ def pool(setting: Setting, dtype: str) -> Iterator[Run]:
     """What it is all about: a pool of this package."""
     spec = ModelSpec(setting.folder, dtype=dtype)
     with (
-        RerankerPool(spec, devices="cpu", workers=setting.workers, coalesce=False) as workers,
+        RerankerPool(spec, devices=setting.device, workers=setting.workers, coalesce=False) as workers,
         called_by_agents(setting.agents, lambda pairs: workers.submit_pairs(pairs).result()) as run,
     ):
         yield run
@@ -318,12 +327,13 @@ CONTENDERS: dict[str, tuple[str, Contender]] = {
     "flashrank": ("FlashRank (ONNX Runtime)", flashrank),
     "mp_rerank": (OURS, partial(pool, dtype="float32")),
     "mp_rerank-bfloat16": ("mp_rerank, bfloat16", partial(pool, dtype="bfloat16")),
+    "mp_rerank-float16": ("mp_rerank, float16", partial(pool, dtype="float16")),
 }
 
 
 def load_model(setting: Setting) -> CrossEncoder:
     """The model in this process."""
-    return CrossEncoder(setting.folder, device="cpu")
+    return CrossEncoder(setting.folder, device=setting.device)
 
 
 def predict(model: CrossEncoder, pairs: Pairs, **options: Any) -> np.ndarray:

@@ -128,7 +128,7 @@ class Report:
         return (
             f"{of['processor']}, {of['cores']} cores ({of['logical']} logical), {of['memory_gib']} GiB; "
             f"{of['system']}, Python {of['python']}; {packages}; {of['date']}; "
-            f"`python -m bench {self.command} {options}`"
+            f"`python -m bench {self.command.partition('-')[0]} {options}`"
         )
 
 

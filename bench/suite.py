@@ -34,7 +34,7 @@ COMMANDS: dict[str, str] = {
 }
 
 #: those that are run by themselves, and shown on the page too
-OTHERS = ("bulk", "langroid")
+OTHERS = ("throughput-cuda", "bulk", "langroid")
 #: those that have more to show on real texts
 WITH_DATA = ("throughput", "backends")
 

@@ -54,16 +54,29 @@ def main(argv: Sequence[str]) -> int:
         prog="python -m bench throughput", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--workloads", nargs="+", default=WORKLOADS, metavar="SHAPE/AGENTS/TEXTS", type=workload)
-    parser.add_argument("--contenders", nargs="+", default=list(CONTENDERS), choices=CONTENDERS, metavar="NAME")
+    parser.add_argument(
+        "--contenders", nargs="+", choices=CONTENDERS, metavar="NAME", help="default: all that fit the device"
+    )
+    parser.add_argument("--device", default="cpu", help="where models are; a GPU's report is throughput-DEVICE")
     parser.add_argument("--rounds", type=int, default=3, help="rounds each contender takes (default 3)")
     parser.add_argument("--documents", type=int, help=f"documents a request (default {DOCUMENTS})")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="worker processes (default: one a CPU)")
     parser.add_argument("--data", type=Path, help="the folder with scifact/; without it, no real texts")
     add_output(parser)
     options = parser.parse_args(argv)
+    on_cpu = options.device == "cpu"
+    if options.contenders is None:
+        options.contenders = [name for name in CONTENDERS if not (on_cpu and name == "mp_rerank-float16")]
     if "lock" not in options.contenders:
         options.contenders.insert(0, "lock")  # what scores and rates are held against
-    report = Report.begin("throughput", "Throughput", options)
+    kind = options.device.partition(":")[0]
+    report = (
+        Report.begin("throughput", "Throughput", options)
+        if on_cpu
+        else Report.begin(
+            f"throughput-{kind}", f"Throughput on a GPU ({torch.get_device_module(kind).get_device_name()})", options
+        )
+    )
     for shape in SHAPES:
         names = [name for name in options.workloads if name.startswith(f"{shape}/")]
         if options.data is None and any(name.endswith(SCIFACT) for name in names):
@@ -91,9 +104,10 @@ def measure(report: Report, shape: str, names: list[str], options: argparse.Name
     """Every work-load of one shape."""
     with tempfile.TemporaryDirectory() as folder:
         make_model(folder, SHAPES[shape])
-        best = products(shape, options.workers) if "mp_rerank" in options.contenders else None
+        counted = options.device == "cpu" and "mp_rerank" in options.contenders
+        best = products(shape, options.workers) if counted else None
         for name in names:
-            setting = Setting(folder, options.workers, int(name.split("/")[1]))
+            setting = Setting(folder, options.workers, int(name.split("/")[1]), options.device)
             requests = requests_of(name, options.documents, options.data)
             compare(report, name, setting, requests, options)
             if best is not None:
