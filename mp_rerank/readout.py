@@ -53,4 +53,4 @@ class _FirstOnly:
     def __call__(self, hidden_states: torch.Tensor, *args: Any, **rest: Any) -> Any:
         row = current_row()
         row.whole = hidden_states
-        return self._forward(hidden_states[:, row.first_tokens()], *args, **rest)
+        return self._forward(hidden_states[:, row.firsts], *args, **rest)

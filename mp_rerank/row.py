@@ -21,34 +21,77 @@ NAME = "mp_rerank_row"
 #: Tokens are computed on in multiples of this. oneDNN makes a kernel for every number of them and keeps it, and memory
 #: of ever new sizes falls into pieces: with a model of 18 MB a worker had 760 MB more after 600 batches, and has 100.
 ROUND = 32
+#: Places of a pair in attention are a multiple of this: what is left over of a vector register is computed one by one,
+#: which takes twice as long for 31 or 63 tokens as for 32 or 64.
+MULTIPLE = 16
 #: what BERT's and DistilBERT's kin call the layers that make keys and values
 PROJECTIONS = (("key", "value"), ("k_lin", "v_lin"))
 
 _here = threading.local()  # .row: of the batch that this thread's encoder is at
 
 
-@dataclass
+@dataclass(frozen=True)
+class Block:
+    """Pairs of about one length, as attention takes them: each in as many places, a multiple of `MULTIPLE`.
+
+    Attributes:
+        pairs: how many.
+        places: of each.
+        start: where in the row its first pair begins, and ``end`` where its last one ends.
+        tokens: which token of the row is in which place; in those left over, any. Shape (pairs * places,).
+        taken: the places that are not left over, in the row's order. Shape (end - start,).
+        mask: which places may be attended to, shape (pairs, 1, 1, places); ``None`` where none is left over.
+    """
+
+    pairs: int
+    places: int
+    start: int
+    end: int
+    tokens: torch.Tensor
+    taken: torch.Tensor
+    mask: torch.Tensor | None
+
+
 class Row:
     """What the row is made of.
 
+    Args:
+        lengths: tokens of each pair, in the row's order, in which they grow. Behind the last pair there may be tokens
+            that mean nothing, to make the row's length a round one.
+
     Attributes:
-        runs: pairs of one length side by side, in the row's order: (how many pairs, tokens of each). Behind the last
-            there may be tokens that mean nothing, to make the row's length a round one.
+        firsts: where in the row each pair begins.
+        blocks: what the row falls into.
         whole: hidden states of all tokens, shape (1, tokens, width), while a layer is given only those of each pair's
             first token; its attention takes keys and values from these.
     """
 
-    runs: list[tuple[int, int]]
-    whole: torch.Tensor | None = None
-
-    def first_tokens(self) -> list[int]:
-        """Where in the row each pair begins."""
-        places: list[int] = []
-        start = 0
-        for pairs, length in self.runs:
-            places += range(start, start + pairs * length, length)
-            start += pairs * length
-        return places
+    def __init__(self, lengths: torch.Tensor) -> None:
+        ends = lengths.cumsum(0)
+        self.firsts = ends - lengths
+        self.whole: torch.Tensor | None = None
+        self.blocks: list[Block] = []
+        rounded = -(-lengths // MULTIPLE) * MULTIPLE
+        begin = 0
+        for places, pairs in zip(
+            *(values.tolist() for values in rounded.unique_consecutive(return_counts=True)), strict=True
+        ):
+            block = slice(begin, begin + pairs)
+            begin += pairs
+            numbers = torch.arange(places)
+            mask = numbers < lengths[block, None]
+            tokens = torch.where(mask, self.firsts[block, None] + numbers, self.firsts[block, None])
+            self.blocks.append(
+                Block(
+                    pairs,
+                    places,
+                    int(self.firsts[block][0]),
+                    int(ends[block][-1]),
+                    tokens.flatten(),
+                    mask.flatten().nonzero()[:, 0],
+                    None if bool(mask.all()) else mask[:, None, None, :],
+                )
+            )
 
 
 def current_row() -> Row:
@@ -90,23 +133,29 @@ def _attend(
     _, heads, asking, width = query.shape
     if row.whole is not None:
         key, value = (project(row.whole).view(1, -1, heads, width).transpose(1, 2) for project in _projections(module))
-    found = query.new_empty(1, asking, heads, width)
-    to_query = to_key = 0
-    for pairs, length in row.runs:
-        from_query, to_query = to_query, to_query + pairs * (length if row.whole is None else 1)
-        from_key, to_key = to_key, to_key + pairs * length
-        parts = [
-            tensor[0, :, start:end].reshape(heads, pairs, -1, width).transpose(0, 1)
-            for tensor, start, end in (
-                (query, from_query, to_query),
-                (key, from_key, to_key),
-                (value, from_key, to_key),
-            )
-        ]
-        attended = torch.nn.functional.scaled_dot_product_attention(*parts, scale=scaling)
-        found[0, from_query:to_query] = attended.transpose(1, 2).reshape(-1, heads, width)
-    found[0, to_query:] = 0
-    return found, None
+    queries, keys, values = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
+    found = query.new_zeros(asking, heads, width)
+    first = 0
+    for block in row.blocks:
+        shape = block.pairs, block.places, heads, width
+        if row.whole is None:
+            ask = queries.index_select(0, block.tokens).view(shape)
+        else:
+            ask = queries[first : first + block.pairs, None]
+        attended = torch.nn.functional.scaled_dot_product_attention(
+            ask.transpose(1, 2),
+            keys.index_select(0, block.tokens).view(shape).transpose(1, 2),
+            values.index_select(0, block.tokens).view(shape).transpose(1, 2),
+            attn_mask=block.mask,
+            scale=scaling,
+        )
+        answers = attended.transpose(1, 2).reshape(-1, heads, width)
+        if row.whole is None:
+            found[block.start : block.end] = answers.index_select(0, block.taken)
+        else:
+            found[first : first + block.pairs] = answers
+        first += block.pairs
+    return found[None], None
 
 
 def _projections(attention: torch.nn.Module) -> list[torch.nn.Module]:

@@ -83,8 +83,7 @@ class _Unpadded:
         real = attention_mask.bool()
         lengths, order = real.sum(1).sort()  # those of one length side by side
         real = real[order]
-        values, counts = lengths.unique_consecutive(return_counts=True)
-        row = Row(list(zip(counts.tolist(), values.tolist(), strict=True)))
+        row = Row(lengths)
         states = hidden_states[order][real]
         count = len(states)
         rounded = torch.nn.functional.pad(states, (0, 0, 0, -count % ROUND))

@@ -61,6 +61,25 @@ def test_no_layer_sees_padding_but_what_makes_a_row_round(tmp_path: Path) -> Non
 
 
 @needs_interface
+def test_attention_sees_lengths_that_fill_vector_registers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For one that does not, it would take twice as long. What is left over of a pair's places is attended by none."""
+    unpadded = engine(models.build("bert", tmp_path))
+    lengths = unpadded._direct.tokenize(PAIRS).lengths
+    attend, seen = torch.nn.functional.scaled_dot_product_attention, []
+
+    def spy(query: Any, key: Any, value: Any, **options: Any) -> Any:
+        seen.append((key.shape[2], 0 if options["attn_mask"] is None else int((~options["attn_mask"]).sum())))
+        return attend(query, key, value, **options)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", spy)
+    unpadded.predict(PAIRS)
+    assert {places % row.MULTIPLE for places, _ in seen} == {0}
+    assert sum(left_over for _, left_over in seen) == 2 * sum(
+        -length % row.MULTIPLE for length in lengths
+    )  # two layers
+
+
+@needs_interface
 def test_in_bfloat16_too(tmp_path: Path) -> None:
     folder = models.build("bert", tmp_path)
     unpadded, padded = engine(folder, dtype="bfloat16"), engine(folder, dtype="bfloat16", unpad=False)
