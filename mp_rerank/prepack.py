@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -26,11 +26,14 @@ __all__ = ["prepack"]
 
 # Rows of input that the layout is chosen for and measured with: about half a batch of tokens.
 ROWS = 512
-TRIALS = 3
+# Layers of a shape that are timed, one after the other: the same one again would find its weight in the cache, as it
+# does in no model, and plain layers would look better than they are.
+TIMED = 3
+TRIALS = 5
 # Numbers of rows that are not made round: there are not many of them.
 FEW_ROWS = 64
-# Share of the plain layer's time that a packed one may take to be worth it.
-WORTHWHILE = 0.95
+# Share of the plain layers' time that packed ones may take to be worth it.
+WORTHWHILE = 0.97
 # The names under which encoders of BERT's family keep a layer and the activation that follows it.
 ACTIVATION_AFTER = {"dense": "intermediate_act_fn", "lin1": "activation"}
 
@@ -55,17 +58,13 @@ def prepack(model: torch.nn.Module, dtype: str, predict: Callable[[], npt.NDArra
 
     def change() -> None:
         with torch.inference_mode():
-            packed.extend(_worthwhile(_candidates(model)))
+            packed.extend(_worthwhile(_candidates(model), _gelus(model)))
         for layer in packed:
             layer.take_over()
-        _fuse_activations(model, {layer.linear: layer for layer in packed})
 
     def undo() -> None:
         for layer in packed:
             layer.give_back()
-        for module in model.modules():
-            if vars(module).get("forward") is _identity:
-                del module.forward
 
     if not keep_if_equal("prepacked layers", change, undo, predict, dtype):
         return 0
@@ -75,14 +74,18 @@ def prepack(model: torch.nn.Module, dtype: str, predict: Callable[[], npt.NDArra
 
 
 class _Packed:
-    """A linear layer with its weight packed; in its place from ``take_over`` to ``give_back``, if it comes to that."""
+    """A linear layer with its weight packed; in its place from ``take_over`` to ``give_back``, if it comes to that.
 
-    def __init__(self, linear: torch.nn.Linear) -> None:
+    It applies the exact GELU that follows it, whose module passes on what it gets meanwhile.
+    """
+
+    def __init__(self, linear: torch.nn.Linear, gelu: torch.nn.Module | None = None) -> None:
         self.linear = linear
+        self._gelu = gelu
         self._plain_weight: torch.Tensor | None = linear.weight.data
         self._weight = torch.ops.mkldnn._reorder_linear_weight(self._plain_weight, ROWS)
         self._bias = None if linear.bias is None else linear.bias.detach()
-        self.activation: tuple[str, list[Any], str] = ("none", [], "")
+        self._activation: tuple[str, list[Any], str] = ("none", [], "") if gelu is None else ("gelu", [], "none")
 
     def __call__(self, input: torch.Tensor) -> torch.Tensor:
         rows = input.shape[:-1].numel()
@@ -92,13 +95,15 @@ class _Packed:
         return self._product(padded)[:rows].unflatten(0, input.shape[:-1])
 
     def _product(self, input: torch.Tensor) -> torch.Tensor:
-        product: torch.Tensor = torch.ops.mkldnn._linear_pointwise(input, self._weight, self._bias, *self.activation)
+        product: torch.Tensor = torch.ops.mkldnn._linear_pointwise(input, self._weight, self._bias, *self._activation)
         return product
 
     def take_over(self) -> None:
         weight = self.linear.weight.data
         self.linear.weight.data = weight.new_full((1, 1), math.nan).expand(weight.shape)
         self.linear.forward = self
+        if self._gelu is not None:
+            self._gelu.forward = _identity
 
     def let_go(self) -> None:
         """Free the plain weight: there is no way back any more."""
@@ -107,42 +112,55 @@ class _Packed:
     def give_back(self) -> None:
         if self._plain_weight is not None:
             self.linear.weight.data = self._plain_weight
-        vars(self.linear).pop("forward", None)
+        for module in (self.linear, self._gelu):
+            if module is not None:
+                vars(module).pop("forward", None)
 
 
-def _worthwhile(linears: list[torch.nn.Linear]) -> list[_Packed]:
+def _worthwhile(linears: list[torch.nn.Linear], gelus: dict[torch.nn.Linear, torch.nn.Module]) -> list[_Packed]:
     """The layers of those shapes that are faster packed, by one layer of each shape; in bfloat16 all."""
     alike: dict[tuple[Any, ...], list[torch.nn.Linear]] = defaultdict(list)
     for linear in linears:
-        alike[linear.weight.dtype, linear.in_features, linear.out_features, linear.bias is None].append(linear)
+        shape = linear.in_features, linear.out_features
+        alike[linear.weight.dtype, shape, linear.bias is None, linear in gelus].append(linear)
     chosen: list[_Packed] = []
     for (dtype, *_), group in alike.items():
-        first = _Packed(group[0])
-        input = torch.randn(ROWS, first.linear.in_features, dtype=dtype)
-        if dtype is torch.bfloat16 or _share_of_time(first, group[0].forward, input) < WORTHWHILE:
-            chosen += [first, *map(_Packed, group[1:])]
+        packed = [_Packed(linear, gelus.get(linear)) for linear in group[:TIMED]]
+        plain = [torch.nn.Sequential(*filter(None, (linear, gelus.get(linear)))) for linear in group[:TIMED]]
+        input = torch.randn(ROWS, group[0].in_features, dtype=dtype)
+        if dtype is torch.bfloat16 or _share_of_time(packed, plain, input) < WORTHWHILE:
+            chosen += packed + [_Packed(linear, gelus.get(linear)) for linear in group[TIMED:]]
     return chosen
 
 
-def _share_of_time(packed: Callable[..., object], plain: Callable[..., object], input: torch.Tensor) -> float:
-    """The time ``packed`` takes for ``input``, as a share of what ``plain`` takes."""
-    best = {packed: math.inf, plain: math.inf}
+def _share_of_time(
+    packed: Sequence[Callable[..., object]], plain: Sequence[Callable[..., object]], input: torch.Tensor
+) -> float:
+    """The time that ``packed`` take for ``input``, each for itself, as a share of what ``plain`` take."""
+    best = [math.inf, math.inf]
     for _ in range(TRIALS + 1):  # in turn, so that a neighbour's load falls on both; the first one warms up
-        for forward in best:
+        for which, layers in enumerate((packed, plain)):
             start = time.perf_counter()
-            forward(input)
-            best[forward] = min(best[forward], time.perf_counter() - start)
-    return best[packed] / best[plain]
+            for layer in layers:
+                layer(input)
+            best[which] = min(best[which], time.perf_counter() - start)
+    return best[0] / best[1]
 
 
-def _fuse_activations(model: torch.nn.Module, packed: dict[torch.nn.Linear, _Packed]) -> None:
-    """Let packed layers apply the exact GELU that follows them; its module then passes on what it gets."""
+def _gelus(model: torch.nn.Module) -> dict[torch.nn.Linear, torch.nn.Module]:
+    """Linear layers and the exact GELU that follows each."""
+    found = {}
     for module in model.modules():
         for layer_name, activation_name in ACTIVATION_AFTER.items():
             layer, activation = getattr(module, layer_name, None), getattr(module, activation_name, None)
-            if layer in packed and isinstance(activation, torch.nn.Module) and _is_exact_gelu(activation):
-                packed[layer].activation = ("gelu", [], "none")
-                activation.forward = _identity
+            if (
+                isinstance(layer, torch.nn.Linear)
+                and isinstance(activation, torch.nn.Module)
+                and "forward" not in vars(activation)
+                and _is_exact_gelu(activation)
+            ):
+                found[layer] = activation
+    return found
 
 
 def _is_exact_gelu(activation: torch.nn.Module) -> bool:

@@ -57,6 +57,23 @@ def test_products_of_many_rows_are_made_of_a_round_number_of_them(monkeypatch: p
     assert seen == [1, 63, 96, 64, 1, 608, 0], "65 became 96, and 600 became 608; few are left as they are"
 
 
+def test_a_layer_is_timed_with_the_activation_that_it_would_apply(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the products alone are no faster, the activation within them may still be."""
+    shapes = []
+
+    def like_with_like(packed: Any, plain: Any, input: Any) -> float:
+        for one, other in zip(packed, plain, strict=True):
+            torch.testing.assert_close(one(input), other(input), rtol=1e-5, atol=1e-5)
+            shapes.append(len(other))
+        return 0.0
+
+    monkeypatch.setattr(module, "_share_of_time", like_with_like)
+    engine(models.build("bert", tmp_path))
+    assert sorted(set(shapes)) == [1, 2]
+
+
 @pytest.mark.usefixtures("always")
 @pytest.mark.parametrize("family", [*models.ENCODERS, *models.DECODERS])
 def test_scores_are_the_plain_model_s(family: str, tmp_path: Path) -> None:
