@@ -4,7 +4,7 @@
     imports     with all that a model needs imported
     loaded      with the model
     first batch after its first batch
-    after N     after N requests of one document (`--requests`, the first number of `--workers` alone)
+    after N     after N requests of one document of any length (`--requests`, the first number of `--workers` alone)
 
 for each number of workers, each start method and each backend; and the parent's, and that of all processes together, a
 fork server's included. RSS counts shared pages in full, USS not at all, PSS in parts; the libraries' pages are shared
@@ -14,6 +14,7 @@ from the second worker on, so that the USS of a single one is larger.
 from __future__ import annotations
 
 import argparse
+import random
 from collections import deque
 from collections.abc import Sequence
 
@@ -72,12 +73,14 @@ def start(spec: ModelSpec, method: str, workers: int) -> RerankerPool:
 
 
 def work(pool: RerankerPool, requests: int, pending: int) -> None:
-    """Requests of one document each, no two alike, so many pending at a time."""
+    """Requests of one document each, of 1 to 120 words, no two alike, so many pending at a time."""
+    chance = random.Random(0)
+    words = (f"{DOCUMENT} " * 8).split()
     waiting = deque()
     for i in range(requests):
         if len(waiting) == pending:
             waiting.popleft().result()
-        waiting.append(pool.submit(QUERY, [f"{i}: {DOCUMENT}"]))
+        waiting.append(pool.submit(QUERY, [f"{i}: {' '.join(words[: chance.randint(0, 119)])}"]))
     while waiting:
         waiting.popleft().result()
 

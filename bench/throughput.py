@@ -9,7 +9,8 @@ The arithmetic's share is the pool's, of what each core reaches when it multipli
 the fastest way that torch has here, all cores at once: of its linear layers alone, and with the products within
 attention, which are small ones and grow with the square of a pair's tokens.
 
-Work-loads are named SHAPE/AGENTS/TEXTS; each agent has one request pending at a time.
+Work-loads are named SHAPE/AGENTS/TEXTS; each agent has one request pending at a time, and as many after each other as
+make a round long beside its beginning and its end, when not all that computes has something to compute.
 """
 
 from __future__ import annotations
@@ -34,12 +35,14 @@ from bench.datasets import scifact
 from bench.models import SHAPES, Pairs, make_model, make_requests
 from bench.report import Report, add_output, finish, save
 
-#: mean words a document; a query has 8
+#: mean words a document, and about a token each; a query has 8
 TEXTS = {"short": 20, "medium": 60, "long": 300}
-SCIFACT = "scifact"
+SCIFACT, SCIFACT_WORDS = "scifact", 220
 MAX_LENGTH = 512  # of the models' positions, and so of a pair's tokens
 #: a request: of the wide model fewer, for all contenders take half an hour together as it is
 DOCUMENTS = {"minilm-l6": 15, "bert-base": 4}
+#: of all agents' requests in a round, about; of short texts each agent has many requests, of long ones one
+TOKENS = {"minilm-l6": 24_000, "bert-base": 8_000}
 #: contenders in memory at once, beside the baseline and the pool
 TEAM = 4
 WORKLOADS = [
@@ -139,19 +142,21 @@ def loaded(report: Report, name: str, team: Sequence[str], setting: Setting) -> 
 
 
 def requests_of(name: str, documents: int | None, data: Path | None) -> list[Pairs]:
-    """A request for each agent of a work-load, random words or SciFact's claims with abstracts."""
+    """The requests of a round, a multiple of the agents: random words, or SciFact's claims with abstracts."""
     shape, agents, texts = name.split("/")
     if documents is None:
         documents = DOCUMENTS[shape]
+    words = TEXTS.get(texts, SCIFACT_WORDS) + 8
+    count = int(agents) * max(1, round(TOKENS[shape] / (int(agents) * documents * words)))
     if texts != SCIFACT:
-        return make_requests(int(agents), documents, TEXTS[texts])
+        return make_requests(count, documents, TEXTS[texts])
     assert data is not None
     collection = scifact(data, "test")
     chance = random.Random(0)
     abstracts = sorted(collection.documents.values())
     return [
         [(claim, abstract) for abstract in chance.sample(abstracts, documents)]
-        for claim in chance.sample(sorted(collection.queries.values()), int(agents))
+        for claim in chance.sample(sorted(collection.queries.values()), count)
     ]
 
 
