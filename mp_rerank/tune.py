@@ -25,7 +25,7 @@ import numpy as np
 
 from mp_rerank import tuned
 from mp_rerank.config import ModelSpec, PoolConfig
-from mp_rerank.crew import CPU_BATCH_TOKENS, GPU_BATCH_TOKENS
+from mp_rerank.crew import default_batch_tokens
 from mp_rerank.errors import RequestTimeoutError, RerankError
 from mp_rerank.machine import Machine, read_machine
 from mp_rerank.pairs import Pair
@@ -154,8 +154,7 @@ def tune(
     begun = time.monotonic()
     made = make_plan(PoolConfig(devices=devices, tuned=False), spec, here)
     used = list(dict.fromkeys(seat.device for seat in made.seats))
-    batch_tokens = CPU_BATCH_TOKENS if used[0].startswith("cpu") else GPU_BATCH_TOKENS
-    default = Setup(spec, len(made.seats), made.seats[0].threads, batch_tokens)
+    default = Setup(spec, len(made.seats), made.seats[0].threads, default_batch_tokens(spec, used[0]))
     report = Report()
     with _Ring(used, pairs, begun + seconds) as ring:
         report.best = ring.enter(default)

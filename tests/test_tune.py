@@ -178,10 +178,12 @@ def find(monkeypatch: pytest.MonkeyPatch) -> Callable[..., tune.Report]:
     monkeypatch.setattr(tune, "RerankerPool", Stub)
     monkeypatch.setattr(tune._Ring, "_score", score)
 
-    def run(speed: Callable[..., float], machine: Machine = HERE, **options: Any) -> tune.Report:
+    def run(
+        speed: Callable[..., float], machine: Machine = HERE, spec: ModelSpec = FAKE, **options: Any
+    ) -> tune.Report:
         Stub.speed = staticmethod(speed)  # type: ignore[assignment]
         options.setdefault("devices", "cpu")
-        report = tune.tune(FAKE, [("query", "document")], machine=machine, **options)
+        report = tune.tune(spec, [("query", "document")], machine=machine, **options)
         assert Stub.alive == 0
         return report
 
@@ -221,6 +223,14 @@ def test_the_fastest_is_found_and_kept(find: Callable[..., tune.Report]) -> None
     assert (answer.workers, answer.threads, answer.batch_tokens) == (2, 2, 2048)
     assert (answer.pairs_per_second, answer.times_the_default) == (1800.0, 1.8)
     assert make_plan(PoolConfig(), FAKE, HERE).batch_tokens == 2048
+
+
+@pytest.mark.parametrize(("dtype", "batch_tokens"), [(None, 1024), ("float32", 1024), ("bfloat16", 2048)])
+def test_batches_are_as_many_bytes_in_16_bits(
+    dtype: str | None, batch_tokens: int, find: Callable[..., tune.Report]
+) -> None:
+    report = find(lambda *setup: 1000.0, spec=dataclasses.replace(FAKE, dtype=dtype))
+    assert report.trials[0].setup.batch_tokens == batch_tokens
 
 
 def test_no_more_workers_are_tried_than_memory_and_quota_allow(find: Callable[..., tune.Report]) -> None:
