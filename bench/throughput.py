@@ -35,9 +35,9 @@ from bench.datasets import scifact
 from bench.models import SHAPES, Pairs, make_model, make_requests
 from bench.report import Report, add_output, finish, save
 
-#: mean words a document, and about a token each; a query has 8
-TEXTS = {"short": 20, "medium": 60, "long": 300}
-SCIFACT, SCIFACT_WORDS = "scifact", 220
+SCIFACT = "scifact"
+#: mean words a document (of SciFact's about), and about a token each; a query has 8
+TEXTS = {"short": 20, "medium": 60, "long": 300, SCIFACT: 220}
 MAX_LENGTH = 512  # of the models' positions, and so of a pair's tokens
 #: a request: of the wide model fewer, for all contenders take half an hour together as it is
 DOCUMENTS = {"minilm-l6": 15, "bert-base": 4}
@@ -95,10 +95,9 @@ def workload(name: str) -> str:
     """``name``, if it is one."""
     shape, _, rest = name.partition("/")
     agents, _, texts = rest.partition("/")
-    if shape not in SHAPES or not agents.isdecimal() or texts not in (*TEXTS, SCIFACT):
+    if shape not in SHAPES or not agents.isdecimal() or texts not in TEXTS:
         raise argparse.ArgumentTypeError(
-            f"{name}: SHAPE/AGENTS/TEXTS is needed, with a shape of {', '.join(SHAPES)} and texts of "
-            f"{', '.join((*TEXTS, SCIFACT))}"
+            f"{name}: SHAPE/AGENTS/TEXTS is needed, with a shape of {', '.join(SHAPES)} and texts of {', '.join(TEXTS)}"
         )
     return name
 
@@ -146,7 +145,7 @@ def requests_of(name: str, documents: int | None, data: Path | None) -> list[Pai
     shape, agents, texts = name.split("/")
     if documents is None:
         documents = DOCUMENTS[shape]
-    words = TEXTS.get(texts, SCIFACT_WORDS) + 8
+    words = TEXTS[texts] + 8
     count = int(agents) * max(1, round(TOKENS[shape] / (int(agents) * documents * words)))
     if texts != SCIFACT:
         return make_requests(count, documents, TEXTS[texts])

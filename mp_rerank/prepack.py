@@ -118,18 +118,19 @@ class _Packed:
 
 
 def _worthwhile(linears: list[torch.nn.Linear], gelus: dict[torch.nn.Linear, torch.nn.Module]) -> list[_Packed]:
-    """The layers of those shapes that are faster packed, by one layer of each shape; in bfloat16 all."""
+    """The layers of those shapes that are faster packed, by a few layers of each shape; in bfloat16 all."""
     alike: dict[tuple[Any, ...], list[torch.nn.Linear]] = defaultdict(list)
     for linear in linears:
         shape = linear.in_features, linear.out_features
         alike[linear.weight.dtype, shape, linear.bias is None, linear in gelus].append(linear)
     chosen: list[_Packed] = []
     for (dtype, *_), group in alike.items():
-        packed = [_Packed(linear, gelus.get(linear)) for linear in group[:TIMED]]
-        plain = [torch.nn.Sequential(*filter(None, (linear, gelus.get(linear)))) for linear in group[:TIMED]]
+        layers = [(linear, gelus.get(linear)) for linear in group]
+        packed = [_Packed(*layer) for layer in layers[:TIMED]]
+        plain = [torch.nn.Sequential(*filter(None, layer)) for layer in layers[:TIMED]]
         input = torch.randn(ROWS, group[0].in_features, dtype=dtype)
         if dtype is torch.bfloat16 or _share_of_time(packed, plain, input) < WORTHWHILE:
-            chosen += packed + [_Packed(linear, gelus.get(linear)) for linear in group[TIMED:]]
+            chosen += packed + [_Packed(*layer) for layer in layers[TIMED:]]
     return chosen
 
 

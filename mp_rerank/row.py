@@ -35,18 +35,17 @@ class Block:
     """Pairs of about one length, as attention takes them: each in as many places, a multiple of `MULTIPLE`.
 
     Attributes:
-        pairs: how many.
-        places: of each.
-        start: where in the row its first pair begins, and ``end`` where its last one ends.
+        pairs: which of the row's pairs.
+        span: which of its tokens, from the first pair's first to the last one's last.
+        places: of each pair.
         tokens: which token of the row is in which place; in those left over, any. Shape (pairs * places,).
-        taken: the places that are not left over, in the row's order. Shape (end - start,).
+        taken: the places that are not left over, in the row's order. Shape (tokens in the span,).
         mask: which places may be attended to, shape (pairs, 1, 1, places); ``None`` where none is left over.
     """
 
-    pairs: int
+    pairs: slice
+    span: slice
     places: int
-    start: int
-    end: int
     tokens: torch.Tensor
     taken: torch.Tensor
     mask: torch.Tensor | None
@@ -73,23 +72,20 @@ class Row:
         self.blocks: list[Block] = []
         rounded = -(-lengths // MULTIPLE) * MULTIPLE
         begin = 0
-        for places, pairs in zip(
-            *(values.tolist() for values in rounded.unique_consecutive(return_counts=True)), strict=True
-        ):
-            block = slice(begin, begin + pairs)
-            begin += pairs
-            numbers = torch.arange(places)
-            mask = numbers < lengths[block, None]
-            tokens = torch.where(mask, self.firsts[block, None] + numbers, self.firsts[block, None])
+        sizes, counts = rounded.unique_consecutive(return_counts=True)
+        for places, count in zip(sizes.tolist(), counts.tolist(), strict=True):
+            pairs = slice(begin, begin + count)
+            begin += count
+            firsts, numbers = self.firsts[pairs, None], torch.arange(places)
+            mask = numbers < lengths[pairs, None]
             self.blocks.append(
                 Block(
-                    pairs,
-                    places,
-                    int(self.firsts[block][0]),
-                    int(ends[block][-1]),
-                    tokens.flatten(),
-                    mask.flatten().nonzero()[:, 0],
-                    None if bool(mask.all()) else mask[:, None, None, :],
+                    pairs=pairs,
+                    span=slice(int(firsts[0]), int(ends[pairs][-1])),
+                    places=places,
+                    tokens=torch.where(mask, firsts + numbers, firsts).flatten(),
+                    taken=mask.flatten().nonzero()[:, 0],
+                    mask=None if bool(mask.all()) else mask[:, None, None, :],
                 )
             )
 
@@ -135,13 +131,9 @@ def _attend(
         key, value = (project(row.whole).view(1, -1, heads, width).transpose(1, 2) for project in _projections(module))
     queries, keys, values = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
     found = query.new_zeros(asking, heads, width)
-    first = 0
     for block in row.blocks:
-        shape = block.pairs, block.places, heads, width
-        if row.whole is None:
-            ask = queries.index_select(0, block.tokens).view(shape)
-        else:
-            ask = queries[first : first + block.pairs, None]
+        shape = -1, block.places, heads, width
+        ask = queries.index_select(0, block.tokens).view(shape) if row.whole is None else queries[block.pairs, None]
         attended = torch.nn.functional.scaled_dot_product_attention(
             ask.transpose(1, 2),
             keys.index_select(0, block.tokens).view(shape).transpose(1, 2),
@@ -151,10 +143,9 @@ def _attend(
         )
         answers = attended.transpose(1, 2).reshape(-1, heads, width)
         if row.whole is None:
-            found[block.start : block.end] = answers.index_select(0, block.taken)
+            found[block.span] = answers.index_select(0, block.taken)
         else:
-            found[first : first + block.pairs] = answers
-        first += block.pairs
+            found[block.pairs] = answers
     return found[None], None
 
 
