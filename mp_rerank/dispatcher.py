@@ -23,10 +23,10 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, wait
+from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
 from mp_rerank.admission import Admission
 from mp_rerank.config import ModelSpec, PoolConfig
@@ -38,16 +38,12 @@ from mp_rerank.plan import Seat
 from mp_rerank.request import Request
 from mp_rerank.results import PoolStats, WorkerInfo
 from mp_rerank.slot import Report
+from mp_rerank.waiting import SIGNAL_CHECK_SECONDS, Answer
 from mp_rerank.worker import WorkerFacts
 
-__all__ = ["Dispatcher", "waited"]
-
-_T = TypeVar("_T")
+__all__ = ["Dispatcher"]
 
 logger = GuardedLogger(logging.getLogger(__name__), {})
-
-# How long a caller's thread sleeps at a time: CPython can lose a signal that arrives as it falls asleep on a lock.
-SIGNAL_CHECK_SECONDS = 0.5
 
 # The longest the loop sleeps at a time: the system's clocks take no timeout of a thousand years.
 MAX_WAIT_SECONDS = 3600.0
@@ -72,13 +68,13 @@ class _Reported:
 @dataclass(frozen=True)
 class _Ask:
     question: Callable[[], Any]
-    answer: Future[Any]
+    answer: Answer[Any]
 
 
 @dataclass(frozen=True)
 class _Reload:
     spec: ModelSpec
-    done: Future[None]
+    done: Answer[None]
 
 
 @dataclass(frozen=True)
@@ -96,8 +92,8 @@ class Dispatcher:
         spec, seats, config: for the first crew; a reload makes another crew on the same seats.
 
     Attributes:
-        started: resolved once every worker is ready; holds the error if one cannot be.
-        facts: what the workers of the present model say of it, once ``started`` is resolved.
+        started: given once every worker is ready; the error if one cannot be.
+        facts: what the workers of the present model say of it, once ``started`` is given.
         admission: callers pass it before they submit; the dispatcher gives their places back.
     """
 
@@ -105,7 +101,7 @@ class Dispatcher:
         self.config = config
         self.seats = seats
         self.admission = Admission(config.max_pending_pairs, config.max_pending_tokens, config.overload)
-        self.started: Future[None] = Future()
+        self.started: Answer[None] = Answer()
         self.facts: WorkerFacts | None = None
         self._inbox: queue.SimpleQueue[_Message] = queue.SimpleQueue()
         self._counts = PoolStats()
@@ -113,7 +109,7 @@ class Dispatcher:
         self._crew = self._make_crew(spec)
         self._retiring: list[Crew] = []  # reloaded away, finishing what they had begun
         self._dismissed: list[Crew] = []  # let go, their workers perhaps not ended yet
-        self._incoming: tuple[Crew, Future[None]] | None = None  # being loaded by a reload
+        self._incoming: tuple[Crew, Answer[None]] | None = None  # being loaded by a reload
         self._closing: _Close | None = None
         self._finished = False
         self._thread = threading.Thread(target=self._run, name="mp_rerank-dispatcher", daemon=True)
@@ -137,9 +133,9 @@ class Dispatcher:
         """The answer to ``question``, asked on the dispatcher's thread, or on this one where that does not run."""
         if os.getpid() != self._owner:  # a fork has no threads but the one that forked
             return question()
-        answer: Future[Any] = Future()
+        answer: Answer[Any] = Answer()
         self._put(_Ask(question, answer))
-        return waited(answer).result()
+        return answer.get()
 
     def stats(self) -> PoolStats:
         """A copy of the counters."""
@@ -155,9 +151,9 @@ class Dispatcher:
         workers: list[WorkerInfo] = self.ask(lambda: self._crew.workers())
         return workers
 
-    def reload(self, spec: ModelSpec) -> Future[None]:
-        """Replace the model; the future is done once new requests go to it, and fails if it could not be loaded."""
-        done: Future[None] = Future()
+    def reload(self, spec: ModelSpec) -> Answer[None]:
+        """Replace the model; the answer is there once new requests go to it, an error if it could not be loaded."""
+        done: Answer[None] = Answer()
         self._put(_Reload(spec, done))
         return done
 
@@ -260,19 +256,19 @@ class Dispatcher:
         return None
 
     def _change_crews(self, now: float) -> None:
-        """Resolve ``started``, switch to a reloaded model, let go of a drained one."""
-        if not self.started.done():
+        """Give ``started``, switch to a reloaded model, let go of a drained one."""
+        if not self.started.given:
             if self._crew.failure is not None:
-                self.started.set_exception(self._crew.failure)
+                self.started.fail(self._crew.failure)
             elif self._crew.ready:
                 self.facts = self._crew.facts
-                self.started.set_result(None)
+                self.started.give(None)
         if self._incoming is not None:
             crew, done = self._incoming
             if crew.failure is not None:
                 self._incoming = None
                 self._dismiss(crew, now)
-                done.set_exception(crew.failure)
+                done.fail(crew.failure)
             elif crew.ready:
                 # Whatever has begun with the old model ends with it; the rest, and all that follows, gets the new. What
                 # waits for scores of another shape than the new one's stays too: it was asked for of the old.
@@ -285,7 +281,7 @@ class Dispatcher:
                         crew.submit(request)
                 self.facts = crew.facts
                 self._counts.reloads += 1
-                done.set_result(None)
+                done.give(None)
         self._dismissed = [crew for crew in self._dismissed if crew.alive]
         for crew in [crew for crew in self._retiring if crew.drained]:
             self._retiring.remove(crew)
@@ -293,9 +289,9 @@ class Dispatcher:
 
     def _begin_reload(self, message: _Reload) -> None:
         if self._closing is not None:
-            message.done.set_exception(PoolClosedError("the pool is closed"))
+            message.done.fail(PoolClosedError("the pool is closed"))
         elif self._incoming is not None:
-            message.done.set_exception(RerankError("a reload is already under way"))
+            message.done.fail(RerankError("a reload is already under way"))
         else:
             crew = self._make_crew(message.spec)
             self._incoming = (crew, message.done)
@@ -316,10 +312,10 @@ class Dispatcher:
             self._retiring.clear()
             self._dismissed.clear()
         finally:
-            if not self.started.done():
-                self.started.set_exception(error)
+            if not self.started.given:
+                self.started.fail(error)
             if self._incoming is not None:
-                self._incoming[1].set_exception(error)
+                self._incoming[1].fail(error)
             self._finished = True
             self._turn_away()
 
@@ -332,11 +328,11 @@ class Dispatcher:
                 return
             if isinstance(message, _Submit):
                 message.request.fail(PoolClosedError("the pool is closed"))
-                self.admission.release(len(message.request.pairs), message.request.total_tokens)
+                self.admission.release(message.request)
             elif isinstance(message, _Ask):
                 _answer(message)
             elif isinstance(message, _Reload):
-                message.done.set_exception(PoolClosedError("the pool is closed"))
+                message.done.fail(PoolClosedError("the pool is closed"))
 
     def _crews(self) -> list[Crew]:
         incoming = [] if self._incoming is None else [self._incoming[0]]
@@ -355,23 +351,12 @@ class Dispatcher:
 
     def _on_done(self, request: Request, outcome: Outcome) -> None:
         self._pending -= 1
-        self.admission.release(len(request.pairs), request.total_tokens)
+        self.admission.release(request)
         setattr(self._counts, outcome, getattr(self._counts, outcome) + 1)
-
-
-def waited(future: Future[_T]) -> Future[_T]:
-    """``future``, once it is done.
-
-    Not ``future.result()``: CPython can lose a signal that arrives as the main thread falls asleep on a lock (measured:
-    5 of 8 times while another thread started a process), and Ctrl-C would wait for the result.
-    """
-    while not wait([future], timeout=SIGNAL_CHECK_SECONDS).done:
-        pass
-    return future
 
 
 def _answer(message: _Ask) -> None:
     try:
-        message.answer.set_result(message.question())
+        message.answer.give(message.question())
     except BaseException as error:
-        message.answer.set_exception(error)
+        message.answer.fail(error)

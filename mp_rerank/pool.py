@@ -19,7 +19,7 @@ import numpy.typing as npt
 import psutil
 
 from mp_rerank.config import BUILTIN, ModelSpec, PoolConfig
-from mp_rerank.dispatcher import Dispatcher, waited
+from mp_rerank.dispatcher import Dispatcher
 from mp_rerank.errors import PoolClosedError, RequestTimeoutError
 from mp_rerank.launch import check_may_spawn
 from mp_rerank.pairs import Pair, digests
@@ -110,12 +110,13 @@ class RerankerPool:
                         dispatcher.start()
                         self._dispatcher = dispatcher
                     dispatcher = self._dispatcher
-            error = waited(dispatcher.started).exception()
+            dispatcher.started.wait()
         except BaseException:  # Ctrl-C, or no thread to be had
             if dispatcher is not None:
                 dispatcher.close(drain=False)
                 dispatcher.join()  # it may be launching workers, which an interpreter that exits lets nobody do
             raise
+        error = dispatcher.started.error
         if error is not None:
             dispatcher.close(drain=False)
             dispatcher.join()
@@ -165,7 +166,7 @@ class RerankerPool:
         spec = _spec(model)
         spec.check_devices(self.config.devices)
         dispatcher = self._running()
-        waited(dispatcher.reload(spec)).result()
+        dispatcher.reload(spec).get()
         self.spec = spec
 
     # Work.
@@ -224,22 +225,23 @@ class RerankerPool:
         Raises:
             As ``submit``.
         """
-        if isinstance(pairs, str) or not isinstance(pairs, Iterable):
-            raise TypeError(f"pairs: a sequence of (query, document) is needed, not {_shown(pairs)}")
-        texts = []
-        for i, pair in enumerate(pairs):
-            if isinstance(pair, str) or not isinstance(pair, Sequence) or len(pair) != 2:
-                raise TypeError(f"pairs[{i}]: a (query, document) is needed, not {_shown(pair)}")
-            texts.append((_text("pairs", pair[0], i), _text("pairs", pair[1], i)))
-        return self._enter(*self._request(texts, _all_scores, timeout, priority, on_timeout, ranking=False))
+        return self._enter(*self._scoring(pairs, timeout, priority, on_timeout))
 
-    def rerank(self, query: str, documents: Iterable[str], **options: Any) -> list[RerankResult]:
+    def rerank(
+        self,
+        query: str,
+        documents: Iterable[str],
+        *,
+        top_n: int | None = None,
+        timeout: float | None = None,
+        priority: int = 0,
+        on_timeout: OnTimeout = "raise",
+    ) -> list[RerankResult]:
         """``submit(...).result()``: rank and wait. Interrupted, it cancels the request."""
-        future = self.submit(query, documents, **options)
-        try:
-            return waited(future).result()
-        finally:
-            future.cancel()  # of a finished one: nothing
+        results: list[RerankResult] = self._result(
+            *self._ranking(query, documents, top_n, timeout, priority, on_timeout)
+        )
+        return results
 
     async def arerank(
         self,
@@ -315,7 +317,7 @@ class RerankerPool:
             raise TypeError(f"inputs: pairs of (query, document) are needed, not {_shown(given)}")
         single = len(given) > 0 and isinstance(given[0], str)
         pairs = cast("Sequence[Sequence[str]]", [given] if single else given)
-        scores = waited(self.submit_pairs(pairs)).result()
+        scores = self._result(*self._scoring(pairs))
         if apply_softmax and scores.ndim > 1:
             powers = np.exp(scores - scores.max(axis=1, keepdims=True))
             scores = powers / powers.sum(axis=1, keepdims=True)
@@ -417,6 +419,23 @@ class RerankerPool:
         pairs = [(text, _text("documents", document, i)) for i, document in enumerate(kept)]
         return self._request(pairs, partial(_rank, kept, top_n), timeout, priority, on_timeout, ranking=True)
 
+    def _scoring(
+        self,
+        pairs: Iterable[Sequence[str]],
+        timeout: float | None = None,
+        priority: int = 0,
+        on_timeout: OnTimeout = "raise",
+    ) -> tuple[Dispatcher, Request]:
+        """The request that ``submit_pairs`` makes of its arguments, and who is to have it."""
+        if isinstance(pairs, str) or not isinstance(pairs, Iterable):
+            raise TypeError(f"pairs: a sequence of (query, document) is needed, not {_shown(pairs)}")
+        texts = []
+        for i, pair in enumerate(pairs):
+            if isinstance(pair, str) or not isinstance(pair, Sequence) or len(pair) != 2:
+                raise TypeError(f"pairs[{i}]: a (query, document) is needed, not {_shown(pair)}")
+            texts.append((_text("pairs", pair[0], i), _text("pairs", pair[1], i)))
+        return self._request(texts, _all_scores, timeout, priority, on_timeout, ranking=False)
+
     def _request(
         self,
         pairs: list[Pair],
@@ -452,6 +471,13 @@ class RerankerPool:
         )
         return dispatcher, request
 
+    def _result(self, dispatcher: Dispatcher, request: Request) -> Any:
+        """Hand ``request`` over and wait for its result. Interrupted, cancel it."""
+        try:
+            return self._enter(dispatcher, request).result()
+        finally:
+            request.future.cancel()  # of a finished one: nothing
+
     def _enter(self, dispatcher: Dispatcher, request: Request) -> Future[Any]:
         """Hand ``request`` over, once there is room for it; its future."""
         self._admitted(dispatcher, request, may_wait=True)
@@ -464,15 +490,19 @@ class RerankerPool:
             return True
         try:
             admitted = dispatcher.admission.admit(
-                len(request.pairs), request.total_tokens, request.deadline, request.timeout, may_wait=may_wait
+                request, len(request.pairs), request.total_tokens, request.deadline, request.timeout, may_wait=may_wait
             )
+            if admitted:
+                dispatcher.submit(request)
         except RequestTimeoutError:
             if not request.partial:
                 raise
             request.resolve()  # with what there is: nothing
             return True
-        if admitted:
-            dispatcher.submit(request)
+        except BaseException:  # Ctrl-C: nobody has the future
+            dispatcher.admission.release(request)
+            request.future.cancel()
+            raise
         return admitted
 
 

@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mp_rerank.pairs import Pair, PairState, PendingPair
+from mp_rerank.waiting import Answer
 
 __all__ = ["PoolFuture", "Request", "Scores"]
 
@@ -24,11 +25,26 @@ _numbers = itertools.count()
 
 
 class PoolFuture(Future[Any]):
-    """A future whose done-callbacks run on threads of their own.
+    """A future whose done-callbacks run on threads of their own, and which Ctrl-C may interrupt.
 
-    A ``Future`` runs them on the thread that resolves it: here the dispatcher, which a callback that sleeps, raises or
-    closes the pool would stop for everybody.
+    A ``Future`` runs its callbacks on the thread that resolves it: here the dispatcher, which one that sleeps, raises
+    or closes the pool would stop for everybody. An interrupted ``result()`` could as well: see ``waiting``.
     """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._settled = settled = Answer[None]()
+        super().add_done_callback(lambda _: settled.give(None))
+
+    def result(self, timeout: float | None = None) -> Any:
+        """As ``Future`` has it."""
+        self._settled.wait(timeout)
+        return super().result(0)
+
+    def exception(self, timeout: float | None = None) -> BaseException | None:
+        """As ``Future`` has it."""
+        self._settled.wait(timeout)
+        return super().exception(0)
 
     def add_done_callback(self, fn: Callable[[Any], object]) -> None:
         """Call ``fn(self)`` once this future is done; at once, and here, if it is already."""

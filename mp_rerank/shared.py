@@ -85,7 +85,7 @@ def _found(key: _Key) -> RerankerPool | None:
 def _is_over(pool: RerankerPool) -> bool:
     """Whether it is closed, or could not start: then it never will, and the next caller may have more luck."""
     dispatcher = pool._dispatcher
-    failed = dispatcher is not None and dispatcher.started.done() and dispatcher.started.exception() is not None
+    failed = dispatcher is not None and dispatcher.started.error is not None
     return pool._closed or failed
 
 

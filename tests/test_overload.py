@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import itertools
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import pytest
 from conftest import PATIENCE, Fifo, ranked, until
+from interrupts import interrupted
 
 from mp_rerank import ModelSpec, PoolClosedError, PoolOverloadedError, RequestTimeoutError, RerankerPool, RerankResult
 from mp_rerank.admission import Admission
@@ -160,11 +164,11 @@ def test_a_request_larger_than_the_bound_is_taken_alone(make_pool: MakePool) -> 
 def test_first_come_first_served() -> None:
     """A small request does not slip past a large one that waits for room: that might never find any."""
     admission = Admission(10, 10**6, "block")
-    admission.admit(8, 8)
+    admission.admit("first", 8, 8)
     order = []
 
     def enter(pairs: int) -> None:
-        admission.admit(pairs, pairs)
+        admission.admit(pairs, pairs, pairs)
         order.append(pairs)
 
     threads = []
@@ -172,10 +176,10 @@ def test_first_come_first_served() -> None:
         threads.append(threading.Thread(target=enter, args=(pairs,)))
         threads[-1].start()
         until(lambda n=n: len(admission._line) == n)  # type: ignore[misc]
-    admission.release(8, 8)
+    admission.release("first")
     threads[0].join(PATIENCE)
     assert order[0] == 9
-    admission.release(9, 9)
+    admission.release(9)
     for thread in threads:
         thread.join(PATIENCE)
     assert sorted(order[1:]) == [1, 2]
@@ -183,13 +187,51 @@ def test_first_come_first_served() -> None:
 
 def test_a_caller_who_gives_up_leaves_the_line_moving() -> None:
     admission = Admission(10, 10**6, 0.1)
-    admission.admit(10, 10)
+    admission.admit("first", 10, 10)
     with pytest.raises(PoolOverloadedError):
-        admission.admit(5, 5)
+        admission.admit("second", 5, 5)
     assert not admission._line
-    admission.release(10, 10)
-    admission.admit(5, 5)
+    admission.release("first")
+    admission.admit("third", 5, 5)
     assert admission.pairs == 5
+
+
+def test_an_interrupt_at_any_moment_in_line_leaves_no_place_behind() -> None:
+    for moment in itertools.count(1):
+        admission = Admission(10, 10**6, "block")
+        admission.admit("first", 10, 10)
+        ended = threading.Event()
+
+        def leave(admission: Admission = admission, ended: threading.Event = ended) -> None:
+            until(lambda: bool(admission._line) or ended.is_set())
+            admission.release("first")
+
+        leaving = threading.Thread(target=leave)
+        leaving.start()
+        came_that_far = interrupted(partial(admission.admit, "second", 5, 5), moment)
+        ended.set()
+        leaving.join(PATIENCE)
+        admission.release("second")
+        assert (admission.pairs, admission.tokens, admission._line) == (0, 0, {})
+        if not came_that_far:
+            break
+    assert moment > 10
+
+
+def test_an_interrupt_at_any_moment_of_being_refused_leaves_nobody_in_line() -> None:
+    def enter(admission: Admission) -> None:
+        with contextlib.suppress(PoolOverloadedError):
+            admission.admit("second", 5, 5)
+
+    for moment in itertools.count(1):
+        admission = Admission(10, 10**6, "raise")
+        admission.admit("first", 10, 10)
+        came_that_far = interrupted(partial(enter, admission), moment)
+        admission.release("second")
+        assert (admission.pairs, admission.tokens, admission._line) == (10, 10, {})
+        if not came_that_far:
+            break
+    assert moment > 10
 
 
 def test_small_requests_overtake_a_large_one(make_pool: MakePool) -> None:

@@ -42,6 +42,11 @@ MODELS = {
 def say(word):
     os.write(1, f"{word}\\n".encode())
 
+def rest():
+    "Sleep, in naps: a signal that comes as CPython's main thread falls asleep waits until it wakes."
+    for _ in range(600):
+        time.sleep(0.1)
+
 def make():
     options = {"restart_backoff": 30.0} if STATE == "restarting" else {"restart_backoff": 0.01, "max_restarts": 1}
     options.update(devices="cpu", workers=1, start_method=os.environ["START_METHOD"])
@@ -326,7 +331,7 @@ try:
         if PARTING == "closing":
             say("closing")
             pool.close()
-        time.sleep(60)
+        rest()
 except KeyboardInterrupt:
     say("interrupted")
 report(futures)
@@ -372,7 +377,7 @@ say("ready")
 try:
     threading.Thread(target=interrupt, daemon=True).start()
     with make() as pool:
-        time.sleep(60)
+        rest()
 except KeyboardInterrupt:
     say("interrupted")
 print("pending 0")
@@ -386,6 +391,42 @@ def test_ctrl_c_while_workers_are_being_spawned_and_import(run: Callable[..., Sc
     check(script, words=("interrupted", "pending 0"))
     # Those that were started after the first look at the children are gone as well.
     until(lambda: not [p for p in psutil.process_iter() if in_session(p, script.process.pid)])
+
+
+INTERRUPTED_CALLS = """
+from interrupts import interrupted
+
+CALLS = {
+    "submit": lambda: pool.submit("query", ["document"] * 3),
+    "rerank": lambda: pool.rerank("query", ["document"] * 3),
+    "predict": lambda: pool.predict([("query", "document")] * 3),
+    "result": lambda: pool.submit("query", ["document"] * 3).result(),
+    "stats": lambda: pool.stats(),
+}
+gc.disable()  # what it finds might be interrupted instead
+pool = make().start()
+say("ready")
+moment = 1
+while interrupted(CALLS[PARTING], moment):
+    another = threading.Thread(target=pool.rerank, args=("another", ["document"]), daemon=True)
+    another.start()
+    another.join(20)
+    if another.is_alive():
+        say(f"nobody can go on after moment {moment}")
+        os._exit(1)
+    moment += 1
+say("every moment" if moment > 20 else f"only {moment} moments")
+while pool.stats().pending_pairs:
+    time.sleep(0.01)
+pool.close()
+report([])
+"""
+
+
+@pytest.mark.parametrize("call", ["submit", "rerank", "predict", "result", "stats"])
+def test_ctrl_c_at_any_moment_of_a_call_stops_nobody_else(run: Callable[..., Script], call: str) -> None:
+    """No lock stays taken, and no place of what nobody waits for any more."""
+    check(run(INTERRUPTED_CALLS, "idle", call), words=("every moment", "pending 0"))
 
 
 INTERRUPTED_WORKER = """
