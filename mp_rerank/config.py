@@ -40,8 +40,9 @@ class ModelSpec:
         revision: branch, tag or commit on the hub.
         max_length: tokens a pair is truncated to; ``None`` keeps the model's own.
         dtype: ``"float32"``, ``"float16"``, ``"bfloat16"``, ``"auto"`` (the checkpoint's), or ``None``: what
-            ``CrossEncoder`` itself would choose. A dtype that is named is proved after loading. ``"int8"`` is for the
-            other backends, where ``None`` is float32.
+            ``CrossEncoder`` itself would choose. A dtype that is named is proved after loading. 16 bits are slow
+            on a CPU that has no instructions for them, and its workers say so. ``"int8"`` is for the other backends,
+            where ``None`` is float32.
         activation: applied to the logits: ``"sigmoid"``, ``"identity"`` or the dotted path of an importable class or
             function; ``None`` keeps the model's own.
         weights: ``"shared"``: what a CPU can use as the checkpoint's file has it stays in that file's pages, once in

@@ -102,7 +102,9 @@ class Engine:
 
             self.dtype = spec.dtype or "float32"
             replace_network(self.model.model, backend, self.dtype, threads, self._predict)
-        elif ours:
+        elif device.startswith("cpu"):
+            _warn_of_slow_arithmetic(self.dtype)
+        if backend is None and ours:
             if spec.weights == "private":
                 make_private(network)
             if spec.compile:
@@ -267,6 +269,19 @@ def _load(spec: ModelSpec, device: str) -> CrossEncoder:
     if not isinstance(model, torch.nn.Module):  # before sentence-transformers 4, where the first predict would move it
         model.model.to(device)
     return model
+
+
+def _warn_of_slow_arithmetic(dtype: str) -> None:
+    """Say so where the CPU has no instructions for most of a model's weights, and torch takes plain loops instead.
+
+    The built-in model on an AMD EPYC with AVX2 and no more: 181 pairs a second in float32, 24 in either of 16 bits.
+    """
+    kind = dtype.partition("+")[0]
+    if torch.backends.mkldnn.is_available() and (
+        (kind == "bfloat16" and not torch.ops.mkldnn._is_mkldnn_bf16_supported())
+        or (kind == "float16" and not torch.ops.mkldnn._is_mkldnn_fp16_supported())
+    ):
+        logger.warning("this CPU has no instructions for %s: dtype='float32' is several times as fast here", kind)
 
 
 def _torch_dtype(spec: ModelSpec) -> str | None:

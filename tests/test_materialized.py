@@ -162,6 +162,24 @@ def test_auto_is_the_checkpoints_own_dtype(broken: Path, make_pool: MakePool, de
         assert [worker.dtype for worker in pool.workers()] == ["bfloat16"]
 
 
+@pytest.mark.parametrize(("dtype", "short"), [("bfloat16", "bf16"), ("float16", "fp16")])
+@pytest.mark.parametrize("supported", [False, True])
+def test_where_the_cpu_has_nothing_for_16_bits_a_worker_says_so(
+    supported: bool,
+    dtype: str,
+    short: str,
+    folder: str,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr(torch.ops.mkldnn, f"_is_mkldnn_{short}_supported", lambda: supported)
+    Engine(ModelSpec(folder, dtype=dtype, prepack=False), "cpu", None, 1024)
+    assert (f"no instructions for {dtype}" in caplog.text) != supported
+    caplog.clear()
+    Engine(ModelSpec(folder, dtype="float32", prepack=False), "cpu", None, 1024)
+    assert "no instructions" not in caplog.text
+
+
 def refused(pool: RerankerPool, model: str, device: str) -> ModelLoadError:
     """The error ``pool`` starts with, which every later call meets too."""
     with pytest.raises(ModelLoadError) as caught:

@@ -19,6 +19,7 @@ from transformers import BertForSequenceClassification
 from bench.builtin.export import write_files
 from bench.datasets import DEVELOPMENT
 from bench.quality import candidates, cross_encoder, ndcg
+from bench.retrieval import fast_dtype
 from mp_rerank import ModelSpec, RerankerPool
 
 #: of the weights from before the training
@@ -69,7 +70,7 @@ def main(argv: list[str]) -> int:
                 print(f"| {share} | the README's example is wrong |", flush=True)
                 continue
             values = [
-                ndcg(collections[name], cross_encoder(folder, "bfloat16", collections[name], found[name])[0])
+                ndcg(collections[name], cross_encoder(folder, fast_dtype(), collections[name], found[name])[0])
                 for name in DEVELOPMENT
             ]
         means[share] = sum(values) / len(values)

@@ -72,9 +72,9 @@ def main(argv: list[str]) -> int:
 
     encoder = BiEncoder()
     vectors = encoder.encode(
-        [f"{item.title} {item.text}" if item.pool == "abstracts" else item.text for item in passages], bfloat16=True
+        [f"{item.title} {item.text}" if item.pool == "abstracts" else item.text for item in passages], half=True
     )
-    questions = encoder.encode([item.text for item in queries], bfloat16=True)
+    questions = encoder.encode([item.text for item in queries], half=True)
 
     members, wanted = defaultdict(list), defaultdict(list)
     for number, passage in enumerate(passages):

@@ -34,7 +34,7 @@ from transformers.masking_utils import AttentionMaskInterface, eager_mask
 from bench.builtin.contrast import IMPOSTORS
 from bench.builtin.records import Passage, Query, RankedList, read
 from bench.builtin.student import build, choose_vocabulary, prune_tokenizer
-from bench.retrieval import bi_encoder_path
+from bench.retrieval import bi_encoder_path, half_precision
 
 MAX_QUERY, MAX_PAIR = 192, 320
 #: where the pairs of a list are cut: short for speed, sometimes long so that long ones are not strange. A query beyond
@@ -196,7 +196,8 @@ def attention(
 ) -> tuple[torch.Tensor, None]:
     """Attention written out: its backward pass is three times as fast on a CPU as that of the fused one.
 
-    It stays in bfloat16, where autocast would have the softmax, and copies to it and from it, in float32.
+    It stays in what the linear layers are in, where autocast would have the softmax, and copies to it and from it, in
+    float32.
     """
     with torch.autocast("cpu", enabled=False):
         weights = torch.matmul(query * scaling, key.transpose(2, 3))
@@ -222,8 +223,8 @@ class Matching(torch.nn.Module):
         same = (batch.ids[:, :width, None] == batch.ids[:, None, :]) & second[:, None, :]
         exact = same.any(2).float()
         with torch.no_grad():
-            vectors = self.fixed[batch.ids].bfloat16()
-            near = vectors[:, :width] @ vectors.transpose(1, 2)
+            vectors = self.fixed[batch.ids]
+            near = vectors[:, :width] @ vectors.transpose(1, 2)  # in what the forward pass is in
             near = near.float().masked_fill(~second[:, None, :], -1.0).amax(2)
         said = self.heads(hidden[:, :width]).float()
         loss = functional.binary_cross_entropy_with_logits(said[..., 0], exact, reduction="none")
@@ -248,11 +249,11 @@ def ranking_loss(scores: torch.Tensor, batch: Batch) -> torch.Tensor:
 def score(
     model: BertForSequenceClassification, source: Source, item: RankedList, special: tuple[int, int]
 ) -> np.ndarray:
-    """The logits of a list's candidates, in bfloat16 where it helps."""
+    """The logits of a list's candidates."""
     batch = collate(
         [(source.example(item, random.Random(item.query), cuts=(MAX_PAIR,)), range(len(item.docs)))], *special
     )
-    with torch.inference_mode(), torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.inference_mode(), half_precision():
         output = model(input_ids=batch.ids, token_type_ids=batch.types, attention_mask=batch.mask)
     return output.logits[:, 0].float().numpy()
 
@@ -318,9 +319,9 @@ def main(argv: list[str]) -> int:
     source = Source(options.work, tokenizer)
     special = tokenizer.token_to_id("[CLS]"), tokenizer.token_to_id("[SEP]")
 
-    AttentionInterface.register("in bfloat16", attention)
-    AttentionMaskInterface.register("in bfloat16", eager_mask)
-    model.set_attn_implementation("in bfloat16")
+    AttentionInterface.register("written out", attention)
+    AttentionMaskInterface.register("written out", eager_mask)
+    model.set_attn_implementation("written out")
     matching = Matching(model.bert.embeddings.word_embeddings.weight)
     heads = [*model.classifier.parameters(), *model.bert.pooler.parameters(), *matching.heads.parameters()]
     known = {id(parameter) for parameter in heads}
@@ -354,7 +355,7 @@ def main(argv: list[str]) -> int:
         for place, rate in zip(optimizer.param_groups, rates, strict=True):
             place["lr"] = rate * factor
         batch = collate(group, *special)
-        with torch.autocast("cpu", dtype=torch.bfloat16):
+        with half_precision():
             output = model.bert(
                 input_ids=batch.ids, token_type_ids=batch.types, attention_mask=batch.mask, output_hidden_states=True
             )
