@@ -173,7 +173,7 @@ def test_first_come_first_served() -> None:
 
     threads = []
     for n, pairs in enumerate((9, 2, 1), 1):
-        threads.append(threading.Thread(target=enter, args=(pairs,)))
+        threads.append(threading.Thread(target=enter, args=(pairs,), daemon=True))
         threads[-1].start()
         until(lambda n=n: len(admission._line) == n)  # type: ignore[misc]
     admission.release("first")
