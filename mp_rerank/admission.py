@@ -16,24 +16,18 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from mp_rerank.errors import PoolClosedError, PoolOverloadedError, RequestTimeoutError
-from mp_rerank.waiting import SIGNAL_CHECK_SECONDS
+from mp_rerank.waiting import SIGNAL_CHECK_SECONDS, Answer
 
 __all__ = ["Admission"]
 
 
-def _held_lock() -> threading.Lock:
-    lock = threading.Lock()
-    lock.acquire()
-    return lock
-
-
 @dataclass(eq=False)
 class _Waiting:
-    """A caller in line, who sleeps on ``turn`` until somebody lets it go."""
+    """A caller in line, whose ``turn`` somebody else gives."""
 
     pairs: int
     tokens: int
-    turn: threading.Lock = field(default_factory=_held_lock)
+    turn: Answer[None] = field(default_factory=Answer)
 
 
 class Admission:
@@ -101,7 +95,7 @@ class Admission:
         until = patient_until if deadline is None else min(patient_until, deadline)
         while True:
             left = until - time.monotonic()
-            waiting.turn.acquire(timeout=min(SIGNAL_CHECK_SECONDS, max(0.0, left)))
+            waiting.turn.wait(min(SIGNAL_CHECK_SECONDS, left))
             with self._lock:
                 self._let_in()  # again, in case who should have done it was interrupted
                 if who in self._places:
@@ -142,7 +136,7 @@ class Admission:
         with self._lock:
             self._closed = True
             for waiting in self._line.values():
-                waiting.turn.release()
+                waiting.turn.give(None)
             self._line.clear()
 
     def _let_in(self) -> None:
@@ -152,7 +146,7 @@ class Admission:
             if not self._fits(first.pairs, first.tokens):
                 return
             self._take(who, first.pairs, first.tokens)
-            first.turn.release()
+            first.turn.give(None)
 
     def _fits(self, pairs: int, tokens: int) -> bool:
         return not self.pairs or (self.pairs + pairs <= self.max_pairs and self.tokens + tokens <= self.max_tokens)

@@ -97,14 +97,14 @@ class Engine:
         self.tokens: int | None = None
         self._direct: Direct | None = None
         ours = loaded is None or in_worker_process()  # else a loader's, in a process where others may be using it
+        if backend is None and device.startswith("cpu"):
+            _warn_of_slow_arithmetic(self.dtype)
         if backend is not None:
             from mp_rerank.backends import replace_network
 
             self.dtype = spec.dtype or "float32"
             replace_network(self.model.model, backend, self.dtype, threads, self._predict)
-        elif device.startswith("cpu"):
-            _warn_of_slow_arithmetic(self.dtype)
-        if backend is None and ours:
+        elif ours:
             if spec.weights == "private":
                 make_private(network)
             if spec.compile:

@@ -1,4 +1,4 @@
-"""How a caller's thread waits for another's answer: Ctrl-C is heard at once, and leaves nothing locked.
+"""How a caller's thread waits for another's answer: Ctrl-C is heard soon, and leaves nothing locked.
 
 Ctrl-C raises in the main thread, after any call and at the start of any function. A ``Future`` takes its lock with code
 written in Python, and an interrupt between taking it and noting so leaves it taken: whoever is to resolve the future
