@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from mp_rerank.tokens import estimate_pair, estimate_text
-from mp_rerank.worker import import_engine
+from mp_rerank._workers.child import import_engine
 
 
 def score_of(model: str, query: str, document: str) -> float:

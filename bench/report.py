@@ -23,7 +23,7 @@ from typing import Any
 
 import psutil
 
-from mp_rerank.plan import read_machine
+from mp_rerank._planning.plan import read_machine
 
 __all__ = ["ROOT", "Report", "Row", "add_output", "draw", "finish", "number", "quantile", "read", "save", "shown"]
 

@@ -19,12 +19,12 @@ import numpy.typing as npt
 import psutil
 
 from mp_rerank.config import BUILTIN, ModelSpec, PoolConfig
-from mp_rerank.dispatcher import Dispatcher
+from mp_rerank._scheduling.dispatcher import Dispatcher
 from mp_rerank.errors import PoolClosedError, RequestTimeoutError
-from mp_rerank.launch import check_may_spawn
-from mp_rerank.pairs import Pair, digests
-from mp_rerank.plan import Plan, make_plan
-from mp_rerank.request import Request, Scores
+from mp_rerank._workers.process import check_may_spawn
+from mp_rerank._pairs import Pair, digests
+from mp_rerank._planning.plan import Plan, make_plan
+from mp_rerank._scheduling.request import Request, Scores
 from mp_rerank.results import PoolMemory, PoolStats, RerankResult, WorkerInfo, WorkerMemory
 from mp_rerank.tokens import estimate_pair, estimate_text
 

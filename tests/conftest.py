@@ -54,7 +54,7 @@ def device(request: pytest.FixtureRequest) -> str:
 @pytest.fixture(scope="session")
 def fork_server() -> Iterator[str]:
     """Keeps the fork server, and with it what it has imported, from test to test; the start method's name."""
-    forkserver = pytest.importorskip("mp_rerank.forkserver", exc_type=ImportError)
+    forkserver = pytest.importorskip("mp_rerank._workers.forkserver", exc_type=ImportError)
     forkserver.lease()
     yield "forkserver"
     forkserver.release()

@@ -6,7 +6,7 @@ import os
 
 from fakes import FakeModel, load, obey
 
-from mp_rerank.worker import in_worker_process
+from mp_rerank._workers.child import in_worker_process
 
 if in_worker_process():
     obey(os.environ["DIES_AT_IMPORT"])

@@ -32,7 +32,7 @@ from pathlib import Path
 import numpy as np
 
 from mp_rerank.tokens import estimate_pair, estimate_text
-from mp_rerank.worker import CANARY
+from mp_rerank._workers.child import CANARY
 
 
 def score_of(query: str, document: str) -> float:

@@ -18,7 +18,7 @@ from mp_rerank import ModelLoadError, ModelSpec, RerankerPool
 
 pytest.importorskip("torch")
 models = pytest.importorskip("models")
-from mp_rerank.engine import Engine  # noqa: E402
+from mp_rerank._engine.engine import Engine  # noqa: E402
 
 pytestmark = pytest.mark.real
 
@@ -93,7 +93,7 @@ def test_three_labels_and_a_shorter_max_length(backend: str, tmp_path: Path) -> 
 @pytest.mark.parametrize(("backend", "dtype"), [("onnx", "int8"), ("openvino", "int8"), ("openvino", "bfloat16")])
 def test_fewer_bits_rank_much_alike(backend: str, dtype: str, make_pool: MakePool) -> None:
     need(*NEEDS[backend], *(["nncf"] if (backend, dtype) == ("openvino", "int8") else []))
-    from mp_rerank.backends.calibration import TEXTS
+    from mp_rerank._engine.backends.calibration import TEXTS
 
     pairs = [(query, text) for query in TEXTS for text in TEXTS.values()]
     expected = models.load(ModelSpec().path, "cpu").predict(pairs).reshape(len(TEXTS), -1)
@@ -108,7 +108,7 @@ def test_fewer_bits_rank_much_alike(backend: str, dtype: str, make_pool: MakePoo
 def test_a_network_converted_wrongly_is_found_out(
     backend: str, bert: str, make_pool: MakePool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    runtime = import_module(f"mp_rerank.backends.{backend}")
+    runtime = import_module(f"mp_rerank._engine.backends.{backend}")
     convert = runtime.convert
 
     def convert_wrongly(*arguments: Any) -> Any:

@@ -20,7 +20,7 @@ from conftest import PATIENCE, ranked
 from fakes import obey, score_of
 
 from mp_rerank import ModelSpec, RerankerPool, ScoringError, WorkerCrashedError
-from mp_rerank.worker import Scored
+from mp_rerank._workers.child import Scored
 
 MakePool = Callable[..., RerankerPool]
 

@@ -19,7 +19,7 @@ from conftest import PATIENCE, Fifo, ranked, stays, until
 from fakes import Obeying, scores_of
 
 from mp_rerank import ModelSpec, PoolClosedError, RerankerPool, ScoringError, WorkerCrashedError
-from mp_rerank.logs import WORKER_LOGGER
+from mp_rerank._workers.logs import WORKER_LOGGER
 
 MakePool = Callable[..., RerankerPool]
 
@@ -361,9 +361,9 @@ def test_hundreds_of_crashes_leave_nothing_behind(make_pool: MakePool) -> None:
 
 
 def test_a_worker_that_cannot_be_launched_is_tried_again(make_pool: MakePool, monkeypatch: pytest.MonkeyPatch) -> None:
-    import mp_rerank.slot
+    import mp_rerank._workers.slot
 
-    real = mp_rerank.slot.ProcessWorker
+    real = mp_rerank._workers.slot.ProcessWorker
     refusals = iter([OSError("no more processes"), RuntimeError("can't start new thread")])
 
     def launch(*args: object, **options: object) -> object:
@@ -373,7 +373,7 @@ def test_a_worker_that_cannot_be_launched_is_tried_again(make_pool: MakePool, mo
         return real(*args, **options)  # type: ignore[arg-type]
 
     with make_pool(workers=1) as pool:
-        monkeypatch.setattr(mp_rerank.slot, "ProcessWorker", launch)
+        monkeypatch.setattr(mp_rerank._workers.slot, "ProcessWorker", launch)
         pid = pool.workers()[0].pid
         assert pid is not None
         psutil.Process(pid).kill()

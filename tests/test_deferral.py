@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from mp_rerank.deferral import deferred
+from mp_rerank._workers.lazy_import import deferred
 
 
 @pytest.fixture

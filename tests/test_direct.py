@@ -12,7 +12,7 @@ from mp_rerank import ModelSpec
 
 torch = pytest.importorskip("torch")
 models = pytest.importorskip("models")
-from mp_rerank.engine import Engine  # noqa: E402
+from mp_rerank._engine.engine import Engine  # noqa: E402
 
 pytestmark = pytest.mark.real
 
@@ -90,7 +90,7 @@ def test_a_predict_that_does_anything_else_is_asked(
 
 def test_a_loader_s_own_predict_is_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Even one that scores what the proof is made of as the library does."""
-    monkeypatch.setattr("mp_rerank.engine.in_worker_process", lambda: True)
+    monkeypatch.setattr("mp_rerank._engine.engine.in_worker_process", lambda: True)
     folder = models.build("bert", tmp_path)
     loaded = models.load(folder, "cpu")
     predict = loaded.predict
@@ -104,7 +104,7 @@ def test_a_loader_s_own_predict_is_asked(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_hooks_are_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mp_rerank.engine.in_worker_process", lambda: True)
+    monkeypatch.setattr("mp_rerank._engine.engine.in_worker_process", lambda: True)
     folder = models.build("bert", tmp_path)
     hooked = models.load(folder, "cpu")
     seen: list[object] = []

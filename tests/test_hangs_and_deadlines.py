@@ -13,14 +13,14 @@ from conftest import FAKE, PATIENCE, Fifo, ranked, until
 from fakes import score_of
 
 from mp_rerank import ModelSpec, RequestTimeoutError, RerankerPool, RerankResult, WorkerCrashedError
-from mp_rerank.batching import Slice
+from mp_rerank._scheduling.queue import Slice
 from mp_rerank.config import PoolConfig
-from mp_rerank.crew import GRACE_SECONDS, HANG_MARGIN, Crew
-from mp_rerank.plan import Seat
-from mp_rerank.request import Request
+from mp_rerank._scheduling.deployment import GRACE_SECONDS, HANG_MARGIN, Crew
+from mp_rerank._planning.plan import Seat
+from mp_rerank._scheduling.request import Request
 from mp_rerank.results import PoolStats
-from mp_rerank.slot import Exited, SliceEnded, SlotState
-from mp_rerank.worker import Scored
+from mp_rerank._workers.slot import Exited, SliceEnded, SlotState
+from mp_rerank._workers.child import Scored
 
 MakePool = Callable[..., RerankerPool]
 

@@ -13,7 +13,7 @@ import pytest
 from conftest import PATIENCE
 
 from mp_rerank import RerankerPool
-from mp_rerank.logs import WORKER_LOGGER
+from mp_rerank._workers.logs import WORKER_LOGGER
 
 MakePool = Callable[..., RerankerPool]
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from mp_rerank import machine
-from mp_rerank.machine import Machine, Node, read_machine
+from mp_rerank._planning import machine
+from mp_rerank._planning.machine import Machine, Node, read_machine
 
 GIB = 2**30
 

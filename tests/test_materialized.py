@@ -18,7 +18,7 @@ from mp_rerank import ModelLoadError, ModelSpec, RerankerPool
 
 torch = pytest.importorskip("torch")
 models = pytest.importorskip("models")
-from mp_rerank.engine import Engine, prove  # noqa: E402
+from mp_rerank._engine.engine import Engine, prove  # noqa: E402
 
 pytestmark = pytest.mark.real
 

@@ -16,7 +16,7 @@ from conftest import PATIENCE, Fifo, ranked, until
 from interrupts import interrupted
 
 from mp_rerank import ModelSpec, PoolClosedError, PoolOverloadedError, RequestTimeoutError, RerankerPool, RerankResult
-from mp_rerank.admission import Admission
+from mp_rerank._scheduling.admission import Admission
 
 MakePool = Callable[..., RerankerPool]
 

@@ -13,10 +13,10 @@ import pytest
 from conftest import FAKE
 
 from mp_rerank import ModelSpec, PoolConfig, RerankerPool
-from mp_rerank.checkpoint import weight_files, will_be_mapped
-from mp_rerank.machine import Machine, Node
-from mp_rerank.plan import Plan, Seat, fitting_workers, make_plan
-from mp_rerank.worker import set_threads
+from mp_rerank._planning.checkpoint import weight_files, will_be_mapped
+from mp_rerank._planning.machine import Machine, Node
+from mp_rerank._planning.plan import Plan, Seat, fitting_workers, make_plan
+from mp_rerank._workers.child import set_threads
 
 MakePool = Callable[..., RerankerPool]
 

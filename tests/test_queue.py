@@ -14,9 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from mp_rerank.batching import PIECE_TOKENS, RequestQueue, Slice, Suspect
-from mp_rerank.pairs import PairState, PendingPair, digests
-from mp_rerank.request import Request, Scores
+from mp_rerank._scheduling.queue import PIECE_TOKENS, RequestQueue, Slice, Suspect
+from mp_rerank._pairs import PairState, PendingPair, digests
+from mp_rerank._scheduling.request import Request, Scores
 from mp_rerank.results import PoolStats
 
 MAX_ATTEMPTS = 3

@@ -14,10 +14,10 @@ torch = pytest.importorskip("torch")
 models = pytest.importorskip("models")
 from test_unpad import PAIRS, UNPADDED, needs_interface  # noqa: E402
 
-from mp_rerank.engine import Engine  # noqa: E402
-from mp_rerank.readout import read_first  # noqa: E402
-from mp_rerank.row import ROUND  # noqa: E402
-from mp_rerank.unpad import unpad  # noqa: E402
+from mp_rerank._engine.engine import Engine  # noqa: E402
+from mp_rerank._engine.readout import read_first  # noqa: E402
+from mp_rerank._engine.row import ROUND  # noqa: E402
+from mp_rerank._engine.unpad import unpad  # noqa: E402
 
 pytestmark = [pytest.mark.real, needs_interface]
 

@@ -70,9 +70,9 @@ def test_many_threads_asking_at_once_make_one(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_no_device_and_the_device_it_comes_to_are_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mp_rerank.machine._gpus", lambda: ())
+    monkeypatch.setattr("mp_rerank._planning.machine._gpus", lambda: ())
     assert shared_pool(FAKE) is shared_pool(FAKE, "cpu") is shared_pool(FAKE, "auto")
-    monkeypatch.setattr("mp_rerank.machine._gpus", lambda: ("cuda:0", "cuda:1"))
+    monkeypatch.setattr("mp_rerank._planning.machine._gpus", lambda: ("cuda:0", "cuda:1"))
     other = ModelSpec("other", loader="fakes:load")
     assert shared_pool(other) is shared_pool(other, ["cuda:1", "cuda:0"]) is shared_pool(other, "cuda")
     assert shared_pool(other, "cuda:1") not in (shared_pool(other), shared_pool(other, "cpu"))

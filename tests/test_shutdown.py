@@ -20,7 +20,7 @@ import pytest
 from conftest import FAKE, PATIENCE, Fifo, ranked, until
 
 from mp_rerank import ModelSpec, PoolClosedError, RerankerPool, RerankError
-from mp_rerank.dispatcher import Dispatcher
+from mp_rerank._scheduling.dispatcher import Dispatcher
 
 MakePool = Callable[..., RerankerPool]
 

@@ -13,11 +13,12 @@ import numpy as np
 import pytest
 from conftest import FAKE
 
-from mp_rerank import ModelSpec, PoolConfig, RequestTimeoutError, RerankerPool, WorkerCrashedError, cli, tune, tuned
-from mp_rerank.machine import Machine, read_machine
-from mp_rerank.plan import Seat, make_plan
+from mp_rerank import ModelSpec, PoolConfig, RequestTimeoutError, RerankerPool, WorkerCrashedError, cli, tune
+from mp_rerank._planning import tuning_cache as tuned
+from mp_rerank._planning.machine import Machine, read_machine
+from mp_rerank._planning.plan import Seat, make_plan
 from mp_rerank.tune import Setup
-from mp_rerank.tuned import Tuned, keep, look_up
+from mp_rerank._planning.tuning_cache import Tuned, keep, look_up
 
 MakePool = Callable[..., RerankerPool]
 

@@ -15,7 +15,7 @@ models = pytest.importorskip("models")
 from transformers.models.bert import modeling_bert  # noqa: E402
 
 from mp_rerank import row  # noqa: E402
-from mp_rerank.engine import Engine, even_batches  # noqa: E402
+from mp_rerank._engine.engine import Engine, even_batches  # noqa: E402
 
 pytestmark = pytest.mark.real
 

@@ -14,7 +14,7 @@ from mp_rerank import ModelSpec, RerankerPool
 torch = pytest.importorskip("torch")
 models = pytest.importorskip("models")
 from mp_rerank import weights as module  # noqa: E402
-from mp_rerank.engine import Engine  # noqa: E402
+from mp_rerank._engine.engine import Engine  # noqa: E402
 
 pytestmark = [
     pytest.mark.real,
@@ -53,7 +53,7 @@ def test_prepacked_layers_are_a_worker_s_own_and_the_others_still_shared(
 ) -> None:
     if not torch.backends.mkldnn.is_available():
         pytest.skip("this torch is built without oneDNN")
-    monkeypatch.setattr("mp_rerank.prepack._share_of_time", lambda *times: 0.0)
+    monkeypatch.setattr("mp_rerank._engine.prepack._share_of_time", lambda *times: 0.0)
     packed = engine(ModelSpec(folder))
     linears = sum(part.weight.numel() * 4 for part in packed.model.modules() if type(part) is torch.nn.Linear)
     assert packed.prepacked > 6

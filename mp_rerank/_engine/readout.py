@@ -15,9 +15,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from mp_rerank.equal_scores import keep_if_equal
-from mp_rerank.row import current_row
-from mp_rerank.unpad import find_encoder
+from mp_rerank._engine.parity import keep_if_equal
+from mp_rerank._engine.row import current_row
+from mp_rerank._engine.unpad import find_encoder
 
 __all__ = ["read_first"]
 

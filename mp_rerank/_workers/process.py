@@ -24,9 +24,9 @@ from typing import Any, Protocol
 
 import psutil
 
-from mp_rerank import worker
+from mp_rerank._workers import child as worker
 from mp_rerank.config import ModelSpec
-from mp_rerank.logs import WORKER_LOGGER, repeat_log
+from mp_rerank._workers.logs import WORKER_LOGGER, repeat_log
 
 __all__ = ["ProcessWorker", "ThreadWorker", "Worker", "check_may_spawn", "launching"]
 
@@ -198,7 +198,7 @@ def launching(start_method: str) -> Iterator[None]:
     if start_method != "forkserver":
         yield
         return
-    from mp_rerank import forkserver
+    from mp_rerank._workers import forkserver
 
     forkserver.lease()
     try:
@@ -243,7 +243,7 @@ class _WorkerProcess(SpawnProcess):
         try:
             with _interrupts_blocked():
                 if process_obj.by_server:
-                    from mp_rerank import forkserver
+                    from mp_rerank._workers import forkserver
 
                     return forkserver.Popen(process_obj)
                 return SpawnProcess._Popen(process_obj)

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from mp_rerank.worker import CANARY
+from mp_rerank._workers.child import CANARY
 
 __all__ = ["compile_network"]
 

@@ -16,8 +16,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from mp_rerank.equal_scores import keep_if_equal
-from mp_rerank.row import NAME, ROUND, Row, laid_out, register_attention
+from mp_rerank._engine.parity import keep_if_equal
+from mp_rerank._engine.row import NAME, ROUND, Row, laid_out, register_attention
 
 __all__ = ["find_encoder", "unpad"]
 

@@ -28,9 +28,9 @@ from multiprocessing.util import Finalize
 from typing import Any, NoReturn, Protocol
 
 from mp_rerank.config import ModelSpec
-from mp_rerank.deferral import deferred
+from mp_rerank._workers.lazy_import import deferred
 from mp_rerank.errors import ModelLoadError, ScoringError
-from mp_rerank.logs import redirect_output
+from mp_rerank._workers.logs import redirect_output
 from mp_rerank.tokens import estimate_pair, estimate_text
 
 __all__ = [
@@ -229,7 +229,7 @@ def _load(spec: ModelSpec, device: str, threads: int | None, batch_tokens: int) 
             return loaded, facts
     if in_worker_process():
         import_engine()
-    from mp_rerank.engine import Engine
+    from mp_rerank._engine.engine import Engine
 
     engine = Engine(spec, device, threads, batch_tokens, loaded)
     return engine, engine.facts()
@@ -241,7 +241,7 @@ def import_engine() -> None:
     Fails in silence: whatever is wrong is wrong again when it is imported in the plain way, and is told there.
     """
     with contextlib.suppress(Exception), deferred("sklearn"):
-        importlib.import_module("mp_rerank.engine")
+        importlib.import_module("mp_rerank._engine.engine")
 
 
 def _sing(scorer: Scorer) -> tuple[tuple[float, ...], float]:

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING
 import torch
 
 if TYPE_CHECKING:
-    from mp_rerank.backends import Inputs, Network, Run
-    from mp_rerank.calls import Pairs
+    from mp_rerank._engine.backends.base import Inputs, Network, Run
+    from mp_rerank._engine.calls import Pairs
 
 __all__ = ["convert", "prepare"]
 

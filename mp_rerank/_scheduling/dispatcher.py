@@ -28,18 +28,18 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from mp_rerank.admission import Admission
+from mp_rerank._scheduling.admission import Admission
 from mp_rerank.config import ModelSpec, PoolConfig
-from mp_rerank.crew import Crew, Outcome
+from mp_rerank._scheduling.deployment import Crew, Outcome
 from mp_rerank.errors import PoolClosedError, RerankError
-from mp_rerank.launch import launching
-from mp_rerank.logs import GuardedLogger
-from mp_rerank.plan import Seat
-from mp_rerank.request import Request
+from mp_rerank._workers.process import launching
+from mp_rerank._workers.logs import GuardedLogger
+from mp_rerank._planning.plan import Seat
+from mp_rerank._scheduling.request import Request
 from mp_rerank.results import PoolStats, WorkerInfo
-from mp_rerank.slot import Report
-from mp_rerank.waiting import SIGNAL_CHECK_SECONDS, Answer
-from mp_rerank.worker import WorkerFacts
+from mp_rerank._workers.slot import Report
+from mp_rerank._scheduling.futures import SIGNAL_CHECK_SECONDS, Answer
+from mp_rerank._workers.child import WorkerFacts
 
 __all__ = ["Dispatcher"]
 

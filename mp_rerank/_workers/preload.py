@@ -10,7 +10,7 @@ import contextlib
 import io
 import os
 
-from mp_rerank.worker import import_engine, set_threads
+from mp_rerank._workers.child import import_engine, set_threads
 
 set_threads(1)
 os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # torch.cuda.is_available() then asks the driver's library, not CUDA

@@ -22,17 +22,17 @@ from typing import Literal
 import numpy as np
 import psutil
 
-from mp_rerank.batching import RequestQueue, Slice, Suspect
+from mp_rerank._scheduling.queue import RequestQueue, Slice, Suspect
 from mp_rerank.config import ModelSpec, PoolConfig
 from mp_rerank.errors import ModelLoadError, RequestTimeoutError, RerankError, ScoringError, WorkerCrashedError
-from mp_rerank.launch import Worker
-from mp_rerank.logs import GuardedLogger
-from mp_rerank.pairs import Score
-from mp_rerank.plan import Seat
-from mp_rerank.request import Request
+from mp_rerank._workers.process import Worker
+from mp_rerank._workers.logs import GuardedLogger
+from mp_rerank._pairs import Score
+from mp_rerank._planning.plan import Seat
+from mp_rerank._scheduling.request import Request
 from mp_rerank.results import PoolStats, WorkerInfo
-from mp_rerank.slot import Described, Exited, Report, SliceEnded, Slot, SlotState
-from mp_rerank.worker import WorkerFacts
+from mp_rerank._workers.slot import Described, Exited, Report, SliceEnded, Slot, SlotState
+from mp_rerank._workers.child import WorkerFacts
 
 __all__ = ["Crew", "Outcome"]
 

@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from mp_rerank.pairs import Pair, PairState, PendingPair
-from mp_rerank.waiting import Answer
+from mp_rerank._pairs import Pair, PairState, PendingPair
+from mp_rerank._scheduling.futures import Answer
 
 __all__ = ["PoolFuture", "Request", "Scores"]
 

@@ -18,7 +18,7 @@ from typing import Any
 
 __all__ = ["Popen", "lease", "release"]
 
-PRELOADED = ["mp_rerank.preload"]
+PRELOADED = ["mp_rerank._workers.preload"]
 
 
 def lease() -> None:

@@ -23,9 +23,9 @@ import numpy.typing as npt
 import torch
 from transformers.modeling_outputs import SequenceClassifierOutput
 
-from mp_rerank.calls import Pairs, record_calls
+from mp_rerank._engine.calls import Pairs, record_calls
 from mp_rerank.config import ModelSpec
-from mp_rerank.worker import CANARY
+from mp_rerank._workers.child import CANARY
 
 __all__ = ["Backend", "Inputs", "Network", "Run", "find_backend", "replace_network"]
 
@@ -88,7 +88,7 @@ def find_backend(spec: ModelSpec, device: str) -> Backend:
         ValueError: ``device`` is no CPU.
     """
     spec.check_devices([device])
-    backend: Backend = importlib.import_module(f"mp_rerank.backends.{spec.backend}")
+    backend: Backend = importlib.import_module(f"mp_rerank._engine.backends.{spec.backend}")
     try:
         backend.prepare(spec.dtype or "float32")
     except ModuleNotFoundError as error:

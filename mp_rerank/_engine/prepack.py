@@ -19,8 +19,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from mp_rerank.equal_scores import keep_if_equal
-from mp_rerank.row import ROUND
+from mp_rerank._engine.parity import keep_if_equal
+from mp_rerank._engine.row import ROUND
 
 __all__ = ["prepack"]
 

@@ -20,15 +20,15 @@ from sentence_transformers import CrossEncoder
 from tqdm import tqdm
 from transformers.utils import logging as transformers_logging
 
-from mp_rerank.calls import record_calls
+from mp_rerank._engine.calls import record_calls
 from mp_rerank.config import ModelSpec
-from mp_rerank.direct import Direct, find_direct
-from mp_rerank.prepack import prepack
-from mp_rerank.readout import read_first
+from mp_rerank._engine.pipeline import Direct, find_direct
+from mp_rerank._engine.prepack import prepack
+from mp_rerank._engine.readout import read_first
 from mp_rerank.tokens import estimate_pair, estimate_text
-from mp_rerank.unpad import unpad
-from mp_rerank.weights import make_private, mapped_bytes
-from mp_rerank.worker import CANARY, in_worker_process
+from mp_rerank._engine.unpad import unpad
+from mp_rerank._engine.weights import make_private, mapped_bytes
+from mp_rerank._workers.child import CANARY, in_worker_process
 
 __all__ = ["Engine", "prove"]
 
@@ -82,7 +82,7 @@ class Engine:
         self.batch_tokens = batch_tokens
         backend = None
         if spec.backend != "torch":  # before the model is loaded: it may be missing
-            from mp_rerank.backends import find_backend
+            from mp_rerank._engine.backends.base import find_backend
 
             backend = find_backend(spec, device)
         self.model = _load(spec, device) if loaded is None else loaded
@@ -100,7 +100,7 @@ class Engine:
         if backend is None and device.startswith("cpu"):
             _warn_of_slow_arithmetic(self.dtype)
         if backend is not None:
-            from mp_rerank.backends import replace_network
+            from mp_rerank._engine.backends.base import replace_network
 
             self.dtype = spec.dtype or "float32"
             replace_network(self.model.model, backend, self.dtype, threads, self._predict)
@@ -108,7 +108,7 @@ class Engine:
             if spec.weights == "private":
                 make_private(network)
             if spec.compile:
-                from mp_rerank.backends.compiled import compile_network
+                from mp_rerank._engine.compiled import compile_network
 
                 compile_network(self.model.model, device, self._predict)
             else:

@@ -17,9 +17,9 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from mp_rerank.checkpoint import weight_files
+from mp_rerank._planning.checkpoint import weight_files
 from mp_rerank.config import BUILTIN, ModelSpec
-from mp_rerank.machine import Machine
+from mp_rerank._planning.machine import Machine
 
 __all__ = ["SWITCH", "Tuned", "keep", "look_up"]
 

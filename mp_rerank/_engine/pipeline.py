@@ -19,8 +19,8 @@ import torch
 from sentence_transformers import CrossEncoder
 from transformers.modeling_outputs import SequenceClassifierOutput
 
-from mp_rerank.calls import Pairs, record_calls
-from mp_rerank.worker import CANARY
+from mp_rerank._engine.calls import Pairs, record_calls
+from mp_rerank._workers.child import CANARY
 
 __all__ = ["Direct", "Tokenized", "find_direct"]
 

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 if TYPE_CHECKING:
-    from mp_rerank.backends import Inputs, Network, Run
-    from mp_rerank.calls import Pairs
+    from mp_rerank._engine.backends.base import Inputs, Network, Run
+    from mp_rerank._engine.calls import Pairs
 
 __all__ = ["convert", "prepare"]
 
@@ -69,7 +69,7 @@ def convert(
 def _quantize(model: Any, record: Callable[[Sequence[Pairs]], list[Inputs]]) -> Any:
     import nncf
 
-    from mp_rerank.backends.calibration import PAIRS
+    from mp_rerank._engine.backends.calibration import PAIRS
 
     inputs = [[tensor.numpy() for tensor in call.values()] for call in record([[pair] for pair in PAIRS])]
     return nncf.quantize(model, nncf.Dataset(inputs), model_type=nncf.ModelType.TRANSFORMER, subset_size=len(inputs))

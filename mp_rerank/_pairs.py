@@ -12,7 +12,7 @@ from hashlib import blake2b
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from mp_rerank.request import Request
+    from mp_rerank._scheduling.request import Request
 
 __all__ = ["Pair", "PairState", "PendingPair", "Score", "digests"]
 

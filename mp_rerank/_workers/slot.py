@@ -14,11 +14,11 @@ from concurrent.futures import BrokenExecutor, Future
 from dataclasses import dataclass
 from typing import TypeVar
 
-from mp_rerank import worker
-from mp_rerank.batching import Slice
+from mp_rerank._workers import child as worker
+from mp_rerank._scheduling.queue import Slice
 from mp_rerank.config import ModelSpec, PoolConfig
-from mp_rerank.launch import ProcessWorker, ThreadWorker, Worker
-from mp_rerank.plan import Seat
+from mp_rerank._workers.process import ProcessWorker, ThreadWorker, Worker
+from mp_rerank._planning.plan import Seat
 from mp_rerank.results import WorkerInfo
 
 __all__ = ["Described", "Exited", "Report", "SliceEnded", "Slot", "SlotState"]

@@ -11,10 +11,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from mp_rerank.checkpoint import weight_files, will_be_mapped
+from mp_rerank._planning.checkpoint import weight_files, will_be_mapped
 from mp_rerank.config import ModelSpec, PoolConfig
-from mp_rerank.machine import Machine, Node, read_machine
-from mp_rerank.tuned import Tuned, look_up
+from mp_rerank._planning.machine import Machine, Node, read_machine
+from mp_rerank._planning.tuning_cache import Tuned, look_up
 
 __all__ = ["Plan", "Seat", "fitting_workers", "make_plan"]
 

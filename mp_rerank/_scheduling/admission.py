@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from mp_rerank.errors import PoolClosedError, PoolOverloadedError, RequestTimeoutError
-from mp_rerank.waiting import SIGNAL_CHECK_SECONDS, Answer
+from mp_rerank._scheduling.futures import SIGNAL_CHECK_SECONDS, Answer
 
 __all__ = ["Admission"]
 

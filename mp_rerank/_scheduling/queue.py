@@ -23,8 +23,8 @@ from collections import deque
 from collections.abc import Hashable, MutableMapping, Sequence
 from dataclasses import dataclass
 
-from mp_rerank.pairs import Pair, PairState, PendingPair, Score
-from mp_rerank.request import Request, Scores
+from mp_rerank._pairs import Pair, PairState, PendingPair, Score
+from mp_rerank._scheduling.request import Request, Scores
 from mp_rerank.results import PoolStats
 
 __all__ = ["RequestQueue", "Slice", "Suspect"]

@@ -1,0 +1,14 @@
+"""The model on its device, and what makes it fast. The only wing that imports torch; only a worker imports it.
+
+    engine.py     the model, fed with batches of the right size
+    loading.py    loads a ``CrossEncoder``, proves it is whole, and knows what library versions differ in
+    pipeline.py   from texts to scores: tokenize once, cut batches, collate, forward
+    parity.py     keeps an optimization only if scores stay within tolerance
+    unpad.py      packed batches without padding; the last layer for the tokens that the head reads
+    prepack.py    linear layers laid out for oneDNN
+    weights.py    weights as pages of the checkpoint's file, shared by all workers
+    compiled.py   ``torch.compile``
+    backends/     other runtimes: ONNX Runtime and OpenVINO
+
+Knows no worker, no slot and no request: it takes pairs of texts and gives scores.
+"""
