@@ -31,8 +31,8 @@ from sentence_transformers import CrossEncoder
 
 from bench.models import Pairs
 from mp_rerank import ModelSpec, RerankerPool
-from mp_rerank.config import BUILTIN_FOLDER
 from mp_rerank._workers.child import THREAD_VARIABLES
+from mp_rerank.config import BUILTIN_FOLDER
 
 __all__ = ["BASELINE", "CONTENDERS", "OURS", "NotRun", "Run", "Setting"]
 

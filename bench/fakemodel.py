@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mp_rerank.tokens import estimate_pair, estimate_text
+from mp_rerank._pairs import estimate_pair, estimate_text
 from mp_rerank._workers.child import import_engine
 
 

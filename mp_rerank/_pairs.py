@@ -1,60 +1,71 @@
-"""A pair of texts on its way to its score, which is made once for all the requests that want it.
+"""A pair: a query and a document. Its types, its estimated length, its digest, and the canary pairs.
 
-Two pairs are equal when their texts are, to the letter. Among pending ones that is what is compared. Scores that are
-kept for later are kept under digests, so that a kept score takes the same memory however long its document was.
+**Length.** Planning needs sizes that add up, not exact counts: slices, batches, admission and hang limits. The parent
+has no tokenizer (it imports no torch and no transformers), and a batch sorted by an estimated length pads nearly as
+little as one sorted by the true length. Scores never depend on the estimate.
+
+**Equality.** Two pairs are equal when their texts are, to the letter. Pending pairs are compared by their texts. Kept
+scores are found by digests, so that each takes the same memory however long its document was.
+
+**Canary.** Pairs that every worker scores after it has loaded its model. `TOLERANCES` says how far two scores of one
+pair may differ, wherever scores are compared.
+
+A worker imports this before its threads are set, so it imports nothing heavy: no numpy.
 """
 
 from __future__ import annotations
 
-import enum
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from hashlib import blake2b
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from mp_rerank._scheduling.request import Request
-
-__all__ = ["Pair", "PairState", "PendingPair", "Score", "digests"]
+__all__ = ["CANARY", "TOLERANCES", "Pair", "Score", "digests", "estimate_pair", "estimate_text", "tolerance"]
 
 Pair = tuple[str, str]
+#: of one pair: a number, or one for each label
 Score = float | list[float]
 
+# English prose is 4 to 5 characters a WordPiece or BPE token; text outside ASCII is nearer to one token for 3 bytes of
+# UTF-8 (one CJK character, one and a half of Cyrillic or accented Latin).
+ASCII_CHARACTERS_A_TOKEN = 4
+UTF8_BYTES_A_TOKEN = 3
+# [CLS] query [SEP] document [SEP]
+SPECIAL_TOKENS = 3
 
-class PairState(enum.Enum):
-    """Where a pending pair is, for all that want it at once."""
+# Two workers whose scores of these differ do not hold the same model. The long one makes the first measure of a
+# worker's speed less of a guess.
+CANARY: list[Pair] = [
+    ("How many people live in Berlin?", "Berlin had a population of 3,520,031 registered inhabitants."),
+    ("How many people live in Berlin?", "Berlin is well known for its museums. " * 20),
+]
 
-    WAITING = "waiting"  # for the turn of any of them
-    ALONE = "waiting to be scored in a slice of its own"
-    OUT = "out"  # in one slice
-    SCORED = "scored"
+# How far two scores of one pair may differ, absolute and relative (the atol and rtol of ``numpy.allclose``), by what is
+# different about how they were made: in float32, and in 16 bits.
+TOLERANCES = {
+    "same network": (1e-5, 1e-5),  # called by other code
+    "optimized": (1e-5, 3e-2),  # sums in another order differ in their last bits
+    "another worker": (1e-5, 5e-3),
+    "another device": (5e-2, 5e-2),
+    "another runtime": (1e-4, 3e-2),
+}
 
 
-class PendingPair:
-    """A query and a document, until they are scored: the queue's unit of work.
+def tolerance(what: str, dtype: str) -> float:
+    """The entry of ``TOLERANCES`` for weights of ``dtype`` (empty where a loader's model does not say: float32)."""
+    in_float32, in_16_bits = TOLERANCES[what]
+    return in_float32 if dtype in ("", "float32", "float64") else in_16_bits
 
-    Attributes:
-        key: equal for equal pairs.
-        texts: the query and the document.
-        tokens: their estimated tokens.
-        state: where it is.
-        wanted_by: the live requests that want its score, each once.
-        attempts: workers that died on it.
-        score: once it is scored: a number, or one for each label.
-    """
 
-    __slots__ = ("attempts", "key", "score", "state", "texts", "tokens", "wanted_by")
+def estimate_text(text: str) -> int:
+    """Estimated tokens of ``text``, at least 1."""
+    if text.isascii():
+        return len(text) // ASCII_CHARACTERS_A_TOKEN + 1
+    return len(text.encode("utf-8", "surrogatepass")) // UTF8_BYTES_A_TOKEN + 1
 
-    def __init__(self, key: Hashable, texts: Pair, tokens: int) -> None:
-        self.key = key
-        self.texts = texts
-        self.tokens = tokens
-        self.state = PairState.WAITING
-        self.wanted_by: list[Request] = []
-        self.attempts = 0
-        self.score: Score | None = None
 
-    def __repr__(self) -> str:
-        return f"<PendingPair: {self.state.value}, wanted by {len(self.wanted_by)}>"
+def estimate_pair(query_tokens: int, document: str, max_length: int | None) -> int:
+    """Estimated tokens of a pair whose query is ``query_tokens`` long, after truncation to ``max_length``."""
+    tokens = query_tokens + estimate_text(document) + SPECIAL_TOKENS
+    return tokens if max_length is None else min(tokens, max_length)
 
 
 def digests(pairs: Sequence[Pair]) -> list[bytes]:

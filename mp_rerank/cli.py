@@ -31,7 +31,7 @@ import mp_rerank
 from mp_rerank.config import BUILTIN, ModelSpec
 from mp_rerank.errors import RerankError
 from mp_rerank.pool import RerankerPool
-from mp_rerank._scheduling.request import Scores
+from mp_rerank.results import Scores
 
 __all__ = ["main"]
 

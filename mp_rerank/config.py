@@ -181,7 +181,8 @@ class PoolConfig:
             the imports. The first start takes about as long, a restart less than half, and workers share memory.
         batch_tokens: padded tokens of one forward pass; ``None``: as tuned, else 1,024 on a CPU (2,048 where 16
             bits are asked for), 16,384 elsewhere.
-        slice_tokens: tokens of one piece of work sent to a worker; ``None``: about one batch. Smaller is fairer.
+        slice_tokens: tokens of one slice, which is what a worker is sent at a time; ``None``: about one batch. Smaller
+            is fairer.
         max_pending_pairs, max_pending_tokens: the bound on work admitted and unfinished.
         overload: at the bound, ``"block"`` until there is room (or the request's own timeout), ``"raise"``
             PoolOverloadedError, or a number of seconds to wait before raising it.

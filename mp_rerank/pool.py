@@ -18,15 +18,14 @@ import numpy as np
 import numpy.typing as npt
 import psutil
 
-from mp_rerank.config import BUILTIN, ModelSpec, PoolConfig
-from mp_rerank._scheduling.dispatcher import Dispatcher
-from mp_rerank.errors import PoolClosedError, RequestTimeoutError
-from mp_rerank._workers.process import check_may_spawn
-from mp_rerank._pairs import Pair, digests
+from mp_rerank._pairs import Pair, digests, estimate_pair, estimate_text
 from mp_rerank._planning.plan import Plan, make_plan
-from mp_rerank._scheduling.request import Request, Scores
-from mp_rerank.results import PoolMemory, PoolStats, RerankResult, WorkerInfo, WorkerMemory
-from mp_rerank.tokens import estimate_pair, estimate_text
+from mp_rerank._scheduling.dispatcher import Dispatcher
+from mp_rerank._scheduling.request import Request
+from mp_rerank._workers.handle import check_may_start
+from mp_rerank.config import BUILTIN, ModelSpec, PoolConfig
+from mp_rerank.errors import PoolClosedError, RequestTimeoutError
+from mp_rerank.results import PoolMemory, PoolStats, RerankResult, Scores, WorkerInfo, WorkerMemory
 
 __all__ = ["RerankerPool"]
 
@@ -91,7 +90,7 @@ class RerankerPool:
             ModelLoadError: a worker could not load the model, naming model, device and cause.
             WorkerCrashedError: a worker died again and again while it was loading.
             PoolClosedError: the pool is closed.
-            RuntimeError: no process may be started here: see ``check_may_spawn``.
+            RuntimeError: no process may be started here: see ``check_may_start``.
         """
         self._check_open()
         dispatcher = self._dispatcher
@@ -100,8 +99,7 @@ class RerankerPool:
                 with self._lock:
                     self._check_open()
                     if self._dispatcher is None:
-                        if self.config.isolation == "process":
-                            check_may_spawn()
+                        check_may_start(self.config)
                         self._plan = make_plan(self.config, self.spec)
                         config = dataclasses.replace(self.config, batch_tokens=self._plan.batch_tokens)
                         dispatcher = Dispatcher(self.spec, self._plan.seats, config)

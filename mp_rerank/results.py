@@ -4,7 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-__all__ = ["PoolMemory", "PoolStats", "RerankResult", "WorkerInfo", "WorkerMemory"]
+import numpy as np
+import numpy.typing as npt
+
+__all__ = ["PoolMemory", "PoolStats", "RerankResult", "Scores", "WorkerInfo", "WorkerMemory"]
+
+#: of n pairs: shape (n,), or (n, num_labels) where the model gives several
+Scores = npt.NDArray[np.float32]
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +79,7 @@ class PoolStats:
         coalesced_pairs: pairs that got their score with an equal one that was pending (``coalesce``).
         cached_pairs: pairs whose score had been kept (``score_cache``). What ``submit`` has answered in full is
         the sum of the three, so the hit rate is the share of these two in it.
-        slices: pieces of work sent to workers and scored.
+        slices: how many were sent to workers and scored; a slice is what one worker gets at a time.
         gathered_slices: those of them holding pairs of more than one request.
         split_requests: requests whose pairs went out in more than one slice.
         busy_seconds: time workers spent scoring, summed over workers.

@@ -25,8 +25,8 @@ from collections.abc import Sequence
 from dataclasses import fields
 from typing import Any
 
-from mp_rerank.config import BUILTIN, ModelSpec, PoolConfig
 from mp_rerank._planning.plan import make_plan
+from mp_rerank.config import BUILTIN, ModelSpec, PoolConfig
 from mp_rerank.pool import RerankerPool
 
 __all__ = ["shared_pool"]

@@ -23,17 +23,15 @@ from datetime import date
 
 import numpy as np
 
+from mp_rerank._pairs import Pair, estimate_pair, estimate_text
 from mp_rerank._planning import tuning_cache as tuned
-from mp_rerank.config import ModelSpec, PoolConfig
-from mp_rerank._scheduling.deployment import default_batch_tokens
-from mp_rerank.errors import RequestTimeoutError, RerankError
 from mp_rerank._planning.machine import Machine, read_machine
-from mp_rerank._pairs import Pair
-from mp_rerank._planning.plan import fitting_workers, make_plan
-from mp_rerank.pool import RerankerPool
-from mp_rerank._scheduling.request import Scores
-from mp_rerank.tokens import estimate_pair, estimate_text
+from mp_rerank._planning.plan import default_batch_tokens, fitting_workers, make_plan
 from mp_rerank._planning.tuning_cache import Tuned
+from mp_rerank.config import ModelSpec, PoolConfig
+from mp_rerank.errors import RequestTimeoutError, RerankError
+from mp_rerank.pool import RerankerPool
+from mp_rerank.results import Scores
 
 __all__ = ["DEFAULT_WORDS", "Report", "Setup", "Trial", "make_pairs", "random_documents", "tune"]
 

@@ -31,8 +31,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mp_rerank.tokens import estimate_pair, estimate_text
-from mp_rerank._workers.child import CANARY
+from mp_rerank._pairs import CANARY, estimate_pair, estimate_text
 
 
 def score_of(query: str, document: str) -> float:

@@ -363,7 +363,7 @@ def test_hundreds_of_crashes_leave_nothing_behind(make_pool: MakePool) -> None:
 def test_a_worker_that_cannot_be_launched_is_tried_again(make_pool: MakePool, monkeypatch: pytest.MonkeyPatch) -> None:
     import mp_rerank._workers.slot
 
-    real = mp_rerank._workers.slot.ProcessWorker
+    real = mp_rerank._workers.handle.ProcessHandle
     refusals = iter([OSError("no more processes"), RuntimeError("can't start new thread")])
 
     def launch(*args: object, **options: object) -> object:
@@ -373,7 +373,7 @@ def test_a_worker_that_cannot_be_launched_is_tried_again(make_pool: MakePool, mo
         return real(*args, **options)  # type: ignore[arg-type]
 
     with make_pool(workers=1) as pool:
-        monkeypatch.setattr(mp_rerank._workers.slot, "ProcessWorker", launch)
+        monkeypatch.setattr(mp_rerank._workers.handle, "ProcessHandle", launch)
         pid = pool.workers()[0].pid
         assert pid is not None
         psutil.Process(pid).kill()
@@ -447,7 +447,7 @@ def test_a_log_handler_that_raises_ends_no_pool(make_pool: MakePool, tmp_path: P
             assert pool.stats().crashes == 1
     finally:
         logging.getLogger("mp_rerank").removeHandler(broken)
-    assert set(said_by) == {"crew"}, "and not what guards it"
+    assert set(said_by) == {"deployment"}, "and not what guards it"
 
 
 def test_futures_tampered_with_by_their_owner_hurt_only_him(make_pool: MakePool) -> None:

@@ -20,7 +20,9 @@ PAIRS = [(query, document) for query in models.TEXT[:3] for document in (*models
 
 
 def engine(folder: str, loaded: Any = None, **options: Any) -> Engine:
-    return Engine(ModelSpec(folder, prepack=False, **options), "cpu", None, 256, loaded)
+    return Engine(
+        ModelSpec(folder, prepack=False, **options), "cpu", None, 256, loaded, owns_process=loaded is not None
+    )
 
 
 def count_calls(model: Any, name: str, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
@@ -88,9 +90,8 @@ def test_a_predict_that_does_anything_else_is_asked(
     np.testing.assert_allclose(engine(folder).predict(pairs), expected, rtol=1e-5, atol=1e-5)
 
 
-def test_a_loader_s_own_predict_is_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_loader_s_own_predict_is_asked(tmp_path: Path) -> None:
     """Even one that scores what the proof is made of as the library does."""
-    monkeypatch.setattr("mp_rerank._engine.engine.in_worker_process", lambda: True)
     folder = models.build("bert", tmp_path)
     loaded = models.load(folder, "cpu")
     predict = loaded.predict
@@ -103,8 +104,7 @@ def test_a_loader_s_own_predict_is_asked(tmp_path: Path, monkeypatch: pytest.Mon
     assert cow != pytest.approx(dog, abs=1e-4)
 
 
-def test_hooks_are_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mp_rerank._engine.engine.in_worker_process", lambda: True)
+def test_hooks_are_run(tmp_path: Path) -> None:
     folder = models.build("bert", tmp_path)
     hooked = models.load(folder, "cpu")
     seen: list[object] = []

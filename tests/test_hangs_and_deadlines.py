@@ -13,14 +13,14 @@ from conftest import FAKE, PATIENCE, Fifo, ranked, until
 from fakes import score_of
 
 from mp_rerank import ModelSpec, RequestTimeoutError, RerankerPool, RerankResult, WorkerCrashedError
-from mp_rerank._scheduling.queue import Slice
-from mp_rerank.config import PoolConfig
-from mp_rerank._scheduling.deployment import GRACE_SECONDS, HANG_MARGIN, Crew
 from mp_rerank._planning.plan import Seat
+from mp_rerank._scheduling.deployment import GRACE_SECONDS, HANG_MARGIN, Deployment
+from mp_rerank._scheduling.queue import Slice
 from mp_rerank._scheduling.request import Request
-from mp_rerank.results import PoolStats
-from mp_rerank._workers.slot import Exited, SliceEnded, SlotState
 from mp_rerank._workers.child import Scored
+from mp_rerank._workers.slot import Exited, SliceEnded, SlotState
+from mp_rerank.config import PoolConfig
+from mp_rerank.results import PoolStats
 
 MakePool = Callable[..., RerankerPool]
 
@@ -82,7 +82,7 @@ def test_it_is_that_very_process_that_is_killed(make_pool: MakePool, monkeypatch
     with make_pool(workers=1) as pool:
         dispatcher = pool._dispatcher
         assert dispatcher is not None
-        worker = dispatcher._crew.slots[0].worker
+        worker = dispatcher._deployment.slots[0].worker
         assert worker is not None
         assert worker.pid is not None
         stranger = psutil.Process(worker.pid)
@@ -94,7 +94,7 @@ def test_it_is_that_very_process_that_is_killed(make_pool: MakePool, monkeypatch
         assert pool.rerank("query", documents(3)) == ranked("query", documents(3))
 
 
-# The crew by itself: time is an argument, and its workers are only told of.
+# The deployment by itself: time is an argument, and its workers are only told of.
 
 
 class StandIn:
@@ -103,6 +103,7 @@ class StandIn:
     def __init__(self) -> None:
         self.alive = True
         self.killed = False
+        self.killable = True
         self.pid = 1
 
     def kill(self) -> None:
@@ -115,98 +116,102 @@ class StandIn:
         pass
 
 
-def busy_crew(tokens: int, seconds_per_token: float, **options: object) -> tuple[Crew, StandIn, Slice]:
-    """A crew of one worker that has just been given a slice, at 0 seconds."""
-    crew = Crew(FAKE, [Seat("cpu", 1)], PoolConfig.of(options), lambda _: None, lambda *_: None, PoolStats())
-    [slot] = crew.slots
+def busy_deployment(tokens: int, seconds_per_token: float, **options: object) -> tuple[Deployment, StandIn, Slice]:
+    """A deployment of one worker that has just been given a slice, at 0 seconds."""
+    deployment = Deployment(
+        FAKE, [Seat("cpu", 1)], PoolConfig.of(options), lambda _: None, lambda *_: None, PoolStats()
+    )
+    [slot] = deployment.slots
     standing = StandIn()
     slot.worker = standing  # type: ignore[assignment]
     slot.generation = 1
     slot.state = SlotState.READY
     slot.seconds_per_token = seconds_per_token
-    crew.submit(Request([("query", "document")], [tokens], lambda scores, scored: scores))
-    piece = crew.queue.take(tokens)
-    assert piece is not None
-    slot.outstanding.append(piece)
-    return crew, standing, piece
+    deployment.submit(Request([("query", "document")], [tokens], lambda scores, scored: scores))
+    slice_ = deployment.queue.take(tokens)
+    assert slice_ is not None
+    slot.outstanding.append(slice_)
+    return deployment, standing, slice_
 
 
 @pytest.mark.parametrize(("tokens", "seconds_per_token"), [(100, 0.001), (100_000, 0.001), (100_000, 0.1)])
 def test_the_limit_follows_the_size_and_the_speed(tokens: int, seconds_per_token: float) -> None:
-    crew, standing, _ = busy_crew(tokens, seconds_per_token, hang_timeout=60.0)
+    deployment, standing, _ = busy_deployment(tokens, seconds_per_token, hang_timeout=60.0)
     limit = 60.0 + HANG_MARGIN * tokens * seconds_per_token
-    assert crew.wake_at() == pytest.approx(limit)
-    crew.tick(limit * 0.999)
+    assert deployment.wake_at() == pytest.approx(limit)
+    deployment.tick(limit * 0.999)
     assert not standing.killed
-    crew.tick(limit * 1.001)
+    deployment.tick(limit * 1.001)
     assert standing.killed
-    assert crew.wake_at() is None
+    assert deployment.wake_at() is None
 
 
 def test_one_slice_measured_too_fast_makes_the_next_not_hung() -> None:
-    crew, _, piece = busy_crew(1000, 0.1, hang_timeout=60.0)
-    [slot] = crew.slots
-    slot.took(piece, 1e-9, 0.0)
+    deployment, _, slice_ = busy_deployment(1000, 0.1, hang_timeout=60.0)
+    [slot] = deployment.slots
+    slot.took(slice_, 1e-9, 0.0)
     assert slot.seconds_per_token == pytest.approx(0.08)
 
 
 def test_without_a_hang_timeout_nobody_is_killed() -> None:
-    crew, standing, _ = busy_crew(10, 0.001, hang_timeout=None)
-    assert crew.wake_at() is None
-    crew.tick(LONG)
+    deployment, standing, _ = busy_deployment(10, 0.001, hang_timeout=None)
+    assert deployment.wake_at() is None
+    deployment.tick(LONG)
     assert not standing.killed
 
 
 def test_slices_of_a_dead_worker_that_never_come_back_are_given_up() -> None:
     """A fork of the parent may hold a worker's pipes open; the executor then waits for what no one will write."""
-    crew, _, piece = busy_crew(10, 0.001, hang_timeout=None)
-    [slot] = crew.slots
-    crew.handle(Exited(slot, 1, -9), 100.0)
-    assert crew.wake_at() == 100.0 + GRACE_SECONDS
+    deployment, _, slice_ = busy_deployment(10, 0.001, hang_timeout=None)
+    [slot] = deployment.slots
+    deployment.handle(Exited(slot, 1, -9), 100.0)
+    assert deployment.wake_at() == 100.0 + GRACE_SECONDS
     assert slot.state is SlotState.RESTARTING
-    crew.tick(100.0 + GRACE_SECONDS)
-    assert crew.queue.waiting_tokens == 10
+    deployment.tick(100.0 + GRACE_SECONDS)
+    assert deployment.queue.waiting_tokens == 10
     assert slot.restart_at == 100.0 + GRACE_SECONDS
-    crew.handle(SliceEnded(slot, 1, piece, Scored(b"\0\0\0\0", None, 1.0)), 200.0)  # too late: it will be scored again
-    assert crew.queue.waiting_tokens == 10
+    deployment.handle(
+        SliceEnded(slot, 1, slice_, Scored(b"\0\0\0\0", None, 1.0)), 200.0
+    )  # too late: it will be scored again
+    assert deployment.queue.waiting_tokens == 10
 
 
 def test_a_slice_scored_before_the_death_was_known_still_counts() -> None:
     """The exit may be reported before the last result; the slot must not wait for another."""
-    crew, _, piece = busy_crew(10, 0.001)
-    [slot] = crew.slots
-    [request] = crew.queue.live.values()
-    crew.handle(Exited(slot, 1, -9), 1.0)
-    crew.handle(SliceEnded(slot, 1, piece, Scored(b"\0\0\0\0", None, 1.0)), 1.0)
+    deployment, _, slice_ = busy_deployment(10, 0.001)
+    [slot] = deployment.slots
+    [request] = deployment.queue.live.values()
+    deployment.handle(Exited(slot, 1, -9), 1.0)
+    deployment.handle(SliceEnded(slot, 1, slice_, Scored(b"\0\0\0\0", None, 1.0)), 1.0)
     assert request.future.result(0).tolist() == [0.0]
     assert slot.restart_at == 1.0
 
 
 def test_a_worker_that_does_not_leave_is_killed_after_its_grace() -> None:
-    crew, standing, _ = busy_crew(10, 0.001)
-    crew.close(7.0, kill=False)
-    assert crew.wake_at() == 7.0 + GRACE_SECONDS
-    crew.tick(7.0 + GRACE_SECONDS - 0.1)
+    deployment, standing, _ = busy_deployment(10, 0.001)
+    deployment.close(7.0, kill=False)
+    assert deployment.wake_at() == 7.0 + GRACE_SECONDS
+    deployment.tick(7.0 + GRACE_SECONDS - 0.1)
     assert not standing.killed
-    crew.tick(7.0 + GRACE_SECONDS)
+    deployment.tick(7.0 + GRACE_SECONDS)
     assert standing.killed
     standing.alive = False
-    assert not crew.alive
+    assert not deployment.alive
 
 
 def test_a_worker_let_go_in_the_middle_of_a_slice_is_not_hung_as_well() -> None:
     """As by a reload, when nobody waits for the slice any more: the limit of its slice comes before its grace ends."""
-    crew, standing, _ = busy_crew(10, 0.001, hang_timeout=1.0)
-    crew.close(0.0, kill=False)
-    assert crew.wake_at() == GRACE_SECONDS
-    crew.tick(GRACE_SECONDS - 0.1)
+    deployment, standing, _ = busy_deployment(10, 0.001, hang_timeout=1.0)
+    deployment.close(0.0, kill=False)
+    assert deployment.wake_at() == GRACE_SECONDS
+    deployment.tick(GRACE_SECONDS - 0.1)
     assert not standing.killed
 
 
 def test_a_worker_that_loads_has_nothing_to_finish() -> None:
-    crew, standing, _ = busy_crew(10, 0.001)
-    crew.slots[0].state = SlotState.STARTING
-    crew.close(7.0, kill=False)
+    deployment, standing, _ = busy_deployment(10, 0.001)
+    deployment.slots[0].state = SlotState.STARTING
+    deployment.close(7.0, kill=False)
     assert standing.killed
 
 

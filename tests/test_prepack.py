@@ -13,7 +13,7 @@ from mp_rerank import ModelSpec
 
 torch = pytest.importorskip("torch")
 models = pytest.importorskip("models")
-from mp_rerank import prepack as module  # noqa: E402
+from mp_rerank._engine import prepack as module  # noqa: E402
 from mp_rerank._engine.engine import Engine  # noqa: E402
 
 pytestmark = [

@@ -14,10 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from mp_rerank._scheduling.queue import PIECE_TOKENS, RequestQueue, Slice, Suspect
-from mp_rerank._pairs import PairState, PendingPair, digests
-from mp_rerank._scheduling.request import Request, Scores
-from mp_rerank.results import PoolStats
+from mp_rerank._pairs import digests
+from mp_rerank._scheduling.queue import TURN_TOKENS, RequestQueue, Slice, Suspect
+from mp_rerank._scheduling.request import PairState, PendingPair, Request
+from mp_rerank.results import PoolStats, Scores
 
 MAX_ATTEMPTS = 3
 SLICE = 900  # tokens
@@ -42,13 +42,13 @@ def make_alike(documents: list[int], priority: int = 0, deadline: float | None =
     return Request(pairs, tokens, lambda scores, scored: scores, priority=priority, deadline=deadline)
 
 
-def scores_of(piece: Slice, model: int = 0) -> Scores:
+def scores_of(slice_: Slice, model: int = 0) -> Scores:
     """``model``'s: of a document with a number, the number and a thousand for each model."""
-    return np.array([1000 * model + int(document.split()[-1]) for _, document in piece.pairs], dtype=np.float32)
+    return np.array([1000 * model + int(document.split()[-1]) for _, document in slice_.pairs], dtype=np.float32)
 
 
-def numbers_of(piece: Slice) -> list[int]:
-    return [int(document) for _, document in piece.pairs]
+def numbers_of(slice_: Slice) -> list[int]:
+    return [int(document) for _, document in slice_.pairs]
 
 
 class QueueMachine(RuleBasedStateMachine):
@@ -82,14 +82,14 @@ class QueueMachine(RuleBasedStateMachine):
     def take(self, budget: int, which: bool) -> None:
         queue = self.next_queue if which else self.queue
         waiting = queue.waiting_tokens
-        piece = queue.take(budget)
-        assert (piece is None) == (waiting == 0)
-        if piece is not None:
-            assert len(piece) >= 1
-            assert piece.tokens == sum(pair.tokens for pair in piece.pending)
-            assert piece.tokens <= budget or len(piece) == 1
-            assert all(request.number in self.live for request, _ in piece.parts)
-            self.out.append((queue, piece))
+        slice_ = queue.take(budget)
+        assert (slice_ is None) == (waiting == 0)
+        if slice_ is not None:
+            assert len(slice_) >= 1
+            assert slice_.tokens == sum(pair.tokens for pair in slice_.pending)
+            assert slice_.tokens <= budget or len(slice_) == 1
+            assert all(request.number in self.live for request, _ in slice_.parts)
+            self.out.append((queue, slice_))
 
     def ending(self, chosen: int) -> tuple[RequestQueue, Slice]:
         return self.out.pop(chosen % len(self.out))
@@ -97,10 +97,10 @@ class QueueMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.out)
     @rule(chosen=st.integers(0, 99))
     def fill(self, chosen: int) -> None:
-        queue, piece = self.ending(chosen)
+        queue, slice_ = self.ending(chosen)
         model = int(queue is self.next_queue)
-        self.scored_pairs += sum(bool(pair.wanted_by) for pair in piece.pending)
-        for request in queue.fill(piece, scores_of(piece, model)):
+        self.scored_pairs += sum(bool(pair.wanted_by) for pair in slice_.pending)
+        for request in queue.fill(slice_, scores_of(slice_, model)):
             del self.live[request.number]
             self.conclude(request, model)
 
@@ -111,25 +111,25 @@ class QueueMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.out)
     @rule(chosen=st.integers(0, 99), raised=st.booleans())
     def crash(self, chosen: int, raised: bool) -> None:
-        queue, piece = self.ending(chosen)
+        queue, slice_ = self.ending(chosen)
         wanting = [request for request in self.live.values() if request.number in queue.live]
-        suspects = queue.raised(piece) if raised else queue.crashed(piece, MAX_ATTEMPTS)
+        suspects = queue.raised(slice_) if raised else queue.crashed(slice_, MAX_ATTEMPTS)
         if not suspects:
             return
-        assert len(piece) == 1
+        assert len(slice_) == 1
         if self.coalesce:  # else a request may hold an equal one that is none of this one's
-            wanting = [request for request in wanting if piece.pairs[0] in request.pairs]
+            wanting = [request for request in wanting if slice_.pairs[0] in request.pairs]
             assert sorted(suspect.request.number for suspect in suspects) == [request.number for request in wanting]
         for suspect in suspects:
-            assert suspect.request.pairs[suspect.index] == piece.pairs[0]
+            assert suspect.request.pairs[suspect.index] == slice_.pairs[0]
             assert raised or suspect.attempts == MAX_ATTEMPTS
             del self.live[suspect.request.number]
 
     @precondition(lambda self: self.out)
     @rule(chosen=st.integers(0, 99))
     def put_back(self, chosen: int) -> None:
-        queue, piece = self.ending(chosen)
-        queue.put_back(piece)
+        queue, slice_ = self.ending(chosen)
+        queue.put_back(slice_)
 
     @precondition(lambda self: self.live)
     @rule(chosen=st.integers(0, 99))
@@ -171,7 +171,7 @@ class QueueMachine(RuleBasedStateMachine):
     def every_pair_is_in_one_place(self) -> None:
         assert {*self.queue.live, *self.next_queue.live} == set(self.live)
         for model, queue in enumerate((self.queue, self.next_queue)):
-            out = Counter(pair for source, piece in self.out if source is queue for pair in piece.pending)
+            out = Counter(pair for source, slice_ in self.out if source is queue for pair in slice_.pending)
             found: dict[PendingPair, None] = {}
             for request in queue.live.values():
                 distinct = dict.fromkeys(request.wanted)
@@ -240,12 +240,12 @@ def test_poison_is_found_and_the_innocent_are_scored(
     for request in requests:
         queue.add(request)
     deaths, failed, complete = 0, set(), set()
-    while (piece := queue.take(SLICE)) is not None:
-        if poison.isdisjoint(numbers_of(piece)):
-            complete |= {request.number for request in queue.fill(piece, scores_of(piece))}
+    while (slice_ := queue.take(SLICE)) is not None:
+        if poison.isdisjoint(numbers_of(slice_)):
+            complete |= {request.number for request in queue.fill(slice_, scores_of(slice_))}
             continue
         deaths += 1
-        for suspect in queue.crashed(piece, max_attempts):
+        for suspect in queue.crashed(slice_, max_attempts):
             assert int(suspect.request.pairs[suspect.index][1]) in poison
             failed.add(suspect.request.number)
     assert failed == {
@@ -259,15 +259,15 @@ def test_poison_is_found_and_the_innocent_are_scored(
 def test_what_comes_to_a_suspect_is_scored_alone_with_it_too() -> None:
     queue = RequestQueue()
     queue.add(make_alike([1, 2]))
-    piece = queue.take(SLICE)
-    assert piece is not None
-    queue.raised(piece)
+    slice_ = queue.take(SLICE)
+    assert slice_ is not None
+    queue.raised(slice_)
     late = make_alike([2, 3, 4])
     queue.add(late)
     sizes = []
-    while (piece := queue.take(SLICE)) is not None:
-        sizes.append(sorted(numbers_of(piece)))
-        queue.fill(piece, scores_of(piece))
+    while (slice_ := queue.take(SLICE)) is not None:
+        sizes.append(sorted(numbers_of(slice_)))
+        queue.fill(slice_, scores_of(slice_))
     assert sorted(sizes) == [[1], [2], [3, 4]]
     assert not queue.live
 
@@ -288,9 +288,9 @@ def test_equal_pairs_are_scored_once_and_every_pair_is_accounted_for(
             if not queue.add(request):
                 request.resolve()
                 assert request.future.result(0).tolist() == documents
-        while (piece := queue.take(budget)) is not None:
-            scored.update(numbers_of(piece))
-            queue.fill(piece, scores_of(piece))
+        while (slice_ := queue.take(budget)) is not None:
+            scored.update(numbers_of(slice_))
+            queue.fill(slice_, scores_of(slice_))
         assert not queue.live
         if not again:
             assert set(scored.values()) == {1}  # all were pending at once
@@ -313,10 +313,10 @@ def test_of_the_scores_kept_those_asked_for_last_stay() -> None:
     def ask(document: int) -> bool:
         """Whether it had to be scored."""
         queue.add(make_alike([document]))
-        piece = queue.take(SLICE)
-        if piece is not None:
-            queue.fill(piece, scores_of(piece))
-        return piece is not None
+        slice_ = queue.take(SLICE)
+        if slice_ is not None:
+            queue.fill(slice_, scores_of(slice_))
+        return slice_ is not None
 
     assert [ask(n) for n in (1, 2, 1, 3, 1, 2)] == [True, True, False, True, False, True]
     assert counts.cached_pairs == 2
@@ -349,31 +349,31 @@ def test_the_taker_s_end_is_not_the_pair_s() -> None:
         taker, other = make_alike([1, 2]), make_alike([1, 2])
         queue.add(taker)
         queue.add(other)
-        piece = queue.take(SLICE)
-        assert piece is not None
-        assert [request for request, _ in piece.parts] == [taker]
+        slice_ = queue.take(SLICE)
+        assert slice_ is not None
+        assert [request for request, _ in slice_.parts] == [taker]
         if ends == "while it is out":
             queue.drop(taker)
-            assert queue.crashed(piece, MAX_ATTEMPTS) == []
+            assert queue.crashed(slice_, MAX_ATTEMPTS) == []
         else:
-            assert queue.crashed(piece, MAX_ATTEMPTS) == []
+            assert queue.crashed(slice_, MAX_ATTEMPTS) == []
             queue.drop(taker)
-        piece = queue.take(SLICE)
-        assert piece is not None
-        assert [request for request, _ in piece.parts] == [other]
-        assert queue.fill(piece, scores_of(piece)) == [other]
+        slice_ = queue.take(SLICE)
+        assert slice_ is not None
+        assert [request for request, _ in slice_.parts] == [other]
+        assert queue.fill(slice_, scores_of(slice_)) == [other]
 
 
 def test_one_who_comes_while_nobody_else_waits_for_what_is_out_gets_it() -> None:
     queue = RequestQueue()
     gone, late = make_alike([1]), make_alike([1])
     queue.add(gone)
-    piece = queue.take(SLICE)
-    assert piece is not None
+    slice_ = queue.take(SLICE)
+    assert slice_ is not None
     queue.drop(gone)
     queue.add(late)
     assert queue.take(SLICE) is None
-    assert queue.fill(piece, scores_of(piece)) == [late]
+    assert queue.fill(slice_, scores_of(slice_)) == [late]
     assert not queue._pending
 
 
@@ -384,15 +384,15 @@ def test_deaths_are_counted_by_pair_not_by_request() -> None:
     queue.add(first)
     queue.add(second)
     for _ in range(2):
-        piece = queue.take(1)
-        assert piece is not None
-        assert queue.crashed(piece, MAX_ATTEMPTS) == []
+        slice_ = queue.take(1)
+        assert slice_ is not None
+        assert queue.crashed(slice_, MAX_ATTEMPTS) == []
         queue.drop(first)
-    while (piece := queue.take(1)) is not None:
-        if numbers_of(piece) == [2]:
-            queue.fill(piece, scores_of(piece))
+    while (slice_ := queue.take(1)) is not None:
+        if numbers_of(slice_) == [2]:
+            queue.fill(slice_, scores_of(slice_))
         else:
-            assert queue.crashed(piece, MAX_ATTEMPTS) == [Suspect(second, 0, 3)]
+            assert queue.crashed(slice_, MAX_ATTEMPTS) == [Suspect(second, 0, 3)]
     assert not queue.live
 
 
@@ -405,11 +405,11 @@ def test_what_has_shared_a_score_is_not_kept_by_one_who_keeps_a_future() -> None
         queue.add(request)
     queue.drop(gone)
     gone.cancel()
-    while (piece := queue.take(SLICE)) is not None:
-        for request in queue.fill(piece, scores_of(piece)):
+    while (slice_ := queue.take(SLICE)) is not None:
+        for request in queue.fill(slice_, scores_of(slice_)):
             request.resolve()
     reference = weakref.ref(other)
-    del request, other, piece
+    del request, other, slice_
     gc.collect()
     assert reference() is None
     assert futures[0].result(0).tolist() == [1, 2]
@@ -430,16 +430,16 @@ def test_pairs_of_a_slice_that_killed_twice_go_out_one_by_one() -> None:
     queue = RequestQueue()
     queue.add(make_request([10] * 5))
     for _ in range(2):
-        piece = queue.take(SLICE)
-        assert piece is not None
-        assert len(piece) == 5
-        assert queue.crashed(piece, MAX_ATTEMPTS) == []
+        slice_ = queue.take(SLICE)
+        assert slice_ is not None
+        assert len(slice_) == 5
+        assert queue.crashed(slice_, MAX_ATTEMPTS) == []
     other = make_request([10] * 5)
     queue.add(other)
     sizes = []
-    while (piece := queue.take(SLICE)) is not None:
-        sizes.append(len(piece))
-        queue.fill(piece, scores_of(piece))
+    while (slice_ := queue.take(SLICE)) is not None:
+        sizes.append(len(slice_))
+        queue.fill(slice_, scores_of(slice_))
     assert sorted(sizes) == [1, 1, 1, 1, 1, 5]
 
 
@@ -451,8 +451,8 @@ def test_a_slice_is_one_request_s_piece_or_several_whole_requests() -> None:
     for request in small:
         queue.add(request)
     pieces = []
-    while (piece := queue.take(SLICE)) is not None:
-        pieces.append([(request, len(pairs)) for request, pairs in piece.parts])
+    while (slice_ := queue.take(SLICE)) is not None:
+        pieces.append([(request, len(pairs)) for request, pairs in slice_.parts])
     assert pieces[0] == [(request, 4) for request in small[:4]]
     assert pieces[1] == [(request, 4) for request in small[4:]]
     assert pieces[2:] == [[(large, 9)]] * 5 + [[(large, 5)]]
@@ -462,10 +462,10 @@ def served_before(queue: RequestQueue, request: Request, budget: int = SLICE) ->
     """Tokens of others taken before, or with, the last pair of ``request``."""
     others = 0
     while request.waiting:
-        piece = queue.take(budget)
-        assert piece is not None
-        others += sum(pair.tokens for r, pairs in piece.parts for pair in pairs if r is not request)
-        queue.fill(piece, scores_of(piece))
+        slice_ = queue.take(budget)
+        assert slice_ is not None
+        others += sum(pair.tokens for r, pairs in slice_.parts for pair in pairs if r is not request)
+        queue.fill(slice_, scores_of(slice_))
     return others
 
 
@@ -495,7 +495,7 @@ def test_a_newcomer_waits_for_its_share_and_no_more(backlog: list[list[int]], be
     request = make_request(newcomer)
     queue.add(request)
     others = served_before(queue, request)
-    assert others <= len(backlog) * (sum(newcomer) + PIECE_TOKENS + 2 * SLICE)
+    assert others <= len(backlog) * (sum(newcomer) + TURN_TOKENS + 2 * SLICE)
 
 
 @settings(max_examples=60, deadline=None)
@@ -509,15 +509,15 @@ def test_no_endless_stream_starves_anybody(low: int, high: int, at_once: int, si
     stream = 0
     newcomers = 0
     shares = 1 + at_once * 2.0 ** (high - low)
-    limit = shares * (50 * old_size + PIECE_TOKENS + SLICE) + at_once * (50 * size + SLICE)
+    limit = shares * (50 * old_size + TURN_TOKENS + SLICE) + at_once * (50 * size + SLICE)
     while old.waiting:
         while len(queue.live) <= at_once:
             queue.add(make_request([50] * size, high))
             newcomers += 1
-        piece = queue.take(SLICE)
-        assert piece is not None
-        stream += sum(pair.tokens for r, pairs in piece.parts for pair in pairs if r is not old)
-        queue.fill(piece, scores_of(piece))
+        slice_ = queue.take(SLICE)
+        assert slice_ is not None
+        stream += sum(pair.tokens for r, pairs in slice_.parts for pair in pairs if r is not old)
+        queue.fill(slice_, scores_of(slice_))
         assert stream <= limit
 
 
@@ -529,9 +529,9 @@ def test_each_step_of_priority_doubles_the_share(steps: int) -> None:
     queue.add(other)
     taken = {one: 0, other: 0}
     while one.waiting and other.waiting:
-        piece = queue.take(SLICE)
-        assert piece is not None
-        for request, pairs in piece.parts:
+        slice_ = queue.take(SLICE)
+        assert slice_ is not None
+        for request, pairs in slice_.parts:
             taken[request] += len(pairs)
     assert taken[other] / taken[one] == pytest.approx(2.0**steps, rel=0.02)
 

@@ -17,8 +17,8 @@ from mp_rerank import ModelSpec, PoolConfig, RequestTimeoutError, RerankerPool, 
 from mp_rerank._planning import tuning_cache as tuned
 from mp_rerank._planning.machine import Machine, read_machine
 from mp_rerank._planning.plan import Seat, make_plan
-from mp_rerank.tune import Setup
 from mp_rerank._planning.tuning_cache import Tuned, keep, look_up
+from mp_rerank.tune import Setup
 
 MakePool = Callable[..., RerankerPool]
 

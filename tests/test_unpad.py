@@ -14,7 +14,7 @@ torch = pytest.importorskip("torch")
 models = pytest.importorskip("models")
 from transformers.models.bert import modeling_bert  # noqa: E402
 
-from mp_rerank import row  # noqa: E402
+from mp_rerank._engine import row  # noqa: E402
 from mp_rerank._engine.engine import Engine, even_batches  # noqa: E402
 
 pytestmark = pytest.mark.real

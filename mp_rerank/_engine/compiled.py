@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from mp_rerank._workers.child import CANARY
+from mp_rerank._pairs import CANARY
 
 __all__ = ["compile_network"]
 

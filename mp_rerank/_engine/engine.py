@@ -21,14 +21,13 @@ from tqdm import tqdm
 from transformers.utils import logging as transformers_logging
 
 from mp_rerank._engine.calls import record_calls
-from mp_rerank.config import ModelSpec
 from mp_rerank._engine.pipeline import Direct, find_direct
 from mp_rerank._engine.prepack import prepack
 from mp_rerank._engine.readout import read_first
-from mp_rerank.tokens import estimate_pair, estimate_text
 from mp_rerank._engine.unpad import unpad
 from mp_rerank._engine.weights import make_private, mapped_bytes
-from mp_rerank._workers.child import CANARY, in_worker_process
+from mp_rerank._pairs import CANARY, estimate_pair, estimate_text
+from mp_rerank.config import ModelSpec
 
 __all__ = ["Engine", "prove"]
 
@@ -45,6 +44,8 @@ class Engine:
         batch_tokens: padded tokens of one forward pass.
         loaded: a ``CrossEncoder``, or another module with ``predict(pairs)``, made by the spec's own loader, to be used
             in place of loading here.
+        owns_process: whether this process does nothing else: its libraries' settings may then be changed, and a model
+            that a loader made.
 
     Raises:
         ValueError: what was loaded is not wholly on ``device``, or not of the dtype asked for.
@@ -58,7 +59,14 @@ class Engine:
     """
 
     def __init__(
-        self, spec: ModelSpec, device: str, threads: int | None, batch_tokens: int, loaded: Any = None
+        self,
+        spec: ModelSpec,
+        device: str,
+        threads: int | None,
+        batch_tokens: int,
+        loaded: Any = None,
+        *,
+        owns_process: bool = False,
     ) -> None:
         if threads is not None:
             torch.set_num_threads(threads)
@@ -66,7 +74,7 @@ class Engine:
                 torch.set_num_interop_threads(1)
             except RuntimeError:  # parallel work has begun (a loader's): it keeps the setting it began with
                 logger.debug("interop threads were already in use")
-        if in_worker_process():
+        if owns_process:
             # A worker's logs go where its root logger's do.
             transformers_logging.disable_default_handler()
             transformers_logging.enable_propagation()
@@ -96,7 +104,7 @@ class Engine:
         self.unpadded = self.first_only = False
         self.tokens: int | None = None
         self._direct: Direct | None = None
-        ours = loaded is None or in_worker_process()  # else a loader's, in a process where others may be using it
+        ours = loaded is None or owns_process  # else a loader's, in a process where others may be using it
         if backend is None and device.startswith("cpu"):
             _warn_of_slow_arithmetic(self.dtype)
         if backend is not None:

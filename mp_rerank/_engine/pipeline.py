@@ -20,7 +20,7 @@ from sentence_transformers import CrossEncoder
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from mp_rerank._engine.calls import Pairs, record_calls
-from mp_rerank._workers.child import CANARY
+from mp_rerank._pairs import CANARY
 
 __all__ = ["Direct", "Tokenized", "find_direct"]
 

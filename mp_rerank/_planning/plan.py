@@ -12,11 +12,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from mp_rerank._planning.checkpoint import weight_files, will_be_mapped
-from mp_rerank.config import ModelSpec, PoolConfig
 from mp_rerank._planning.machine import Machine, Node, read_machine
 from mp_rerank._planning.tuning_cache import Tuned, look_up
+from mp_rerank.config import ModelSpec, PoolConfig
 
-__all__ = ["Plan", "Seat", "fitting_workers", "make_plan"]
+__all__ = ["Plan", "Seat", "default_batch_tokens", "fitting_workers", "make_plan"]
 
 # A spawned worker's own memory apart from the weights: 330 MB measured for imports and a small model's buffers.
 WORKER_BYTES = 450 * 2**20
@@ -24,6 +24,10 @@ WORKER_BYTES = 450 * 2**20
 WEIGHTS_FACTOR = 2
 # Left to the parent and everything else.
 MEMORY_SHARE = 0.8
+# Of a forward pass. What layers hand on should stay in a core's caches: as many bytes in 16 bits as in 32.
+CPU_BATCH_TOKENS = 1024
+CPU_BATCH_TOKENS_16_BITS = 2048
+GPU_BATCH_TOKENS = 16_384
 
 
 @dataclass(frozen=True)
@@ -67,13 +71,14 @@ def make_plan(config: PoolConfig, spec: ModelSpec, machine: Machine | None = Non
     machine = machine or read_machine()
     reasons = [str(machine)]
     devices = _devices(config, spec, machine, reasons)
+    if config.isolation == "thread":
+        reasons.append("1 worker: isolation='thread' is one model in this process")
+        threads = config.threads_per_worker or machine.cores
+        return Plan((Seat(devices[0], threads),), tuple(reasons), config.batch_tokens)
     named = len(devices) > 1 or devices[0] != "cpu"
     tuned = _tuned(config, spec, devices, machine, reasons)
     asked = config.threads_per_worker
-    if config.isolation == "thread":
-        count = 1
-        reasons.append("1 worker: isolation='thread' is one model in this process")
-    elif config.workers is not None:
+    if config.workers is not None:
         count = config.workers
         reasons.append(f"{count} workers: asked for")
     elif tuned is not None and asked is None:
@@ -99,7 +104,7 @@ def make_plan(config: PoolConfig, spec: ModelSpec, machine: Machine | None = Non
         batch_tokens = tuned.batch_tokens
         reasons.append(f"batches of {batch_tokens} tokens: tuned for {threads} threads a worker on {tuned.measured_on}")
     seats = [Seat(device, threads) for device in seated]
-    if config.pin and config.isolation == "process":
+    if config.pin:
         seats = _on_nodes(seats, machine.nodes, reasons)
     return Plan(tuple(seats), tuple(reasons), batch_tokens)
 
@@ -117,11 +122,19 @@ def fitting_workers(machine: Machine, spec: ModelSpec) -> tuple[int, str]:
     return fitting, f"{each / 2**20:.0f} MiB each, with {size}"
 
 
+def default_batch_tokens(spec: ModelSpec, device: str) -> int:
+    """Tokens of a forward pass of the model on ``device``, where nobody says how many."""
+    if not device.startswith("cpu"):
+        return GPU_BATCH_TOKENS
+    half = spec.backend == "torch" and spec.dtype in ("bfloat16", "float16")
+    return CPU_BATCH_TOKENS_16_BITS if half else CPU_BATCH_TOKENS
+
+
 def _tuned(
     config: PoolConfig, spec: ModelSpec, devices: Sequence[str], machine: Machine, reasons: list[str]
 ) -> Tuned | None:
     """What was tuned, if it is to be used and there is the memory for it."""
-    if not config.tuned or config.isolation == "thread":
+    if not config.tuned:
         return None
     tuned = look_up(spec, devices, machine)
     if tuned is not None and "cpu" in devices:

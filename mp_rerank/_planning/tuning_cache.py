@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from mp_rerank._planning.checkpoint import weight_files
-from mp_rerank.config import BUILTIN, ModelSpec
 from mp_rerank._planning.machine import Machine
+from mp_rerank.config import BUILTIN, ModelSpec
 
 __all__ = ["SWITCH", "Tuned", "keep", "look_up"]
 

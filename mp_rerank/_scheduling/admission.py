@@ -15,8 +15,8 @@ from collections.abc import Hashable
 from dataclasses import dataclass, field
 from typing import Literal
 
-from mp_rerank.errors import PoolClosedError, PoolOverloadedError, RequestTimeoutError
 from mp_rerank._scheduling.futures import SIGNAL_CHECK_SECONDS, Answer
+from mp_rerank.errors import PoolClosedError, PoolOverloadedError, RequestTimeoutError
 
 __all__ = ["Admission"]
 

@@ -20,30 +20,25 @@ from concurrent.futures import BrokenExecutor
 from typing import Literal
 
 import numpy as np
-import psutil
 
+from mp_rerank._pairs import Score, tolerance
+from mp_rerank._planning.plan import Seat, default_batch_tokens
 from mp_rerank._scheduling.queue import RequestQueue, Slice, Suspect
+from mp_rerank._scheduling.request import Request
+from mp_rerank._workers.child import WorkerFacts
+from mp_rerank._workers.handle import WorkerHandle
+from mp_rerank._workers.logs import GuardedLogger
+from mp_rerank._workers.slot import Described, Exited, Report, SliceEnded, Slot, SlotState
 from mp_rerank.config import ModelSpec, PoolConfig
 from mp_rerank.errors import ModelLoadError, RequestTimeoutError, RerankError, ScoringError, WorkerCrashedError
-from mp_rerank._workers.process import Worker
-from mp_rerank._workers.logs import GuardedLogger
-from mp_rerank._pairs import Score
-from mp_rerank._planning.plan import Seat
-from mp_rerank._scheduling.request import Request
 from mp_rerank.results import PoolStats, WorkerInfo
-from mp_rerank._workers.slot import Described, Exited, Report, SliceEnded, Slot, SlotState
-from mp_rerank._workers.child import WorkerFacts
 
-__all__ = ["Crew", "Outcome"]
+__all__ = ["Deployment", "Outcome"]
 
 Outcome = Literal["completed", "failed", "cancelled", "timed_out"]
 
 logger = GuardedLogger(logging.getLogger(__name__), {})
 
-# Of a forward pass. What layers hand on should stay in a core's caches: as many bytes in 16 bits as in 32.
-CPU_BATCH_TOKENS = 1024
-CPU_BATCH_TOKENS_16_BITS = 2048
-GPU_BATCH_TOKENS = 16_384
 # A slice of unequal pairs is padded to the longest: a little less than a batch fits one.
 BATCHES_A_SLICE = 0.9
 # Below this a slice costs more to send than to score sooner on another worker.
@@ -57,23 +52,18 @@ MAX_BACKOFF_SECONDS = 30.0
 # A worker told to leave is killed after so many seconds (it has nothing to lose), and the slices of one that has ended
 # are given up as lost (they have come back by then, unless a fork of this process holds the worker's pipes open).
 GRACE_SECONDS = 5.0
-# Largest difference, relative and absolute, between two workers' scores of the canary: alike, in 16 bits, and on
-# devices that are not the same.
-CANARY_TOLERANCE = 1e-5
-CANARY_TOLERANCE_16_BITS = 5e-3
-CANARY_TOLERANCE_MIXED = 5e-2
 
 
-class Crew:
+class Deployment:
     """Workers with one model between them.
 
     Args:
-        spec: the model; a crew never changes it.
+        spec: the model; a deployment never changes it.
         seats: one slot each.
         config: the bounds.
         notify: given each report of each slot, on any thread; it must come back through ``handle``.
         on_done: told of each request that is finished, and how.
-        counts: counters to count in; the dispatcher's, since a pool outlives its crews.
+        counts: counters to count in; the dispatcher's, since a pool outlives its deployments.
 
     Attributes:
         failure: why no slot is left, once none is.
@@ -92,13 +82,13 @@ class Crew:
         self.config = config
         # The scores kept are this model's, as the queue is: they end with it.
         self.queue = RequestQueue(coalesce=config.coalesce, kept=_kept_scores(config.score_cache), counts=counts)
-        self.slots = [Slot(index, seat, notify) for index, seat in enumerate(seats)]
+        self.slots: list[Slot[Slice]] = [Slot(index, seat, notify) for index, seat in enumerate(seats)]
         self.failure: RerankError | None = None
         self.facts: WorkerFacts | None = None  # of the first worker that was ready; the others must agree with it
         self._canary_device = ""
         self._on_done = on_done
         self._counts = counts
-        self._leaving: list[tuple[Worker, float]] = []  # workers let go, and when to kill them
+        self._leaving: list[tuple[WorkerHandle, float]] = []  # workers let go, and when to kill them
         self._started = False
         self._scored = False  # whether the model has ever scored anything but its canary
         self._blamed: set[Hashable] = set()  # pairs that failed their requests since it last did
@@ -106,7 +96,8 @@ class Crew:
 
     def __repr__(self) -> str:
         states = Counter(slot.state.value for slot in self.slots)
-        return f"<Crew of {self.spec.name}: {', '.join(f'{n} {state}' for state, n in states.items())}; {self.queue}>"
+        shown = ", ".join(f"{n} {state}" for state, n in states.items())
+        return f"<Deployment of {self.spec.name}: {shown}; {self.queue}>"
 
     @property
     def ready(self) -> bool:
@@ -132,7 +123,7 @@ class Crew:
             self._on_done(request, "completed")
 
     def cancel(self, request: Request) -> bool:
-        """Drop a request whose future was cancelled; whether it was one of this crew's."""
+        """Drop a request whose future was cancelled; whether it was one of this deployment's."""
         if request.number not in self.queue.live:
             return False
         self.queue.drop(request)
@@ -195,10 +186,10 @@ class Crew:
                 idle = sum(not slot.outstanding for slot in room)
                 least = int(MIN_SLICE_TOKENS * self._overestimate)
                 budget = min(budget, max(least, math.ceil(self.queue.waiting_tokens / idle)))
-            piece = self.queue.take(budget)
-            if piece is None:
+            slice_ = self.queue.take(budget)
+            if slice_ is None:
                 return
-            slot.send(piece, now)
+            slot.send(slice_, now)
 
     def fail_all(self, error: RerankError) -> None:
         """Fail every request that is left, each with an error of its own: raising one adds to its traceback."""
@@ -234,12 +225,12 @@ class Crew:
         """Each slot, as callers see it."""
         return [slot.info() for slot in self.slots]
 
-    def _batch_tokens(self, slot: Slot) -> int:
+    def _batch_tokens(self, slot: Slot[Slice]) -> int:
         return self.config.batch_tokens or default_batch_tokens(self.spec, slot.seat.device)
 
     # Starting.
 
-    def _launch(self, slot: Slot, now: float) -> None:
+    def _launch(self, slot: Slot[Slice], now: float) -> None:
         if slot.generation:
             slot.state = SlotState.RESTARTING
             self._counts.restarts += 1
@@ -251,7 +242,7 @@ class Crew:
             logger.warning("worker %d on %s could not be launched: %s", slot.index, slot.seat.device, error)
             self._count_crash(slot, f"could not be launched: {error}", now)
 
-    def _described(self, slot: Slot, outcome: WorkerFacts | BaseException, now: float) -> None:
+    def _described(self, slot: Slot[Slice], outcome: WorkerFacts | BaseException, now: float) -> None:
         if isinstance(outcome, BrokenExecutor):
             self._make_sure_it_ends(slot)
             return
@@ -284,18 +275,14 @@ class Crew:
         else:
             self._give_up(slot, outcome)
 
-    def _differs(self, slot: Slot, facts: WorkerFacts) -> ModelLoadError | None:
+    def _differs(self, slot: Slot[Slice], facts: WorkerFacts) -> ModelLoadError | None:
         """The error for a worker whose model is not that of the others."""
         if self.facts is None:
             return None
-        if slot.seat.device != self._canary_device:
-            tolerance = CANARY_TOLERANCE_MIXED
-        elif facts.dtype in ("", "float32", "float64"):
-            tolerance = CANARY_TOLERANCE
-        else:
-            tolerance = CANARY_TOLERANCE_16_BITS
+        apart = "another worker" if slot.seat.device == self._canary_device else "another device"
+        limit = tolerance(apart, facts.dtype)
         if facts.num_labels == self.facts.num_labels and np.allclose(
-            facts.canary, self.facts.canary, rtol=tolerance, atol=tolerance
+            facts.canary, self.facts.canary, rtol=limit, atol=limit
         ):
             return None
         cause = (
@@ -311,33 +298,33 @@ class Crew:
 
     # Scoring.
 
-    def _slice_ended(self, slot: Slot, report: SliceEnded, now: float) -> None:
-        piece, outcome = report.piece, report.outcome
-        if piece not in slot.outstanding:
+    def _slice_ended(self, slot: Slot[Slice], report: SliceEnded, now: float) -> None:
+        slice_, outcome = report.slice_, report.outcome
+        if slice_ not in slot.outstanding:
             return  # given up as lost
-        slot.outstanding.remove(piece)
+        slot.outstanding.remove(slice_)
         if isinstance(outcome, BrokenExecutor):
-            slot.lost.append(piece)
+            slot.lost.append(slice_)
             self._make_sure_it_ends(slot)
             self._settle(slot, now)
             return
         if isinstance(outcome, BaseException):
             slot.since = now
             slot.crashes = 0
-            for suspect in self.queue.raised(piece):
+            for suspect in self.queue.raised(slice_):
                 self._blame_raised(slot, suspect, outcome)
         else:
-            slot.took(piece, outcome.seconds, now)
+            slot.took(slice_, outcome.seconds, now)
             self._scored = True
             self._blamed.clear()
             scores = np.frombuffer(outcome.scores, dtype=np.float32)
             if outcome.num_labels is not None:
                 scores = scores.reshape(-1, outcome.num_labels)
-            self._count_slice(piece, outcome.seconds)
+            self._count_slice(slice_, outcome.seconds)
             if outcome.tokens:
-                ratio = min(MAX_OVERESTIMATE, max(1 / MAX_OVERESTIMATE, piece.tokens / outcome.tokens))
+                ratio = min(MAX_OVERESTIMATE, max(1 / MAX_OVERESTIMATE, slice_.tokens / outcome.tokens))
                 self._overestimate += OVERESTIMATE_SMOOTHING * (ratio - self._overestimate)
-            for request in self.queue.fill(piece, scores):
+            for request in self.queue.fill(slice_, scores):
                 self._counts.split_requests += request.slices > 1
                 request.resolve()
                 self._on_done(request, "completed")
@@ -349,14 +336,14 @@ class Crew:
             self._launch(slot, now)
         self._settle(slot, now)
 
-    def _count_slice(self, piece: Slice, seconds: float) -> None:
+    def _count_slice(self, slice_: Slice, seconds: float) -> None:
         self._counts.slices += 1
-        self._counts.gathered_slices += len(piece.parts) > 1
-        self._counts.scored_pairs += len(piece)
-        self._counts.scored_tokens += piece.tokens
+        self._counts.gathered_slices += len(slice_.parts) > 1
+        self._counts.scored_pairs += len(slice_)
+        self._counts.scored_tokens += slice_.tokens
         self._counts.busy_seconds += seconds
 
-    def _blame_raised(self, slot: Slot, suspect: Suspect, error: BaseException) -> None:
+    def _blame_raised(self, slot: Slot[Slice], suspect: Suspect, error: BaseException) -> None:
         cause = error.cause if isinstance(error, ScoringError) else repr(error)
         self._fail(
             suspect.request,
@@ -390,7 +377,7 @@ class Crew:
 
     # Recycling, hanging, dying.
 
-    def _worn(self, slot: Slot) -> bool:
+    def _worn(self, slot: Slot[Slice]) -> bool:
         """Whether the slot's worker has done its share, and no other is away: they are replaced one at a time."""
         slices, memory = self.config.max_slices_per_worker, self.config.max_memory_per_worker
         if slices is None and memory is None:
@@ -400,18 +387,15 @@ class Crew:
         if slices is not None and slot.scored_slices >= slices:
             return True
         assert slot.worker is not None
-        try:
-            return memory is not None and psutil.Process(slot.worker.pid).memory_info().rss > memory
-        except psutil.Error:
-            return False
+        return memory is not None and (slot.worker.resident_bytes() or 0) > memory
 
-    def _limit(self, slot: Slot) -> float | None:
+    def _limit(self, slot: Slot[Slice]) -> float | None:
         """When the slot's worker counts as hung; of one that has ended, when its slices count as lost."""
         if slot.worker is None:
             return None  # let go, with whatever it was at
         if slot.ended_at is not None:
             return slot.ended_at + GRACE_SECONDS if slot.outstanding else None
-        if self.config.isolation == "thread" or slot.hung:
+        if not slot.worker.killable or slot.hung:
             return None
         if slot.loading:
             return None if self.config.start_timeout is None else slot.since + self.config.start_timeout
@@ -420,7 +404,7 @@ class Crew:
         expected = slot.outstanding[0].tokens * slot.seconds_per_token
         return slot.since + self.config.hang_timeout + HANG_MARGIN * expected
 
-    def _kill_hung(self, slot: Slot, now: float) -> None:
+    def _kill_hung(self, slot: Slot[Slice], now: float) -> None:
         doing = "loading its model" if slot.loading else f"scoring {len(slot.outstanding[0])} pairs"
         logger.warning(
             "worker %d on %s has been %s for %.1f s: killed", slot.index, slot.seat.device, doing, now - slot.since
@@ -429,20 +413,20 @@ class Crew:
         assert slot.worker is not None
         slot.worker.kill()
 
-    def _exited(self, slot: Slot, report: Exited, now: float) -> None:
+    def _exited(self, slot: Slot[Slice], report: Exited, now: float) -> None:
         slot.ended_at = now
         slot.exit_code = report.exit_code
         self._make_sure_it_ends(slot)
         self._settle(slot, now)
 
-    def _make_sure_it_ends(self, slot: Slot) -> None:
+    def _make_sure_it_ends(self, slot: Slot[Slice]) -> None:
         """Give the slot's worker nothing more, and end it: it has ended, or its executor has given it up."""
         if slot.state in (SlotState.READY, SlotState.DRAINING):
             slot.state = SlotState.RESTARTING
         if slot.worker is not None:
             slot.worker.kill()
 
-    def _settle(self, slot: Slot, now: float) -> None:
+    def _settle(self, slot: Slot[Slice], now: float) -> None:
         """Act on a death, once its process has ended and its slices are back."""
         if slot.ended_at is None or slot.worker is None or slot.outstanding or slot.state is SlotState.CLOSED:
             return
@@ -451,8 +435,8 @@ class Crew:
         logger.warning("worker %d on %s %s", slot.index, slot.seat.device, how)
         self._counts.crashes += 1
         lost, slot.lost = slot.lost, []
-        for piece in reversed(lost[1:]):
-            self.queue.put_back(piece)
+        for slice_ in reversed(lost[1:]):
+            self.queue.put_back(slice_)
         suspects = self.queue.crashed(lost[0], self.config.max_attempts) if lost else []
         for suspect in suspects:
             self._fail(
@@ -475,7 +459,7 @@ class Crew:
         self._end_worker(slot, now)
         self._count_crash(slot, how, now)
 
-    def _count_crash(self, slot: Slot, how: str, now: float, error: RerankError | None = None) -> None:
+    def _count_crash(self, slot: Slot[Slice], how: str, now: float, error: RerankError | None = None) -> None:
         """Restart at once, after a back-off, or not any more."""
         device = slot.seat.device
         slot.crashes += 1
@@ -498,7 +482,7 @@ class Crew:
             delay = min(MAX_BACKOFF_SECONDS, self.config.restart_backoff * 2.0 ** (slot.crashes - 2))
         slot.restart_at = now + delay
 
-    def _give_up(self, slot: Slot, error: RerankError) -> None:
+    def _give_up(self, slot: Slot[Slice], error: RerankError) -> None:
         slot.state = SlotState.FAILED
         slot.restart_at = None
         logger.error("worker %d on %s is given up: %s", slot.index, slot.seat.device, error)
@@ -506,20 +490,12 @@ class Crew:
             self.failure = error
             self.fail_all(error)
 
-    def _end_worker(self, slot: Slot, now: float) -> None:
+    def _end_worker(self, slot: Slot[Slice], now: float) -> None:
         """Let go of the slot's worker; what it says from here on is stale."""
         if slot.worker is not None:
             slot.worker.retire()
             self._leaving.append((slot.worker, now + GRACE_SECONDS))
             slot.worker = None
-
-
-def default_batch_tokens(spec: ModelSpec, device: str) -> int:
-    """Tokens of a forward pass of the model on ``device``, where nobody says how many."""
-    if not device.startswith("cpu"):
-        return GPU_BATCH_TOKENS
-    half = spec.backend == "torch" and spec.dtype in ("bfloat16", "float16")
-    return CPU_BATCH_TOKENS_16_BITS if half else CPU_BATCH_TOKENS
 
 
 def _kept_scores(count: int) -> MutableMapping[Hashable, Score] | None:

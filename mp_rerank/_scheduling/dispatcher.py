@@ -1,16 +1,16 @@
 """The one thread that owns everything that changes: requests, queues, slots.
 
     agent       pool.submit: validate, admit, inbox.put(Submit)                          -> Future
-    dispatcher  crew.submit -> queue.add;  crew.dispatch: queue.take -> slot.send        one executor.submit
+    dispatcher  deployment.submit -> queue.add;  deployment.dispatch: queue.take -> slot.send        one executor.submit
     worker      worker.score(pairs)                                                      -> scores as float32 bytes
-    executor    done-callback: inbox.put(Reported(crew, SliceEnded(slot, generation, ...)))
-    dispatcher  crew.handle: fill in the scores, resolve what is complete, dispatch again
+    executor    done-callback: inbox.put(Reported(deployment, SliceEnded(slot, generation, ...)))
+    dispatcher  deployment.handle: fill in the scores, resolve what is complete, dispatch again
 
 Every other thread only puts messages into the inbox, so nothing here needs a lock. In particular the executors'
 done-callbacks do no more: submitting from one deadlocks in a broken executor (Python 3.12, 3.13). The inbox is a
 ``SimpleQueue`` because a finalizer may put into it at any point of any thread.
 
-There are no timers: the loop wakes for a message, or when the next thing is due by its crews.
+There are no timers: the loop wakes for a message, or when the next thing is due by its deployments.
 """
 
 from __future__ import annotations
@@ -28,18 +28,18 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from mp_rerank._scheduling.admission import Admission
-from mp_rerank.config import ModelSpec, PoolConfig
-from mp_rerank._scheduling.deployment import Crew, Outcome
-from mp_rerank.errors import PoolClosedError, RerankError
-from mp_rerank._workers.process import launching
-from mp_rerank._workers.logs import GuardedLogger
 from mp_rerank._planning.plan import Seat
-from mp_rerank._scheduling.request import Request
-from mp_rerank.results import PoolStats, WorkerInfo
-from mp_rerank._workers.slot import Report
+from mp_rerank._scheduling.admission import Admission
+from mp_rerank._scheduling.deployment import Deployment, Outcome
 from mp_rerank._scheduling.futures import SIGNAL_CHECK_SECONDS, Answer
+from mp_rerank._scheduling.request import Request
 from mp_rerank._workers.child import WorkerFacts
+from mp_rerank._workers.handle import starting_workers
+from mp_rerank._workers.logs import GuardedLogger
+from mp_rerank._workers.slot import Report
+from mp_rerank.config import ModelSpec, PoolConfig
+from mp_rerank.errors import PoolClosedError, RerankError
+from mp_rerank.results import PoolStats, WorkerInfo
 
 __all__ = ["Dispatcher"]
 
@@ -61,7 +61,7 @@ class _Cancel:
 
 @dataclass(frozen=True)
 class _Reported:
-    crew: Crew
+    deployment: Deployment
     report: Report
 
 
@@ -89,7 +89,7 @@ class Dispatcher:
     """The loop and its thread.
 
     Args:
-        spec, seats, config: for the first crew; a reload makes another crew on the same seats.
+        spec, seats, config: for the first deployment; a reload makes another deployment on the same seats.
 
     Attributes:
         started: given once every worker is ready; the error if one cannot be.
@@ -106,17 +106,17 @@ class Dispatcher:
         self._inbox: queue.SimpleQueue[_Message] = queue.SimpleQueue()
         self._counts = PoolStats()
         self._pending = 0
-        self._crew = self._make_crew(spec)
-        self._retiring: list[Crew] = []  # reloaded away, finishing what they had begun
-        self._dismissed: list[Crew] = []  # let go, their workers perhaps not ended yet
-        self._incoming: tuple[Crew, Answer[None]] | None = None  # being loaded by a reload
+        self._deployment = self._make_deployment(spec)
+        self._retiring: list[Deployment] = []  # reloaded away, finishing what they had begun
+        self._dismissed: list[Deployment] = []  # let go, their workers perhaps not ended yet
+        self._incoming: tuple[Deployment, Answer[None]] | None = None  # being loaded by a reload
         self._closing: _Close | None = None
         self._finished = False
         self._thread = threading.Thread(target=self._run, name="mp_rerank-dispatcher", daemon=True)
         self._owner = os.getpid()
 
     def __repr__(self) -> str:
-        return repr(self._crew)
+        return repr(self._deployment)
 
     # What other threads call.
 
@@ -147,8 +147,8 @@ class Dispatcher:
         return stats
 
     def workers(self) -> list[WorkerInfo]:
-        """Each seat of the present model's crew."""
-        workers: list[WorkerInfo] = self.ask(lambda: self._crew.workers())
+        """Each seat of the present model's deployment."""
+        workers: list[WorkerInfo] = self.ask(lambda: self._deployment.workers())
         return workers
 
     def reload(self, spec: ModelSpec) -> Answer[None]:
@@ -184,9 +184,9 @@ class Dispatcher:
 
     def _run(self) -> None:
         error = PoolClosedError("the pool was closed")
-        with launching(self.config.start_method):
+        with starting_workers(self.config):
             try:
-                self._crew.start(time.monotonic())
+                self._deployment.start(time.monotonic())
                 while self._step():
                     pass
             except BaseException as bug:
@@ -199,19 +199,19 @@ class Dispatcher:
         """Wait for something to do, do all of it; whether to go on."""
         self._receive()
         now = time.monotonic()
-        for crew in (*self._crews(), *self._dismissed):
-            crew.tick(now)
-        self._change_crews(now)
-        for crew in self._crews():
-            crew.dispatch(now)
+        for deployment in (*self._deployments(), *self._dismissed):
+            deployment.tick(now)
+        self._change_deployments(now)
+        for deployment in self._deployments():
+            deployment.dispatch(now)
         if self._closing is None:
             return True
-        return self._closing.drain and not all(crew.drained for crew in self._crews())
+        return self._closing.drain and not all(deployment.drained for deployment in self._deployments())
 
     def _receive(self) -> None:
         """Handle the next message, waiting for it until something is due, and all that are there behind it."""
-        crews = (*self._crews(), *self._dismissed)
-        due = min((t for crew in crews if (t := crew.wake_at()) is not None), default=math.inf)
+        deployments = (*self._deployments(), *self._dismissed)
+        due = min((t for deployment in deployments if (t := deployment.wake_at()) is not None), default=math.inf)
         try:
             self._handle(self._inbox.get(timeout=min(MAX_WAIT_SECONDS, max(0.0, due - time.monotonic()))))
             # Not until it is empty: callers who never pause would keep the workers waiting.
@@ -222,7 +222,7 @@ class Dispatcher:
 
     def _handle(self, message: _Message) -> None:
         if isinstance(message, _Reported):
-            message.crew.handle(message.report, time.monotonic())
+            message.deployment.handle(message.report, time.monotonic())
         elif isinstance(message, _Submit):
             self._counts.submitted += 1
             self._pending += 1
@@ -231,9 +231,9 @@ class Dispatcher:
                 message.request.fail(error)
                 self._on_done(message.request, "failed")
             else:
-                self._crew.submit(message.request)
+                self._deployment.submit(message.request)
         elif isinstance(message, _Cancel):
-            any(crew.cancel(message.request) for crew in self._crews())
+            any(deployment.cancel(message.request) for deployment in self._deployments())
         elif isinstance(message, _Ask):
             _answer(message)
         elif isinstance(message, _Reload):
@@ -250,42 +250,42 @@ class Dispatcher:
             return PoolClosedError("the pool is closed")
         if request.ranking and self.facts is not None and self.facts.num_labels != 1:
             return ValueError(
-                f"{self._crew.spec.name}, the model from a moment ago on, gives {self.facts.num_labels} scores a pair, "
-                "and ranking needs one: use submit_pairs"
+                f"{self._deployment.spec.name}, the model since a moment ago, gives {self.facts.num_labels} scores a "
+                "pair, and ranking needs one: use submit_pairs"
             )
         return None
 
-    def _change_crews(self, now: float) -> None:
+    def _change_deployments(self, now: float) -> None:
         """Give ``started``, switch to a reloaded model, let go of a drained one."""
         if not self.started.given:
-            if self._crew.failure is not None:
-                self.started.fail(self._crew.failure)
-            elif self._crew.ready:
-                self.facts = self._crew.facts
+            if self._deployment.failure is not None:
+                self.started.fail(self._deployment.failure)
+            elif self._deployment.ready:
+                self.facts = self._deployment.facts
                 self.started.give(None)
         if self._incoming is not None:
-            crew, done = self._incoming
-            if crew.failure is not None:
+            deployment, done = self._incoming
+            if deployment.failure is not None:
                 self._incoming = None
-                self._dismiss(crew, now)
-                done.fail(crew.failure)
-            elif crew.ready:
+                self._dismiss(deployment, now)
+                done.fail(deployment.failure)
+            elif deployment.ready:
                 # Whatever has begun with the old model ends with it; the rest, and all that follows, gets the new. What
                 # waits for scores of another shape than the new one's stays too: it was asked for of the old.
                 self._incoming = None
-                old, self._crew = self._crew, crew
+                old, self._deployment = self._deployment, deployment
                 self._retiring.append(old)
-                assert crew.facts is not None
-                if old.facts is None or old.facts.num_labels == crew.facts.num_labels:
+                assert deployment.facts is not None
+                if old.facts is None or old.facts.num_labels == deployment.facts.num_labels:
                     for request in old.queue.drop_untouched():
-                        crew.submit(request)
-                self.facts = crew.facts
+                        deployment.submit(request)
+                self.facts = deployment.facts
                 self._counts.reloads += 1
                 done.give(None)
-        self._dismissed = [crew for crew in self._dismissed if crew.alive]
-        for crew in [crew for crew in self._retiring if crew.drained]:
-            self._retiring.remove(crew)
-            self._dismiss(crew, now)
+        self._dismissed = [deployment for deployment in self._dismissed if deployment.alive]
+        for deployment in [deployment for deployment in self._retiring if deployment.drained]:
+            self._retiring.remove(deployment)
+            self._dismiss(deployment, now)
 
     def _begin_reload(self, message: _Reload) -> None:
         if self._closing is not None:
@@ -293,22 +293,22 @@ class Dispatcher:
         elif self._incoming is not None:
             message.done.fail(RerankError("a reload is already under way"))
         else:
-            crew = self._make_crew(message.spec)
-            self._incoming = (crew, message.done)
-            crew.start(time.monotonic())
+            deployment = self._make_deployment(message.spec)
+            self._incoming = (deployment, message.done)
+            deployment.start(time.monotonic())
 
     def _end(self, error: PoolClosedError) -> None:
         """Leave nothing behind: no request unanswered, no worker, no caller waiting."""
         self.admission.close()
         drained = self._closing is not None and self._closing.drain
-        crews = self._crews()
+        deployments = self._deployments()
         try:
-            for crew in crews:
-                crew.fail_all(error)
-            for crew in crews:
-                crew.close(time.monotonic(), kill=not drained)
-            for crew in (*crews, *self._dismissed):
-                crew.join()
+            for deployment in deployments:
+                deployment.fail_all(error)
+            for deployment in deployments:
+                deployment.close(time.monotonic(), kill=not drained)
+            for deployment in (*deployments, *self._dismissed):
+                deployment.join()
             self._retiring.clear()
             self._dismissed.clear()
         finally:
@@ -334,20 +334,20 @@ class Dispatcher:
             elif isinstance(message, _Reload):
                 message.done.fail(PoolClosedError("the pool is closed"))
 
-    def _crews(self) -> list[Crew]:
+    def _deployments(self) -> list[Deployment]:
         incoming = [] if self._incoming is None else [self._incoming[0]]
-        return [self._crew, *self._retiring, *incoming]
+        return [self._deployment, *self._retiring, *incoming]
 
-    def _make_crew(self, spec: ModelSpec) -> Crew:
+    def _make_deployment(self, spec: ModelSpec) -> Deployment:
         def notify(report: Report) -> None:
-            self._put(_Reported(crew, report))
+            self._put(_Reported(deployment, report))
 
-        crew = Crew(spec, self.seats, self.config, notify, self._on_done, self._counts)
-        return crew
+        deployment = Deployment(spec, self.seats, self.config, notify, self._on_done, self._counts)
+        return deployment
 
-    def _dismiss(self, crew: Crew, now: float) -> None:
-        crew.close(now, kill=False)
-        self._dismissed.append(crew)
+    def _dismiss(self, deployment: Deployment, now: float) -> None:
+        deployment.close(now, kill=False)
+        self._dismissed.append(deployment)
 
     def _on_done(self, request: Request, outcome: Outcome) -> None:
         self._pending -= 1

@@ -1,4 +1,4 @@
-"""How a caller's thread waits for another's answer: Ctrl-C is heard soon, and leaves nothing locked.
+"""Waiting for another thread: an interrupt (Ctrl-C) ends the wait soon, and leaves nothing locked.
 
 Ctrl-C raises in the main thread, after any call and at the start of any function. A ``Future`` takes its lock with code
 written in Python, and an interrupt between taking it and noting so leaves it taken: whoever is to resolve the future
@@ -7,12 +7,17 @@ then waits for ever, and here that is the dispatcher, with everybody's requests.
 
 from __future__ import annotations
 
+import logging
 import math
 import threading
 import time
-from typing import Generic, TypeVar
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import Any, Generic, TypeVar
 
-__all__ = ["SIGNAL_CHECK_SECONDS", "Answer"]
+__all__ = ["SIGNAL_CHECK_SECONDS", "Answer", "PoolFuture"]
+
+logger = logging.getLogger(__name__)
 
 _T = TypeVar("_T")
 
@@ -64,3 +69,50 @@ class Answer(Generic[_T]):
     def _open(self) -> None:
         self.given = True
         self._gate.release()
+
+
+class PoolFuture(Future[Any]):
+    """A future whose done-callbacks run on threads of their own, and which Ctrl-C may interrupt.
+
+    A ``Future`` runs its callbacks on the thread that resolves it: here the dispatcher, which one that sleeps, raises
+    or closes the pool would stop for everybody. An interrupted ``result()`` could as well: see the top of this module.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._settled = settled = Answer[None]()
+        super().add_done_callback(lambda _: settled.give(None))
+
+    def result(self, timeout: float | None = None) -> Any:
+        """As ``Future`` has it."""
+        self._settled.wait(timeout)
+        return super().result(0)
+
+    def exception(self, timeout: float | None = None) -> BaseException | None:
+        """As ``Future`` has it."""
+        self._settled.wait(timeout)
+        return super().exception(0)
+
+    def add_done_callback(self, fn: Callable[[Any], object]) -> None:
+        """Call ``fn(self)`` once this future is done; at once, and here, if it is already."""
+        if self.done():
+            super().add_done_callback(fn)
+        else:
+            super().add_done_callback(lambda future: _call_apart(fn, future))
+
+    def add_internal_callback(self, fn: Callable[[Future[Any]], object]) -> None:
+        """As ``Future`` has it: called on the resolving thread. For what is known to be quick."""
+        super().add_done_callback(fn)
+
+
+def _call_apart(fn: Callable[[Any], object], future: Any) -> None:
+    def call() -> None:
+        try:
+            fn(future)
+        except BaseException:  # SystemExit too: this thread is nobody else's
+            logger.exception("a done-callback raised")
+
+    try:
+        threading.Thread(target=call, name="mp_rerank-callback", daemon=True).start()
+    except RuntimeError:  # the system has no thread left, or the interpreter is leaving
+        call()

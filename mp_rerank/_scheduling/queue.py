@@ -3,7 +3,7 @@
 Fairness is weighted fair queueing (Demers, Keshav and Shenker, 1989). The queue's virtual time is what each request
 waiting would have been given by now, per unit of weight, had the workers been shared out exactly. A newcomer starts at
 its present; what is taken from a request moves the request on by its tokens over its weight; and next is whichever
-would be first to finish its next piece. So a request of 5,000 documents does not hold up one of 10 that comes after it.
+would be first to finish its next share. So a request of 5,000 documents does not hold up one of 10 that comes after it.
 And since virtual time goes on with every slice, whoever waits is overtaken by later requests for a bounded amount of
 work only: neither a stream of small ones nor any priority starves anybody.
 
@@ -23,14 +23,15 @@ from collections import deque
 from collections.abc import Hashable, MutableMapping, Sequence
 from dataclasses import dataclass
 
-from mp_rerank._pairs import Pair, PairState, PendingPair, Score
-from mp_rerank._scheduling.request import Request, Scores
-from mp_rerank.results import PoolStats
+from mp_rerank._pairs import Pair, Score
+from mp_rerank._scheduling.request import PairState, PendingPair, Request
+from mp_rerank.results import PoolStats, Scores
 
 __all__ = ["RequestQueue", "Slice", "Suspect"]
 
-# A request's next piece, for the order of service: requests of fewer tokens come before larger ones of the same age.
-PIECE_TOKENS = 1024
+# At most so many tokens of a request count for its place in the order: of two requests of one age, the smaller goes
+# first.
+TURN_TOKENS = 1024
 
 WAITING, ALONE, OUT, SCORED = PairState.WAITING, PairState.ALONE, PairState.OUT, PairState.SCORED
 
@@ -138,7 +139,7 @@ class RequestQueue:
     def take(self, budget: int) -> Slice | None:
         """The next slice: of at most ``budget`` tokens, or of a single pair; ``None`` if nothing waits.
 
-        It is a piece of the request whose turn it is and, if that is all of it, what else comes next and fits whole: a
+        It holds pairs of the request whose turn it is and, if that is all of it, what else comes next and fits whole: a
         small request neither waits for a large one's pairs in its slice nor is split to fill another's.
         """
         parts: list[tuple[Request, list[PendingPair]]] = []
@@ -161,7 +162,7 @@ class RequestQueue:
                 suspect.state = OUT
                 budget = 0
             else:
-                pairs, cost = _piece(request.todo, budget - tokens)
+                pairs, cost = _take_waiting(request.todo, budget - tokens)
             self._sent(pairs)
             parts.append((request, pairs))
             tokens += cost
@@ -174,11 +175,11 @@ class RequestQueue:
         self._virtual_time += tokens / weight
         return Slice(parts, tokens)
 
-    def fill(self, piece: Slice, scores: Scores) -> list[Request]:
-        """Take the scores of ``piece``; returns the requests that now have all of theirs, no longer live."""
+    def fill(self, slice_: Slice, scores: Scores) -> list[Request]:
+        """Take the scores of ``slice_``; returns the requests that now have all of theirs, no longer live."""
         complete = []
         spared = 0
-        for pair, score in zip(piece.pending, scores.tolist(), strict=True):
+        for pair, score in zip(slice_.pending, scores.tolist(), strict=True):
             pair.score = score
             pair.state = SCORED
             self._pending.pop(pair.key, None)
@@ -197,18 +198,18 @@ class RequestQueue:
             self.drop(request)
         return complete
 
-    def put_back(self, piece: Slice) -> None:
-        """Let the pairs of ``piece`` wait again: it never ran, through no fault of theirs."""
-        self._return(piece.pending)
+    def put_back(self, slice_: Slice) -> None:
+        """Let the pairs of ``slice_`` wait again: it never ran, through no fault of theirs."""
+        self._return(slice_.pending)
 
-    def crashed(self, piece: Slice, max_attempts: int) -> list[Suspect]:
-        """The worker died on ``piece``: let its pairs wait again, one by one if it was not their first such worker.
+    def crashed(self, slice_: Slice, max_attempts: int) -> list[Suspect]:
+        """The worker died on ``slice_``: let its pairs wait again, one by one if it was not their first such worker.
 
         Returns:
-            If ``piece`` is one pair and has now ended ``max_attempts`` workers: the requests to fail for it, no longer
+            If ``slice_`` is one pair and has now ended ``max_attempts`` workers: the requests to fail for it, no longer
             live.
         """
-        pairs = piece.pending
+        pairs = slice_.pending
         for pair in pairs:
             pair.attempts += 1
         if len(pairs) == 1 and pairs[0].attempts >= max_attempts:
@@ -218,13 +219,13 @@ class RequestQueue:
         self._return([pair for pair in pairs if pair.attempts >= alone_from], ALONE)
         return []
 
-    def raised(self, piece: Slice) -> list[Suspect]:
-        """The model raised on ``piece``: let its pairs wait again, one by one.
+    def raised(self, slice_: Slice) -> list[Suspect]:
+        """The model raised on ``slice_``: let its pairs wait again, one by one.
 
         Returns:
-            If ``piece`` is one pair: the requests to fail for it, no longer live.
+            If ``slice_`` is one pair: the requests to fail for it, no longer live.
         """
-        pairs = piece.pending
+        pairs = slice_.pending
         if len(pairs) == 1:
             return self._blame(pairs[0], 1)
         self._return(pairs, ALONE)
@@ -275,7 +276,7 @@ class RequestQueue:
         """Let ``request`` stand in the order of service, once, whatever others have done to its place."""
         if not request.queued:
             request.queued = True
-            finish = request.virtual_time + min(request.waiting_tokens, PIECE_TOKENS) / request.weight
+            finish = request.virtual_time + min(request.waiting_tokens, TURN_TOKENS) / request.weight
             heapq.heappush(self._order, (finish, request.number))
 
     def _recall(self, request: Request, pair: PendingPair) -> bool:
@@ -347,7 +348,7 @@ class RequestQueue:
         self._pending.pop(pair.key, None)
 
 
-def _piece(todo: deque[PendingPair], budget: int) -> tuple[list[PendingPair], int]:
+def _take_waiting(todo: deque[PendingPair], budget: int) -> tuple[list[PendingPair], int]:
     """The first pairs of ``todo`` that wait, now out: at least one, and no more than ``budget``; and their tokens."""
     pairs: list[PendingPair] = []
     cost = 0

@@ -1,74 +1,61 @@
-"""One request on its way through the pool: its pairs, its scores so far, and the future that waits for them."""
+"""One request: its pairs, the scores it has so far, and the future that gets its result."""
 
 from __future__ import annotations
 
+import enum
 import itertools
-import logging
-import threading
 from collections import deque
 from collections.abc import Callable, Hashable, Sequence
-from concurrent.futures import Future, InvalidStateError
+from concurrent.futures import InvalidStateError
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from mp_rerank._pairs import Pair, PairState, PendingPair
-from mp_rerank._scheduling.futures import Answer
+from mp_rerank._pairs import Pair, Score
+from mp_rerank._scheduling.futures import PoolFuture
+from mp_rerank.results import Scores
 
-__all__ = ["PoolFuture", "Request", "Scores"]
+__all__ = ["PairState", "PendingPair", "Request"]
 
-Scores = npt.NDArray[np.float32]
-
-logger = logging.getLogger(__name__)
 _numbers = itertools.count()
 
 
-class PoolFuture(Future[Any]):
-    """A future whose done-callbacks run on threads of their own, and which Ctrl-C may interrupt.
+class PairState(enum.Enum):
+    """Where a pending pair is, for all that want it at once."""
 
-    A ``Future`` runs its callbacks on the thread that resolves it: here the dispatcher, which one that sleeps, raises
-    or closes the pool would stop for everybody. An interrupted ``result()`` could as well: see ``waiting``.
+    WAITING = "waiting"  # for the turn of any of them
+    ALONE = "waiting to be scored in a slice of its own"
+    OUT = "out"  # in one slice
+    SCORED = "scored"
+
+
+class PendingPair:
+    """A query and a document, until they are scored: the queue's unit of work.
+
+    Attributes:
+        key: equal for equal pairs.
+        texts: the query and the document.
+        tokens: their estimated tokens.
+        state: where it is.
+        wanted_by: the live requests that want its score, each once.
+        attempts: workers that died on it.
+        score: once it is scored: a number, or one for each label.
     """
 
-    def __init__(self) -> None:
-        super().__init__()
-        self._settled = settled = Answer[None]()
-        super().add_done_callback(lambda _: settled.give(None))
+    __slots__ = ("attempts", "key", "score", "state", "texts", "tokens", "wanted_by")
 
-    def result(self, timeout: float | None = None) -> Any:
-        """As ``Future`` has it."""
-        self._settled.wait(timeout)
-        return super().result(0)
+    def __init__(self, key: Hashable, texts: Pair, tokens: int) -> None:
+        self.key = key
+        self.texts = texts
+        self.tokens = tokens
+        self.state = PairState.WAITING
+        self.wanted_by: list[Request] = []
+        self.attempts = 0
+        self.score: Score | None = None
 
-    def exception(self, timeout: float | None = None) -> BaseException | None:
-        """As ``Future`` has it."""
-        self._settled.wait(timeout)
-        return super().exception(0)
-
-    def add_done_callback(self, fn: Callable[[Any], object]) -> None:
-        """Call ``fn(self)`` once this future is done; at once, and here, if it is already."""
-        if self.done():
-            super().add_done_callback(fn)
-        else:
-            super().add_done_callback(lambda future: _call_apart(fn, future))
-
-    def add_internal_callback(self, fn: Callable[[Future[Any]], object]) -> None:
-        """As ``Future`` has it: called on the resolving thread. For what is known to be quick."""
-        super().add_done_callback(fn)
-
-
-def _call_apart(fn: Callable[[Any], object], future: Any) -> None:
-    def call() -> None:
-        try:
-            fn(future)
-        except BaseException:  # SystemExit too: this thread is nobody else's
-            logger.exception("a done-callback raised")
-
-    try:
-        threading.Thread(target=call, name="mp_rerank-callback", daemon=True).start()
-    except RuntimeError:  # the system has no thread left, or the interpreter is leaving
-        call()
+    def __repr__(self) -> str:
+        return f"<PendingPair: {self.state.value}, wanted by {len(self.wanted_by)}>"
 
 
 class Request:

@@ -1,12 +1,13 @@
-"""The child's side of the pool: what runs in a worker, in the order it runs.
+"""What runs in a worker, in the order it runs.
 
-    initialize_process(...)   once, before anything heavy is imported: threads, signals, logs, the watch over the parent
-    initialize(...)           once: loads the model and proves it; keeps the outcome, since an executor would swallow it
-    describe()                the first call: that outcome, as facts or as ModelLoadError
-    score(pairs)              every other call
+    initialize_process(...)   in a worker process, before anything heavy is imported: threads, signals, logs, the watch
+                              over the parent
+    LoadedModel.load          loads the model and proves it; keeps the outcome, since an executor would swallow it
+    LoadedModel.describe      the first call: that outcome, as facts or as ModelLoadError
+    LoadedModel.score         every other call
 
-The state is thread-local: a worker is one thread, the only one of its process or one of the caller's
-(``isolation="thread"``), and this module serves both. Exceptions leave it as this package's own, holding text.
+A worker on a thread has its ``LoadedModel`` in its handle. A worker process has one, which ``describe`` and ``score``
+of this module ask. Exceptions leave as this package's own, holding text.
 """
 
 from __future__ import annotations
@@ -27,24 +28,26 @@ from multiprocessing.connection import Connection
 from multiprocessing.util import Finalize
 from typing import Any, NoReturn, Protocol
 
-from mp_rerank.config import ModelSpec
+from mp_rerank._pairs import CANARY, Pair, estimate_pair, estimate_text
 from mp_rerank._workers.lazy_import import deferred
-from mp_rerank.errors import ModelLoadError, ScoringError
 from mp_rerank._workers.logs import redirect_output
-from mp_rerank.tokens import estimate_pair, estimate_text
+from mp_rerank.config import ModelSpec
+from mp_rerank.errors import ModelLoadError, ScoringError
 
 __all__ = [
+    "Launch",
+    "LoadedModel",
+    "Pairs",
     "Scored",
     "WorkerFacts",
     "describe",
     "in_worker_process",
-    "initialize",
     "initialize_process",
     "score",
     "set_threads",
 ]
 
-Pairs = Sequence[tuple[str, str]]
+Pairs = Sequence[Pair]
 
 # Libraries read these once, when they are first imported.
 THREAD_VARIABLES = (
@@ -62,17 +65,33 @@ BINDING_VARIABLES = ("GOMP_CPU_AFFINITY", "KMP_AFFINITY", "OMP_PLACES")
 EXIT_DEVICE_LOST = 75
 QUIET_VARIABLES = {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "TQDM_DISABLE": "1"}
 
-# Scored by every worker after loading: two workers that disagree on it do not hold the same model. The long one makes
-# the first measure of speed less of a guess.
-CANARY = [
-    ("How many people live in Berlin?", "Berlin had a population of 3,520,031 registered inhabitants."),
-    ("How many people live in Berlin?", "Berlin is well known for its museums. " * 20),
-]
-
 # A second model loading in another thread is the very race this package is about.
 _one_load_at_a_time = threading.Lock()
-_state = threading.local()
-_process_is_worker = False
+# In a worker process: its model.
+_model: LoadedModel | None = None
+
+
+@dataclass(frozen=True)
+class Launch:
+    """What a worker is to load, and where.
+
+    Attributes:
+        name: what its logs, its thread and its process are called.
+        spec: the model, pickled: unpickling it may import anything.
+        device: the worker's for good.
+        threads: compute threads; ``None`` leaves the settings of the process alone.
+        batch_tokens: padded tokens of one forward pass.
+        cpus: the logical CPUs to stay on; empty: wherever the process may run.
+        offline: load from the hub's cache, and ask no hub.
+    """
+
+    name: str
+    spec: bytes
+    device: str
+    threads: int | None
+    batch_tokens: int
+    cpus: tuple[int, ...] = ()
+    offline: bool = False
 
 
 class Scorer(Protocol):
@@ -109,39 +128,115 @@ class Scored:
     tokens: int | None = None  # of the pairs, truncated; None: the model did not count them
 
 
+class LoadedModel:
+    """A worker's model: loaded once, described once, then scoring. One thread calls it."""
+
+    def __init__(self, launch: Launch) -> None:
+        self._launch = launch
+        self._scorer: Scorer
+        self._outcome: WorkerFacts | ModelLoadError
+
+    def load(self) -> None:
+        """Load the model and prove it.
+
+        Never raises: an exception in an initializer would reach the parent as a bare ``BrokenProcessPool``.
+        ``describe`` tells.
+        """
+        device = self._launch.device
+        model = "the model"
+        try:
+            with _one_load_at_a_time:
+                start = time.perf_counter()
+                spec: ModelSpec = pickle.loads(self._launch.spec)
+                model = spec.name if spec.loader is None else str(spec.loader)
+                self._scorer, facts = _load(spec, self._launch)
+                load_seconds = time.perf_counter() - start
+            canary, tokens_per_second = _score_canary(self._scorer)
+            self._outcome = WorkerFacts(
+                pid=os.getpid(),
+                load_seconds=load_seconds,
+                num_labels=len(canary) // len(CANARY),
+                canary=canary,
+                tokens_per_second=tokens_per_second,
+                **facts,
+            )
+        except BaseException as error:
+            self._outcome = ModelLoadError(
+                f"{model} could not be loaded on {device}: {_in_words(error)}",
+                model=model,
+                device=device,
+                cause=_in_words(error),
+                details=traceback.format_exc(),
+            )
+
+    def describe(self) -> WorkerFacts:
+        """The facts of this worker; raises the ``ModelLoadError`` that loading ended in."""
+        if isinstance(self._outcome, ModelLoadError):
+            logging.getLogger(__name__).debug("%s", self._outcome.details)
+            raise self._outcome
+        return self._outcome
+
+    def score(self, pairs: Pairs) -> Scored:
+        """Scores of ``pairs`` in their order. Raises ``ScoringError`` with whatever the model raised, as text."""
+        start = time.perf_counter()
+        try:
+            scores, num_labels = _predict(self._scorer, pairs)
+        except BaseException as error:
+            if in_worker_process() and _has_lost_its_device(error):
+                logging.getLogger(__name__).error("leaving, for this process cannot use its GPU any more: %s", error)
+                os._exit(EXIT_DEVICE_LOST)
+            raise ScoringError(
+                f"the model raised {_in_words(error)}",
+                device=self._launch.device,
+                cause=_in_words(error),
+                details=traceback.format_exc(),
+            ) from None
+        tokens: int | None = getattr(self._scorer, "tokens", None)
+        return Scored(scores, num_labels, time.perf_counter() - start, tokens)
+
+
 def in_worker_process() -> bool:
     """Whether this process is a worker of some pool: a pool inside one would be a process storm."""
-    return _process_is_worker
+    return _model is not None
 
 
-def initialize_process(
-    spec: bytes,
-    device: str,
-    threads: int,
-    batch_tokens: int,
-    cpus: Sequence[int],
-    logs: Connection,
-    log_level: int,
-    offline: bool,
-) -> None:
-    """The initializer of a worker process. ``spec`` is a pickled ``ModelSpec``: unpickling it may import anything."""
-    global _process_is_worker
-    _process_is_worker = True
-    pinned = not cpus or _pin(cpus)  # before there is a second thread, which would inherit the old affinity
+def initialize_process(launch: Launch, logs: Connection, log_level: int) -> None:
+    """The initializer of a worker process.
+
+    Args:
+        launch: what to load.
+        logs: where to send what is logged and printed here, from ``log_level`` up.
+    """
+    global _model
+    _model = LoadedModel(launch)
+    # Before there is a second thread, which would inherit the old affinity.
+    pinned = not launch.cpus or _pin(launch.cpus)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
     Finalize(None, _leave_at_once, exitpriority=-1000)  # after everybody else's
     threading.Thread(target=_leave_with_parent, name="parent-watch", daemon=True).start()
-    set_threads(threads)
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false" if threads == 1 else "true")
+    set_threads(launch.threads or 1)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false" if launch.threads == 1 else "true")
     # Some models (ModernBERT in transformers 4) have torch compile them, whose helpers would be processes of their own,
     # which nobody ends when the worker is killed.
     os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
-    if offline:
+    if launch.offline:
         os.environ["HF_HUB_OFFLINE"] = "1"
     redirect_output(logs, log_level)
     if not pinned:
-        logging.getLogger(__name__).warning("this worker cannot be kept on the CPUs %s", cpus)
-    initialize(spec, device, threads, batch_tokens)
+        logging.getLogger(__name__).warning("this worker cannot be kept on the CPUs %s", launch.cpus)
+    _model.load()
+
+
+def describe() -> WorkerFacts:
+    """In a worker process: ``LoadedModel.describe``."""
+    assert _model is not None
+    return _model.describe()
+
+
+def score(pairs: Pairs) -> Scored:
+    """In a worker process: ``LoadedModel.score``."""
+    assert _model is not None
+    return _model.score(pairs)
 
 
 def set_threads(threads: int) -> None:
@@ -151,69 +246,7 @@ def set_threads(threads: int) -> None:
         os.environ.pop(name, None)
 
 
-def initialize(spec: bytes, device: str, threads: int | None, batch_tokens: int) -> None:
-    """Load the model onto ``device`` and prove it; ``threads=None`` leaves the process's thread settings alone.
-
-    Never raises: an exception here would reach the parent as a bare ``BrokenProcessPool``. ``describe`` tells.
-    """
-    _state.device = device
-    _state.outcome = None
-    model = "the model"
-    try:
-        with _one_load_at_a_time:
-            start = time.perf_counter()
-            unpickled: ModelSpec = pickle.loads(spec)
-            model = unpickled.name if unpickled.loader is None else str(unpickled.loader)
-            _state.scorer, facts = _load(unpickled, device, threads, batch_tokens)
-            load_seconds = time.perf_counter() - start
-        canary, tokens_per_second = _sing(_state.scorer)
-        _state.outcome = WorkerFacts(
-            pid=os.getpid(),
-            load_seconds=load_seconds,
-            num_labels=len(canary) // len(CANARY),
-            canary=canary,
-            tokens_per_second=tokens_per_second,
-            **facts,
-        )
-    except BaseException as error:
-        _state.outcome = ModelLoadError(
-            f"{model} could not be loaded on {device}: {_in_words(error)}",
-            model=model,
-            device=device,
-            cause=_in_words(error),
-            details=traceback.format_exc(),
-        )
-
-
-def describe() -> WorkerFacts:
-    """The facts of this worker; raises the ``ModelLoadError`` that loading ended in."""
-    if isinstance(_state.outcome, ModelLoadError):
-        logging.getLogger(__name__).debug("%s", _state.outcome.details)
-        raise _state.outcome
-    facts: WorkerFacts = _state.outcome
-    return facts
-
-
-def score(pairs: Pairs) -> Scored:
-    """Scores of ``pairs`` in their order. Raises ``ScoringError`` with whatever the model raised, as text."""
-    start = time.perf_counter()
-    try:
-        scores, num_labels = _predict(_state.scorer, pairs)
-    except BaseException as error:
-        if _process_is_worker and _has_lost_its_device(error):
-            logging.getLogger(__name__).error("leaving, for this process cannot use its GPU any more: %s", error)
-            os._exit(EXIT_DEVICE_LOST)
-        raise ScoringError(
-            f"the model raised {_in_words(error)}",
-            device=_state.device,
-            cause=_in_words(error),
-            details=traceback.format_exc(),
-        ) from None
-    tokens: int | None = getattr(_state.scorer, "tokens", None)
-    return Scored(scores, num_labels, time.perf_counter() - start, tokens)
-
-
-def _load(spec: ModelSpec, device: str, threads: int | None, batch_tokens: int) -> tuple[Scorer, dict[str, Any]]:
+def _load(spec: ModelSpec, launch: Launch) -> tuple[Scorer, dict[str, Any]]:
     """The scorer and its share of the facts."""
     loaded: Any = None
     if spec.loader is not None:
@@ -221,7 +254,7 @@ def _load(spec: ModelSpec, device: str, threads: int | None, batch_tokens: int) 
         loader: Any = __import__(module, fromlist=["_"])
         for part in name.split("."):
             loader = getattr(loader, part)
-        loaded = loader(spec, device)
+        loaded = loader(spec, launch.device)
         if not hasattr(loaded, "parameters"):  # no torch module: nothing to prove, and torch stays unimported
             if not callable(getattr(loaded, "predict", None)):
                 raise TypeError(f"the loader returned {type(loaded).__name__}, which has no predict(pairs)")
@@ -231,7 +264,7 @@ def _load(spec: ModelSpec, device: str, threads: int | None, batch_tokens: int) 
         import_engine()
     from mp_rerank._engine.engine import Engine
 
-    engine = Engine(spec, device, threads, batch_tokens, loaded)
+    engine = Engine(spec, launch.device, launch.threads, launch.batch_tokens, loaded, owns_process=in_worker_process())
     return engine, engine.facts()
 
 
@@ -244,7 +277,7 @@ def import_engine() -> None:
         importlib.import_module("mp_rerank._engine.engine")
 
 
-def _sing(scorer: Scorer) -> tuple[tuple[float, ...], float]:
+def _score_canary(scorer: Scorer) -> tuple[tuple[float, ...], float]:
     """The canary's scores, flat, and the estimated tokens a second they were scored at."""
     import numpy as np
 

@@ -1,7 +1,7 @@
-"""Starting and ending one worker: an executor of one, on a process or on a thread.
+"""A worker in a process of its own: a ``ProcessPoolExecutor(1)``, spawned or forked by the server.
 
-A worker process is spawned without the caller's main module: it needs nothing from it, so a script or a notebook
-without an ``if __name__ == "__main__":`` guard works, and a heavy main module costs the workers nothing.
+A worker process starts without the caller's main module: it needs nothing from it. So a script or a notebook without an
+``if __name__ == "__main__":`` guard works, and a heavy main module costs the workers nothing.
 """
 
 from __future__ import annotations
@@ -10,55 +10,32 @@ import logging
 import multiprocessing.process
 import multiprocessing.spawn
 import os
-import pickle
 import signal
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
 from contextlib import contextmanager
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnContext, SpawnProcess
-from typing import Any, Protocol
+from typing import Any
 
 import psutil
 
-from mp_rerank._workers import child as worker
-from mp_rerank.config import ModelSpec
+from mp_rerank._workers import child
+from mp_rerank._workers.child import Launch, Pairs, Scored, WorkerFacts
 from mp_rerank._workers.logs import WORKER_LOGGER, repeat_log
 
-__all__ = ["ProcessWorker", "ThreadWorker", "Worker", "check_may_spawn", "launching"]
+__all__ = ["ProcessHandle", "check_may_spawn"]
 
 
-class Worker(Protocol):
-    """One worker, of whichever kind: what a slot needs of it."""
-
-    executor: Executor
-    described: Future[worker.WorkerFacts]
-    pid: int | None
-
-    @property
-    def alive(self) -> bool:
-        """Whether there is still something to wait for in ``join``."""
-
-    def kill(self) -> None:
-        """End it now, whatever it is doing; without effect on a thread, or once it has ended."""
-
-    def retire(self) -> None:
-        """Take no more work, finish the running slice, end. Returns at once."""
-
-    def join(self, timeout: float) -> None:
-        """Wait until it has ended, at most ``timeout`` seconds."""
-
-
-class ProcessWorker:
-    """A process in a ``ProcessPoolExecutor(1)``.
+class ProcessHandle:
+    """A worker in a process. See ``handle.WorkerHandle``.
 
     Args:
-        name: what its logs and its process are called.
+        launch: what to start.
         start_method: ``"spawn"`` or ``"forkserver"``; for the latter somebody holds a lease on the server.
-        spec, device, threads, batch_tokens, cpus, offline: for ``worker.initialize_process``.
         on_exit: called on a thread of its own with the exit code, once, when the process has ended, for whatever
             reason.
 
@@ -66,34 +43,24 @@ class ProcessWorker:
         OSError, RuntimeError: the system would start no other process, or no other thread.
     """
 
-    def __init__(
-        self,
-        name: str,
-        start_method: str,
-        spec: ModelSpec,
-        device: str,
-        threads: int,
-        batch_tokens: int,
-        *,
-        cpus: Sequence[int],
-        offline: bool,
-        on_exit: Callable[[int | None], None],
-    ) -> None:
-        self.name = name
+    killable = True
+
+    def __init__(self, launch: Launch, start_method: str, on_exit: Callable[[int | None], None]) -> None:
+        self.name = name = launch.name
         context = _WorkerContext(name, start_method)
         logs, child_logs = context.Pipe(duplex=False)
         level = logging.getLogger(WORKER_LOGGER).getEffectiveLevel()
-        self.executor: Executor = ProcessPoolExecutor(
+        self._executor = ProcessPoolExecutor(
             max_workers=1,
             mp_context=context,
-            initializer=worker.initialize_process,
-            initargs=(pickle.dumps(spec), device, threads, batch_tokens, tuple(cpus), child_logs, level, offline),
+            initializer=child.initialize_process,
+            initargs=(launch, child_logs, level),
         )
         self._watch = threading.Thread(target=self._watch_exit, args=(on_exit,), name=f"{name}-watch", daemon=True)
         self._logs = threading.Thread(target=self._repeat_logs, args=(logs,), name=f"{name}-logs", daemon=True)
         self._shutdown = threading.Thread(target=self._shut_down, name=f"{name}-shutdown", daemon=True)
         try:
-            self.described = self.executor.submit(worker.describe)  # this starts the process
+            self.described: Future[WorkerFacts] = self._executor.submit(child.describe)  # this starts the process
             assert context.started is not None
             self._started = context.started
             assert self._started.pid is not None
@@ -104,7 +71,7 @@ class ProcessWorker:
         except BaseException:
             if context.started is not None and context.started.pid is not None:
                 context.started.kill()
-            self.executor.shutdown(wait=False)
+            self._executor.shutdown(wait=False)
             if self._logs.ident is None:
                 logs.close()
             raise
@@ -114,6 +81,15 @@ class ProcessWorker:
     @property
     def alive(self) -> bool:
         return any(thread.is_alive() for thread in (self._watch, self._logs, self._shutdown))
+
+    def score(self, pairs: Pairs) -> Future[Scored]:
+        return self._executor.submit(child.score, pairs)
+
+    def resident_bytes(self) -> int | None:
+        try:
+            return None if self._psutil is None else int(self._psutil.memory_info().rss)
+        except psutil.Error:  # it has ended
+            return None
 
     def kill(self) -> None:
         if self._psutil is not None:
@@ -126,7 +102,7 @@ class ProcessWorker:
         try:
             self._shutdown.start()
         except RuntimeError:  # the system has no thread left
-            self.executor.shutdown(wait=False, cancel_futures=True)
+            self._executor.shutdown(wait=False, cancel_futures=True)
 
     def join(self, timeout: float) -> None:
         deadline = time.monotonic() + timeout
@@ -137,7 +113,7 @@ class ProcessWorker:
     def _shut_down(self) -> None:
         # Waits for the executor's own thread, for which nobody else would: it is a daemon like the one that made it,
         # and an interpreter that exits in the middle of its freeing semaphores is told that they have leaked.
-        self.executor.shutdown(wait=True, cancel_futures=True)
+        self._executor.shutdown(wait=True, cancel_futures=True)
 
     def _repeat_logs(self, logs: Connection) -> None:
         # Apart from the watch: a log handler of the caller's may block. Its end is the pipe's or the process's, since
@@ -164,56 +140,13 @@ class ProcessWorker:
         on_exit(process.exitcode)
 
 
-class ThreadWorker:
-    """A thread of this process in a ``ThreadPoolExecutor(1)``: one model, one prediction at a time."""
-
-    def __init__(self, name: str, spec: ModelSpec, device: str, threads: int | None, batch_tokens: int) -> None:
-        self.executor: Executor = ThreadPoolExecutor(
-            max_workers=1,
-            thread_name_prefix=name,
-            initializer=worker.initialize,
-            initargs=(pickle.dumps(spec), device, threads, batch_tokens),
-        )
-        self.described = self.executor.submit(worker.describe)
-        self.pid: int | None = os.getpid()
-
-    @property
-    def alive(self) -> bool:
-        """The thread ends by itself after the slice it is running; nothing waits for it."""
-        return False
-
-    def kill(self) -> None:
-        """A thread cannot be killed."""
-
-    def retire(self) -> None:
-        self.executor.shutdown(wait=False, cancel_futures=True)
-
-    def join(self, timeout: float) -> None:
-        """See ``alive``."""
-
-
-@contextmanager
-def launching(start_method: str) -> Iterator[None]:
-    """Worker processes are started within, and have all ended at its end."""
-    if start_method != "forkserver":
-        yield
-        return
-    from mp_rerank._workers import forkserver
-
-    forkserver.lease()
-    try:
-        yield
-    finally:
-        forkserver.release()
-
-
 def check_may_spawn() -> None:
     """Raise ``RuntimeError`` where starting workers would be wrong, and say why.
 
     Inside a worker a pool would multiply itself; while a child of ``multiprocessing`` is still importing its main
     module, every child would start children of its own; and a daemonic process may have none.
     """
-    if worker.in_worker_process():
+    if child.in_worker_process():
         raise RuntimeError("this is a worker of a RerankerPool: a pool cannot be started inside one")
     current = multiprocessing.process.current_process()
     if getattr(current, "_inheriting", False):

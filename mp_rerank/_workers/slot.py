@@ -1,29 +1,54 @@
 """One seat of the pool: a device, and the worker that has the seat now.
 
-A slot outlives its workers and counts them as generations. Nothing here decides: the crew says what to launch, send and
-end; the slot does it and reports what comes of it through ``notify``, from whichever thread learns it. A report names
-its generation, so that the last words of a dead worker are not taken for its successor's.
+A slot outlives its workers and counts them as generations. Nothing here decides: the deployment says what to launch,
+send and end; the slot does it and reports what comes of it through ``notify``, from whichever thread learns it. A
+report names its generation, so that the last words of a dead worker are not taken for its successor's.
+
+    STARTING ---- described: facts ----> READY ---- worn out -----> DRAINING
+       |  ^                              ^   |                          |
+       |  | died, and is tried again     |   | died, hung               | its slices are back
+       |  |                    described |   v                          v
+       |  +------------------------- RESTARTING <-----------------------+
+       |                                 |
+       +-- could not load ---> FAILED <--+  too many deaths in a row
+
+    any state ---- the pool closes, or a reload lets the deployment go ----> CLOSED
 """
 
 from __future__ import annotations
 
 import enum
+import pickle
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import BrokenExecutor, Future
-from dataclasses import dataclass
-from typing import TypeVar
+from dataclasses import dataclass, replace
+from typing import Any, Generic, Protocol, TypeVar
 
-from mp_rerank._workers import child as worker
-from mp_rerank._scheduling.queue import Slice
-from mp_rerank.config import ModelSpec, PoolConfig
-from mp_rerank._workers.process import ProcessWorker, ThreadWorker, Worker
+from mp_rerank._pairs import Pair
 from mp_rerank._planning.plan import Seat
+from mp_rerank._workers.child import Launch, Scored, WorkerFacts
+from mp_rerank._workers.handle import WorkerHandle, make_handle
+from mp_rerank.config import ModelSpec, PoolConfig
 from mp_rerank.results import WorkerInfo
 
 __all__ = ["Described", "Exited", "Report", "SliceEnded", "Slot", "SlotState"]
 
+
+class Work(Protocol):
+    """What a slot sends to its worker at a time: the scheduling's slice."""
+
+    @property
+    def pairs(self) -> Sequence[Pair]:
+        """The texts to score."""
+
+    @property
+    def tokens(self) -> int:
+        """Their estimated tokens."""
+
+
 _T = TypeVar("_T")
+_Slice = TypeVar("_Slice", bound=Work)
 
 # One slice running and one waiting, so that a worker never idles for want of the dispatcher.
 SLICES_A_SLOT = 2
@@ -46,26 +71,26 @@ class SlotState(enum.Enum):
 class Described:
     """A worker has loaded its model, or could not."""
 
-    slot: Slot
+    slot: Slot[Any]
     generation: int
-    outcome: worker.WorkerFacts | BaseException
+    outcome: WorkerFacts | BaseException
 
 
 @dataclass(frozen=True)
 class SliceEnded:
     """A slice came back scored, or with the error that ended it."""
 
-    slot: Slot
+    slot: Slot[Any]
     generation: int
-    piece: Slice
-    outcome: worker.Scored | BaseException
+    slice_: Any
+    outcome: Scored | BaseException
 
 
 @dataclass(frozen=True)
 class Exited:
     """A worker process has ended; negative exit codes are signals."""
 
-    slot: Slot
+    slot: Slot[Any]
     generation: int
     exit_code: int | None
 
@@ -73,7 +98,7 @@ class Exited:
 Report = Described | SliceEnded | Exited
 
 
-class Slot:
+class Slot(Generic[_Slice]):
     """A seat and its present worker. The dispatcher's thread alone calls it and reads it.
 
     Attributes:
@@ -95,10 +120,10 @@ class Slot:
         self.notify = notify
         self.state = SlotState.STARTING
         self.generation = 0
-        self.worker: Worker | None = None
-        self.facts: worker.WorkerFacts | None = None
-        self.outstanding: deque[Slice] = deque()
-        self.lost: list[Slice] = []
+        self.worker: WorkerHandle | None = None
+        self.facts: WorkerFacts | None = None
+        self.outstanding: deque[_Slice] = deque()
+        self.lost: list[_Slice] = []
         self.since = 0.0
         self.crashes = 0
         self.restart_at: float | None = None
@@ -137,63 +162,54 @@ class Slot:
         self.scored_slices = 0
         self.seconds_per_token = 0.0
         self.since = now
-        name = f"mp_rerank-{self.index}.{self.generation}"
         generation = self.generation
-        launched: Worker
-        if config.isolation == "thread":
-            launched = ThreadWorker(name, spec, self.seat.device, config.threads_per_worker, batch_tokens)
-        else:
-            launched = ProcessWorker(
-                name,
-                config.start_method,
-                spec,
-                self.seat.device,
-                self.seat.threads,
-                batch_tokens,
-                cpus=self.seat.cpus,
-                offline=offline,
-                on_exit=lambda code: self.notify(Exited(self, generation, code)),
-            )
+        launch = Launch(
+            name=f"mp_rerank-{self.index}.{generation}",
+            spec=pickle.dumps(spec),
+            device=self.seat.device,
+            threads=self.seat.threads,
+            batch_tokens=batch_tokens,
+            cpus=self.seat.cpus,
+            offline=offline,
+        )
+        self.worker = make_handle(config, launch, lambda code: self.notify(Exited(self, generation, code)))
 
-        self.worker = launched
-
-        def described(future: Future[worker.WorkerFacts]) -> None:
+        def described(future: Future[WorkerFacts]) -> None:
             outcome = _outcome(future)
             self.notify(Described(self, generation, outcome))
 
-        launched.described.add_done_callback(described)
+        self.worker.described.add_done_callback(described)
 
-    def send(self, piece: Slice, now: float) -> None:
-        """Give ``piece`` to the worker."""
+    def send(self, slice_: _Slice, now: float) -> None:
+        """Give ``slice_`` to the worker."""
         assert self.worker is not None
         if not self.outstanding:
             self.since = now
-        self.outstanding.append(piece)
+        self.outstanding.append(slice_)
         generation = self.generation
         try:
-            future = self.worker.executor.submit(worker.score, piece.pairs)
+            future = self.worker.score(slice_.pairs)
         except RuntimeError as error:  # broken or shut down a moment ago; reported like any other end
             self.notify(
-                SliceEnded(self, generation, piece, error if isinstance(error, BrokenExecutor) else BrokenExecutor())
+                SliceEnded(self, generation, slice_, error if isinstance(error, BrokenExecutor) else BrokenExecutor())
             )
             return
 
-        def ended(future: Future[worker.Scored]) -> None:
+        def ended(future: Future[Scored]) -> None:
             outcome = _outcome(future)
-            self.notify(SliceEnded(self, generation, piece, outcome))
+            self.notify(SliceEnded(self, generation, slice_, outcome))
 
         future.add_done_callback(ended)
 
-    def took(self, piece: Slice, seconds: float, now: float) -> None:
-        """Note that ``piece`` came back scored after ``seconds`` in the worker."""
+    def took(self, slice_: _Slice, seconds: float, now: float) -> None:
+        """Note that ``slice_`` came back scored after ``seconds`` in the worker."""
         self.since = now
         self.crashes = 0
         self.scored_slices += 1
-        self.seconds_per_token += SPEED_SMOOTHING * (seconds / piece.tokens - self.seconds_per_token)
+        self.seconds_per_token += SPEED_SMOOTHING * (seconds / slice_.tokens - self.seconds_per_token)
 
     def info(self) -> WorkerInfo:
         """The slot as callers see it."""
-        facts = self.facts
         shown = WorkerInfo(
             slot=self.index,
             state=self.state.value,
@@ -202,15 +218,11 @@ class Slot:
             threads=self.seat.threads,
             pid=self.worker.pid if self._has_live_worker and self.worker is not None else None,
         )
+        facts = self.facts
         if facts is None:
             return shown
-        return WorkerInfo(
-            slot=shown.slot,
-            state=shown.state,
-            generation=shown.generation,
-            device=shown.device,
-            threads=shown.threads,
-            pid=shown.pid,
+        return replace(
+            shown,
             dtype=facts.dtype,
             load_seconds=facts.load_seconds,
             weights_bytes=facts.weights_bytes,

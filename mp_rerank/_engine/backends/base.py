@@ -24,8 +24,8 @@ import torch
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from mp_rerank._engine.calls import Pairs, record_calls
+from mp_rerank._pairs import CANARY
 from mp_rerank.config import ModelSpec
-from mp_rerank._workers.child import CANARY
 
 __all__ = ["Backend", "Inputs", "Network", "Run", "find_backend", "replace_network"]
 

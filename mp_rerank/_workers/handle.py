@@ -1,0 +1,91 @@
+"""What any kind of worker can do, and the one place that makes one.
+
+A new kind of worker is a class with the members of ``WorkerHandle`` and a line in ``make_handle``. Nothing else asks
+which kind a worker is: the scheduling asks what it can do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Protocol
+
+from mp_rerank._workers.child import Launch, Pairs, Scored, WorkerFacts
+from mp_rerank._workers.process import ProcessHandle, check_may_spawn
+from mp_rerank._workers.thread import ThreadHandle
+from mp_rerank.config import PoolConfig
+
+__all__ = ["WorkerHandle", "check_may_start", "make_handle", "starting_workers"]
+
+
+class WorkerHandle(Protocol):
+    """One worker, of whichever kind: it loads its model as it is made.
+
+    Attributes:
+        described: the worker's first words: its facts, or ``ModelLoadError``.
+        killable: whether ``kill`` ends it. One that cannot be killed is never called hung.
+        pid: the process it is in.
+    """
+
+    described: Future[WorkerFacts]
+    killable: bool
+    pid: int | None
+
+    @property
+    def alive(self) -> bool:
+        """Whether there is still something to wait for in ``join``."""
+
+    def score(self, pairs: Pairs) -> Future[Scored]:
+        """Score ``pairs`` after what it has. Raises ``RuntimeError`` once it has ended or been told to leave."""
+
+    def resident_bytes(self) -> int | None:
+        """Memory of its own process, shared pages included; ``None`` where it has none, or where nobody can say."""
+
+    def kill(self) -> None:
+        """End it now, whatever it is doing; without effect where it is not ``killable``, or once it has ended."""
+
+    def retire(self) -> None:
+        """Take no more work, finish the running slice, end. Returns at once."""
+
+    def join(self, timeout: float) -> None:
+        """Wait until it has ended, at most ``timeout`` seconds."""
+
+
+def make_handle(config: PoolConfig, launch: Launch, on_exit: Callable[[int | None], None]) -> WorkerHandle:
+    """Start a worker of the kind that ``config`` asks for.
+
+    Args:
+        config: ``isolation`` and ``start_method`` say which kind.
+        launch: what to start.
+        on_exit: called once, on some thread, with the exit code of a worker process that has ended.
+
+    Raises:
+        OSError, RuntimeError: the system would start no other process, or no other thread.
+    """
+    if config.isolation == "thread":
+        # The process is the caller's: its thread settings change only where that is asked for.
+        return ThreadHandle(replace(launch, threads=config.threads_per_worker))
+    return ProcessHandle(launch, config.start_method, on_exit)
+
+
+@contextmanager
+def starting_workers(config: PoolConfig) -> Iterator[None]:
+    """Workers are made within, and have all ended at its end: keeps what they have in common, such as a server."""
+    if config.isolation == "thread" or config.start_method != "forkserver":
+        yield
+        return
+    from mp_rerank._workers import forkserver  # not on every system
+
+    forkserver.lease()
+    try:
+        yield
+    finally:
+        forkserver.release()
+
+
+def check_may_start(config: PoolConfig) -> None:
+    """Raise ``RuntimeError``, saying why, where workers of the kind ``config`` asks for must not be started."""
+    if config.isolation == "process":
+        check_may_spawn()

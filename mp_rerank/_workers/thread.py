@@ -1,0 +1,41 @@
+"""A worker on a thread of this process: a ``ThreadPoolExecutor(1)``, so one model and one prediction at a time."""
+
+from __future__ import annotations
+
+import os
+from concurrent.futures import Future, ThreadPoolExecutor
+
+from mp_rerank._workers.child import Launch, LoadedModel, Pairs, Scored, WorkerFacts
+
+__all__ = ["ThreadHandle"]
+
+
+class ThreadHandle:
+    """A worker on a thread. See ``handle.WorkerHandle``.
+
+    The thread ends by itself after the slice it is running, and nothing waits for it.
+    """
+
+    killable = False
+    alive = False
+
+    def __init__(self, launch: Launch) -> None:
+        self._model = LoadedModel(launch)
+        self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix=launch.name, initializer=self._model.load)
+        self.described: Future[WorkerFacts] = self._executor.submit(self._model.describe)
+        self.pid: int | None = os.getpid()
+
+    def score(self, pairs: Pairs) -> Future[Scored]:
+        return self._executor.submit(self._model.score, pairs)
+
+    def resident_bytes(self) -> int | None:
+        return None  # of this process, which is the caller's
+
+    def kill(self) -> None:
+        pass
+
+    def retire(self) -> None:
+        self._executor.shutdown(wait=False, cancel_futures=True)
+
+    def join(self, timeout: float) -> None:
+        pass
