@@ -137,15 +137,15 @@ def _nothing_left_behind() -> Iterator[None]:
     threads_before = set(threading.enumerate())
     yield
     gc.collect()
-    ours = [
-        thread
-        for thread in threading.enumerate()
-        if thread.name.startswith(("mp_rerank", "QueueFeederThread")) and thread not in threads_before
-    ]
-    for thread in ours:
-        thread.join(PATIENCE)
-    stuck = [thread for thread in ours if thread.is_alive()]
-    assert not stuck, f"threads left behind: {stuck}"
+
+    def stuck() -> list[threading.Thread]:  # not joined: one that is just being started cannot be
+        ours = ("mp_rerank", "QueueFeederThread")
+        return [t for t in threading.enumerate() if t.name.startswith(ours) and t not in threads_before]
+
+    deadline = time.monotonic() + PATIENCE
+    while stuck() and time.monotonic() < deadline:
+        time.sleep(0.005)
+    assert not stuck(), f"threads left behind: {stuck()}"
     left = [child for child in psutil.Process().children(recursive=True) if child not in before and not stays(child)]
     _, alive = psutil.wait_procs(left, timeout=PATIENCE)
     assert not alive, f"processes left behind: {[(process, process.cmdline()) for process in alive]}"

@@ -236,7 +236,7 @@ def _fork(call: Callable[[], None]) -> int:
 
 def _run(script: str) -> subprocess.CompletedProcess[str]:
     lines = [line.removeprefix(" " * 8) for line in script.splitlines()]
-    tests = Path(__file__).parent
+    tests = Path(__file__).parents[1]
     return subprocess.run(
         [sys.executable, "-c", "\n".join(lines)],
         env={**os.environ, "PYTHONPATH": os.pathsep.join([str(tests.parent), str(tests)])},

@@ -46,7 +46,7 @@ from mp_rerank import ModelSpec, RerankerPool
 with RerankerPool(ModelSpec("!say loading", loader="fakes:load_obeying"), devices="cpu", workers=1) as pool:
     pool.rerank("query", ["!say scoring"])
 """
-    tests = Path(__file__).parent
+    tests = Path(__file__).parents[1]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tests), str(tests.parent)])}
     done = subprocess.run(
         [sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=PATIENCE

@@ -24,7 +24,7 @@ from mp_rerank import ModelSpec, RerankerPool, RerankResult, ScoringError, Worke
 from mp_rerank.bulk import evaluate, model_tag, rerank_run
 
 MakePool = Callable[..., RerankerPool]
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 DOCUMENTS = {f"d{i}": f"text of document {i}" for i in range(12)}
 QUERIES = {f"q{i}": f"query {i}" for i in range(5)}

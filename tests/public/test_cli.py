@@ -15,7 +15,7 @@ from conftest import PATIENCE
 
 from mp_rerank import cli
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 BERLIN = ROOT / "examples" / "berlin.txt"
 COMMAND = [sys.executable, "-m", "mp_rerank.cli"]
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}

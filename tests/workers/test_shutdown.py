@@ -24,7 +24,7 @@ from mp_rerank._scheduling.dispatcher import Dispatcher
 
 MakePool = Callable[..., RerankerPool]
 
-TESTS = Path(__file__).parent
+TESTS = Path(__file__).parents[1]
 needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
 
 # What every script begins with. STATE is where its pool is to be when the end comes; ``say`` tells the test.

@@ -24,7 +24,7 @@ from mp_rerank import ModelSpec, RerankerPool
 from mp_rerank.race.command import AFFECTED, CASES, FAILED, POOL, SERIAL, THREADS, Case, Report
 from mp_rerank.race.rounds import HUNG, Round, kind_of, requests, together
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 # What a round of nothing wrong says.
 CLEAN: dict[str, Any] = {
     "tries": 8,

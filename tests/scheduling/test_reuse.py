@@ -333,7 +333,7 @@ def test_who_keeps_no_scores_imports_nothing_for_it() -> None:
         "import sys; from mp_rerank import *; pool = RerankerPool(ModelSpec('f', loader='fakes:load'), devices='cpu', "
         "workers=1); pool.rerank('q', ['d', 'd']); pool.close(); print('cachetools' in sys.modules)"
     )
-    tests = Path(__file__).parent
+    tests = Path(__file__).parents[1]
     done = subprocess.run(
         [sys.executable, "-c", code],
         cwd=tests,

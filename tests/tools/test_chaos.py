@@ -10,7 +10,7 @@ from pathlib import Path
 
 def test_agents_lose_nothing_while_workers_die() -> None:
     command = [sys.executable, "-m", "bench", "chaos", "--seconds", "5", "--agents", "32", "--workers", "2", "--json"]
-    done = subprocess.run(command, cwd=Path(__file__).parent.parent, capture_output=True, text=True, timeout=250)
+    done = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=250)
     assert done.returncode == 0, (done.stdout, done.stderr)
     assert done.stderr == ""
     report = json.loads(done.stdout)

@@ -13,7 +13,7 @@ from conftest import PATIENCE
 
 from mp_rerank import ModelLoadError, ModelSpec, RerankerPool
 
-TESTS = Path(__file__).parent
+TESTS = Path(__file__).parents[1]
 
 PROGRAM = """
 import os
