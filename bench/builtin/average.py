@@ -16,17 +16,18 @@ from pathlib import Path
 from tokenizers import Tokenizer
 from transformers import BertForSequenceClassification
 
+from bench import ROOT
 from bench.builtin.export import write_files
-from bench.datasets import DEVELOPMENT
-from bench.quality import candidates, cross_encoder, ndcg
-from bench.retrieval import fast_dtype
+from bench.inputs.datasets import DEVELOPMENT
+from bench.quality.ndcg import candidates, cross_encoder, ndcg
+from bench.quality.retrieval import fast_dtype
 from mp_rerank import ModelSpec, RerankerPool
 
 #: of the weights from before the training
 SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
 #: the README's first example
 QUESTION = "How many people live in Berlin?"
-EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "berlin.txt"
+EXAMPLE = ROOT / "examples" / "berlin.txt"
 
 
 def average(

@@ -12,9 +12,9 @@ import random
 from collections.abc import Iterator
 from pathlib import Path
 
-from bench import datasets
 from bench.builtin.prose import paragraphs
 from bench.builtin.records import Passage, sentences, windows, write
+from bench.inputs import datasets
 
 #: of one file of documentation, so that a few long ones do not fill a pool
 PER_FILE = 15

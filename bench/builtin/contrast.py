@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 
 from bench.builtin.records import Passage, Query, RankedList, read, write
-from bench.retrieval import BiEncoder
+from bench.quality.retrieval import BiEncoder
 
 IMPOSTORS = "impostors"
 #: a word with a capital that is not a sentence's first, or a year

@@ -16,9 +16,9 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-from bench import datasets
 from bench.builtin.collect import answered
 from bench.builtin.records import Passage, Query, read, sentences, write
+from bench.inputs import datasets
 
 _WORD = re.compile(r"[A-Za-z][A-Za-z0-9'-]*|\d[\d.,]*")
 _STOP = frozenset(

@@ -21,7 +21,7 @@ import numpy as np
 from sklearn.linear_model import LogisticRegression
 
 from bench.builtin.records import Passage, Query, RankedList, read, write
-from bench.retrieval import BM25, BiEncoder
+from bench.quality.retrieval import BM25, BiEncoder
 
 DEPTH = 100
 #: of a list: the teacher's best, BM25's best, the nearest by cosine, at random among the candidates, and from the pool

@@ -34,7 +34,7 @@ from transformers.masking_utils import AttentionMaskInterface, eager_mask
 from bench.builtin.contrast import IMPOSTORS
 from bench.builtin.records import Passage, Query, RankedList, read
 from bench.builtin.student import build, choose_vocabulary, prune_tokenizer
-from bench.retrieval import bi_encoder_path, half_precision
+from bench.quality.retrieval import bi_encoder_path, half_precision
 
 MAX_QUERY, MAX_PAIR = 192, 320
 #: where the pairs of a list are cut: short for speed, sometimes long so that long ones are not strange. A query beyond

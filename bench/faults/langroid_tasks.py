@@ -1,12 +1,12 @@
-"""Ten Langroid ``DocChatAgent`` tasks at once, in threads, over Qdrant in this process, round by round: errors, time.
+"""Ten Langroid ``DocChatAgent`` tasks in threads, each with a Qdrant store in memory: errors and seconds by round.
 
-    python bench/langroid_tasks.py --arm pool          # the agents as they are, after mp_rerank's install()
-    python bench/langroid_tasks.py --arm own           # Langroid's own: one model behind a lock
-    python bench/langroid_tasks.py --arm original      # as it was before that lock: every rerank loads its own model
+    python bench/faults/langroid_tasks.py --arm pool        # rerank with a pool, after mp_rerank's install()
+    python bench/faults/langroid_tasks.py --arm own         # rerank as Langroid does: one model behind a lock
+    python bench/faults/langroid_tasks.py --arm original    # as Langroid did before: each rerank loads a model
 
-Each arm wants a process of its own: on transformers 4 the original one poisons the process it fails in. Nothing is
-downloaded: the model is mp_rerank's built-in one, embeddings are hashed words, the language model is Langroid's mock.
-The last line is JSON: arm, tasks, errors (with their texts), seconds of the rounds, pairs scored, versions.
+Run each arm in a process of its own: on transformers 4, loads fail in a process in which the original arm has failed.
+Nothing is downloaded: the model is the built-in one, embeddings are hashed words, the language model is Langroid's
+mock. The last line of output is JSON: arm, tasks, errors with their texts, seconds, pairs scored, versions.
 """
 
 from __future__ import annotations

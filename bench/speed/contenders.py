@@ -29,7 +29,7 @@ import psutil
 import torch
 from sentence_transformers import CrossEncoder
 
-from bench.models import Pairs
+from bench.inputs.models import Pairs
 from mp_rerank import ModelSpec, RerankerPool
 from mp_rerank.config import BUILTIN_FOLDER
 from mp_rerank.worker import THREAD_VARIABLES

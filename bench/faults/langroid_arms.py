@@ -1,7 +1,8 @@
-"""`python -m bench langroid`: ten Langroid agents at once, with the pool, behind Langroid's own lock, and as before it.
+"""`python -m bench langroid`: ten Langroid agents rerank at once: with the pool, behind a lock, and without a lock.
 
-Each arm is a process of its own, `bench/langroid_tasks.py`, whose first lines say what the tasks are; the arms take
-turns. Needs `.[langroid]` and qdrant-client. On transformers 4.57 the arm without a lock fails, and fails its process.
+Each of these three arms runs `langroid_tasks.py` in a process of its own; its docstring describes the tasks. The arms
+run in turns. Langroid and qdrant-client must be installed. On transformers 4.57 the arm without a lock raises errors,
+and later loads in its process fail too.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from bench.report import Report, add_output, finish
+from bench.reports.report import Report, add_output, finish
 
 ARMS = {"pool": "mp_rerank's install()", "own": "Langroid's own: a lock", "original": "no lock: each loads a model"}
 TASKS = Path(__file__).with_name("langroid_tasks.py")

@@ -10,7 +10,7 @@ import matplotlib as mpl
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 
-from bench.report import Report, Row, number
+from bench.reports.report import Report, Row, number
 
 __all__ = ["draw"]
 

@@ -16,8 +16,8 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 
-from bench.models import SHAPES, make_model, make_requests
-from bench.report import Report, add_output, finish
+from bench.inputs.models import SHAPES, make_model, make_requests
+from bench.reports.report import Report, add_output, finish
 from mp_rerank import ModelSpec, RerankerPool
 
 MIB = 2**20

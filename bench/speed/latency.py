@@ -19,10 +19,10 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 
-from bench.report import Report, add_output, finish, quantile
+from bench.reports.report import Report, add_output, finish, quantile
 from mp_rerank import ModelSpec, RerankerPool
 
-EMPTY = ModelSpec("empty", loader="bench.fakemodel:load_empty")
+EMPTY = ModelSpec("empty", loader="bench.inputs.fakemodel:load_empty")
 QUANTILES = {"p50, ms": 0.5, "p95, ms": 0.95, "p99, ms": 0.99}
 OURS, BARE = "mp_rerank", "ProcessPoolExecutor(1)"
 
@@ -45,7 +45,7 @@ def main(argv: Sequence[str]) -> int:
     round_trips(report, options.rounds, options.requests)
     passage(report, options.rounds, options.agents, options.workers, options.requests)
     if not options.no_model:
-        from bench.models import SHAPES, make_model
+        from bench.inputs.models import SHAPES, make_model
 
         with tempfile.TemporaryDirectory() as folder:
             make_model(folder, SHAPES[options.shape])
@@ -138,7 +138,7 @@ def one_large(report: Report, folder: str, rounds: int, workers: int, documents:
     """One request on an idle pool, beside ``predict`` on all cores."""
     from sentence_transformers import CrossEncoder
 
-    from bench.models import make_requests
+    from bench.inputs.models import make_requests
 
     (pairs,) = make_requests(1, documents, 60)
     model = CrossEncoder(folder, device="cpu")
@@ -161,7 +161,7 @@ def small_among_large(report: Report, folder: str, rounds: int, seconds: float, 
     """Requests of 10 while two agents have one of 100 pending each, to the pool and to one model with a lock."""
     from sentence_transformers import CrossEncoder
 
-    from bench.models import make_requests
+    from bench.inputs.models import make_requests
 
     (small,), large = make_requests(1, 10, 60), make_requests(2, 100, 60)
     model = CrossEncoder(folder, device="cpu")

@@ -30,10 +30,10 @@ import numpy as np
 import torch
 from transformers import AutoTokenizer
 
-from bench.contenders import BASELINE, CONTENDERS, OURS, NotRun, Run, Setting
-from bench.datasets import scifact
-from bench.models import SHAPES, Pairs, make_model, make_requests
-from bench.report import Report, add_output, finish, save
+from bench.inputs.datasets import scifact
+from bench.inputs.models import SHAPES, Pairs, make_model, make_requests
+from bench.reports.report import Report, add_output, finish, save
+from bench.speed.contenders import BASELINE, CONTENDERS, OURS, NotRun, Run, Setting
 
 SCIFACT = "scifact"
 #: mean words a document (of SciFact's about), and about a token each; a query has 8

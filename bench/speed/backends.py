@@ -25,8 +25,8 @@ import numpy as np
 from scipy.stats import kendalltau
 from sentence_transformers import CrossEncoder
 
-from bench.models import SHAPES, Pairs, make_model, make_requests
-from bench.report import Report, add_output, finish
+from bench.inputs.models import SHAPES, Pairs, make_model, make_requests
+from bench.reports.report import Report, add_output, finish
 from mp_rerank import ModelLoadError, ModelSpec, RerankerPool
 
 LOCK = "one CrossEncoder, a lock, float32"
@@ -73,8 +73,8 @@ def main(argv: Sequence[str]) -> int:
 
 def real_requests(data: Path, queries: int, documents: int) -> list[Pairs]:
     """The first `queries` of Vaswani, each with its best `documents` by BM25."""
-    from bench.datasets import vaswani
-    from bench.retrieval import BM25
+    from bench.inputs.datasets import vaswani
+    from bench.quality.retrieval import BM25
 
     collection = vaswani(data)
     texts = list(collection.documents.values())

@@ -23,8 +23,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parent.parent
-RESULTS = ROOT / "bench" / "matrix"
+from bench import ROOT
+
+RESULTS = ROOT / "bench" / "results" / "matrix"
 PAGE = ROOT / "docs" / "matrix.md"
 INTRODUCTION = """# The matrix
 

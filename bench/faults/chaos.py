@@ -32,7 +32,7 @@ from typing import Any
 
 import psutil
 
-from bench.fakemodel import score_of
+from bench.inputs.fakemodel import score_of
 from mp_rerank import ModelSpec, RequestTimeoutError, RerankerPool, RerankResult, WorkerCrashedError
 
 MODELS = ("red", "green")
@@ -368,7 +368,7 @@ def _quantile(values: list[float], share: float) -> float:
 
 
 def _spec(model: str) -> ModelSpec:
-    return ModelSpec(f"{model}:{SECONDS_PER_TOKEN}", loader="bench.fakemodel:load")
+    return ModelSpec(f"{model}:{SECONDS_PER_TOKEN}", loader="bench.inputs.fakemodel:load")
 
 
 def _table(report: dict[str, Any]) -> str:

@@ -19,7 +19,8 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from bench.report import ROOT, Report, add_output, finish
+from bench import ROOT
+from bench.reports.report import Report, add_output, finish
 from mp_rerank import ModelSpec, RerankerPool
 
 PACKAGES = ("numpy", "scipy", "sklearn", "safetensors", "tokenizers", "torch", "transformers", "sentence_transformers")

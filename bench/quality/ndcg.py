@@ -19,13 +19,13 @@ import ir_measures
 import numpy as np
 from ir_measures import nDCG
 
-from bench.datasets import DEVELOPMENT, HELD_OUT, Collection, scifact
-from bench.retrieval import BM25, BiEncoder
+from bench.inputs.datasets import DEVELOPMENT, HELD_OUT, Collection, scifact
+from bench.quality.retrieval import BM25, BiEncoder
 from mp_rerank import ModelSpec, RerankerPool
+from mp_rerank.config import BUILTIN_FOLDER
 
 #: all that `--set` knows
 SETS = {**HELD_OUT, **DEVELOPMENT}
-BUILTIN = Path(__file__).resolve().parent.parent / "mp_rerank" / "builtin"
 DEPTH = 100
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 
@@ -151,7 +151,7 @@ def measure(data: Path, names: list[str], models: list[str], seed: int, dtype: s
             "bi-encoder": rerank(collection, pool, bi_encoder(collection, pool)),
         }
         for model in models:
-            title = "built-in" if model == str(BUILTIN) else model
+            title = "built-in" if model == str(BUILTIN_FOLDER) else model
             run, seconds = cross_encoder(model, dtype, collection, pool)
             found.seconds[title] = found.seconds.get(title, 0.0) + seconds
             runs[title] = run
@@ -201,7 +201,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--json", type=Path, help="also write the numbers here")
     parser.add_argument("--seed", type=int, default=0, help="of the random order")
     options = parser.parse_args(argv)
-    models = ([] if options.no_builtin else [str(BUILTIN)]) + options.model
+    models = ([] if options.no_builtin else [str(BUILTIN_FOLDER)]) + options.model
     names = options.sets or list(HELD_OUT)
     found = measure(options.data, names, models, options.seed, options.dtype)
     print(markdown(found, names))

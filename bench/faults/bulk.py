@@ -17,9 +17,9 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from bench.datasets import HELD_OUT, Collection
-from bench.quality import candidates
-from bench.report import Report, add_output, finish
+from bench.inputs.datasets import HELD_OUT, Collection
+from bench.quality.ndcg import candidates
+from bench.reports.report import Report, add_output, finish
 
 SETS = ("scifact", "vaswani")
 LOST = "queries missing, twice or cut"

@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from bench.report import Report, add_output, finish
+from bench.reports.report import Report, add_output, finish
 from mp_rerank import RerankerPool
 from mp_rerank.config import BUILTIN, BUILTIN_FOLDER
 

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 import psutil
 
-from bench.report import Report, add_output, finish
+from bench.reports.report import Report, add_output, finish
 from mp_rerank import RerankerPool
 
 METHODS = ("spawn", "forkserver")

@@ -1,9 +1,8 @@
-"""What every benchmark leaves behind: one JSON file a run and a Markdown table, and the machine they were made on.
+"""A report: what one run of a command measured, on which machine, with which versions; and its tables.
 
-A run is rows. A row is one quantity, measured several times: what it is of (labels such as ``{"agents": 8}``), the
-measure with its unit, and the median with the smallest and the largest of the repetitions. So that any two runs can be
-held against each other (``bench.compare``), any run can be drawn (``bench.plots``), and tables are a matter of turning
-rows.
+A report consists of rows. A row is one quantity, measured several times: labels that say what was measured (such as
+``{"agents": 8}``), the measure with its unit, and the median, the smallest and the largest of the repetitions. All
+commands write rows of this one form, so that ``compare`` can compare any two reports and ``plots`` can draw any.
 """
 
 from __future__ import annotations
@@ -23,11 +22,11 @@ from typing import Any
 
 import psutil
 
+from bench import ROOT
 from mp_rerank.plan import read_machine
 
-__all__ = ["ROOT", "Report", "Row", "add_output", "draw", "finish", "number", "quantile", "read", "save", "shown"]
+__all__ = ["Report", "Row", "add_output", "draw", "finish", "number", "quantile", "read", "save", "shown"]
 
-ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
 PACKAGES = (
     "mp-rerank",
@@ -199,7 +198,7 @@ def finish(report: Report, out: Path) -> None:
 def draw(report: Report, out: Path) -> None:
     """Write the pictures of ``report`` into ``out``, if there is matplotlib."""
     try:
-        from bench import plots
+        from bench.reports import plots
     except ImportError as error:
         print(f"no pictures: {error}")
     else:

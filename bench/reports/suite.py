@@ -18,7 +18,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from bench.report import ROOT, Report, add_output, draw, number, read
+from bench import ROOT
+from bench.reports.report import Report, add_output, draw, number, read
 
 #: command -> its arguments in the quick suite
 COMMANDS: dict[str, str] = {

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from bench.report import Row, read, shown
+from bench.reports.report import Row, read, shown
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,7 @@
+"""What measuring commands leave behind, and the commands that read it.
+
+report.py    a report: rows, tables, and the machine and versions they were measured with
+plots.py     a report's picture
+compare.py   the command that lists what got slower between two reports
+suite.py     the command that runs all measurements of speed and resources, and writes one page of their reports
+"""
