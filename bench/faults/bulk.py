@@ -19,7 +19,8 @@ from pathlib import Path
 
 from bench.inputs.datasets import HELD_OUT, Collection
 from bench.quality.ndcg import candidates
-from bench.reports.report import Report, add_output, finish
+from bench.reports.files import add_output, finish
+from bench.reports.report import Report
 
 SETS = ("scifact", "vaswani")
 LOST = "queries missing, twice or cut"

@@ -16,7 +16,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from bench.reports.report import Report, add_output, finish
+from bench.reports.files import add_output, finish
+from bench.reports.report import Report
 
 ARMS = {"pool": "mp_rerank's install()", "own": "Langroid's own: a lock", "original": "no lock: each loads a model"}
 TASKS = Path(__file__).with_name("langroid_tasks.py")

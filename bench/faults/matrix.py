@@ -5,7 +5,7 @@
     python -m bench matrix --gather           the page alone
 
 An environment goes through ``tox run`` (made, then the tests of real models; the others import none of what it pins,
-and run on each Python in ``py3…-core``) and then ``mp-rerank race --json`` in it. What it said is kept in RESULTS, one
+and run on each Python in ``py3…-core``) and then ``mp-rerank race --json`` in it. What it said is kept in RECORDS, one
 file each, so that environments can run on different days or machines.
 """
 
@@ -24,8 +24,9 @@ from pathlib import Path
 from typing import Any
 
 from bench import ROOT
+from bench.reports.files import RESULTS
 
-RESULTS = ROOT / "bench" / "results" / "matrix"
+RECORDS = RESULTS / "matrix"
 PAGE = ROOT / "docs" / "matrix.md"
 INTRODUCTION = """# The matrix
 
@@ -51,14 +52,14 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--threads", type=int, default=8, help="threads that race (default: 8)")
     parser.add_argument("--rounds", type=int, default=3, help="rounds of each case (default: 3)")
     arguments = parser.parse_args(argv)
-    RESULTS.mkdir(parents=True, exist_ok=True)
+    RECORDS.mkdir(parents=True, exist_ok=True)
     if not arguments.gather:
         for name in arguments.environments or environments():
             print(f"{name} …", flush=True)
             result = run(name, arguments)
-            (RESULTS / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
+            (RECORDS / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
             print(f"{name}: {result['tests']}; {result['seconds']:.0f} s, {result['bytes'] / 1e9:.1f} GB", flush=True)
-    results = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))]
+    results = [json.loads(path.read_text()) for path in sorted(RECORDS.glob("*.json"))]
     PAGE.parent.mkdir(exist_ok=True)
     PAGE.write_text("\n".join(page(results)) + "\n")
     print(f"{PAGE.relative_to(ROOT)}: {len(results)} environments")

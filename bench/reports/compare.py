@@ -11,7 +11,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from bench.reports.report import Row, read, shown
+from bench.reports.files import read
+from bench.reports.report import Row, shown
 
 
 @dataclass(frozen=True)

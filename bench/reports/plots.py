@@ -1,4 +1,4 @@
-"""Pictures of a report, one PNG each. The only importer of matplotlib; what is drawn of which command stands below."""
+"""Pictures of reports, as PNG: for each command that has one a function below. The only module to import matplotlib."""
 
 from __future__ import annotations
 

@@ -8,14 +8,13 @@ commands write rows of this one form, so that ``compare`` can compare any two re
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import platform
 import statistics
 import subprocess
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -25,9 +24,8 @@ import psutil
 from bench import ROOT
 from mp_rerank.plan import read_machine
 
-__all__ = ["Report", "Row", "add_output", "draw", "finish", "number", "quantile", "read", "save", "shown"]
+__all__ = ["Report", "Row", "number", "quantile", "shown"]
 
-RESULTS = ROOT / "bench" / "results"
 PACKAGES = (
     "mp-rerank",
     "torch",
@@ -141,7 +139,7 @@ def machine() -> dict[str, Any]:
     """What the figures depend on and the code does not."""
     found = read_machine()
     return {
-        "processor": _processor(),
+        "processor": found.cpu_model,
         "logical": found.affinity,
         "cores": found.cores,
         "gpus": list(found.gpus),
@@ -176,41 +174,6 @@ def quantile(values: Sequence[float], share: float) -> float:
     return sorted(values)[min(len(values) - 1, int(share * len(values)))]
 
 
-def add_output(parser: argparse.ArgumentParser) -> None:
-    """The option every benchmark has."""
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder for JSON, Markdown and pictures")
-
-
-def save(report: Report, out: Path) -> None:
-    """Write ``report`` into ``out`` as JSON and Markdown."""
-    out.mkdir(parents=True, exist_ok=True)
-    (out / f"{report.command}.json").write_text(json.dumps(asdict(report), indent=1) + "\n", encoding="utf-8")
-    (out / f"{report.command}.md").write_text(report.markdown(), encoding="utf-8")
-
-
-def finish(report: Report, out: Path) -> None:
-    """Save ``report`` and its pictures, and print the tables."""
-    save(report, out)
-    print(report.markdown())
-    draw(report, out)
-
-
-def draw(report: Report, out: Path) -> None:
-    """Write the pictures of ``report`` into ``out``, if there is matplotlib."""
-    try:
-        from bench.reports import plots
-    except ImportError as error:
-        print(f"no pictures: {error}")
-    else:
-        plots.draw(report, out)
-
-
-def read(path: Path) -> Report:
-    """A run written by ``finish``."""
-    content = json.loads(path.read_text(encoding="utf-8"))
-    return Report(**{**content, "rows": [Row(**row) for row in content["rows"]]})
-
-
 def shown(row: Row) -> str:
     """Median and range, in a table's cell."""
     if row.repetitions == 1 or row.low == row.high:
@@ -241,13 +204,3 @@ def _table(labels: tuple[str, ...], rows: Sequence[Row]) -> str:
         for of, cells in lines.items()
     )
     return "\n".join((head, *body))
-
-
-def _processor() -> str:
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()

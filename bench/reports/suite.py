@@ -19,7 +19,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from bench import ROOT
-from bench.reports.report import Report, add_output, draw, number, read
+from bench.reports.files import add_output, draw, read
+from bench.reports.report import Report, number
 
 #: command -> its arguments in the quick suite
 COMMANDS: dict[str, str] = {

@@ -20,7 +20,8 @@ from contextlib import suppress
 from pathlib import Path
 
 from bench import ROOT
-from bench.reports.report import Report, add_output, finish
+from bench.reports.files import add_output, finish
+from bench.reports.report import Report
 from mp_rerank import ModelSpec, RerankerPool
 
 PACKAGES = ("numpy", "scipy", "sklearn", "safetensors", "tokenizers", "torch", "transformers", "sentence_transformers")

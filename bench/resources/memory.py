@@ -20,7 +20,8 @@ from collections.abc import Sequence
 
 import psutil
 
-from bench.reports.report import Report, add_output, finish
+from bench.reports.files import add_output, finish
+from bench.reports.report import Report
 from mp_rerank import ModelSpec, RerankerPool
 
 MIB = 2**20

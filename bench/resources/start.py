@@ -13,7 +13,8 @@ from collections.abc import Sequence
 
 import psutil
 
-from bench.reports.report import Report, add_output, finish
+from bench.reports.files import add_output, finish
+from bench.reports.report import Report
 from mp_rerank import RerankerPool
 
 METHODS = ("spawn", "forkserver")

@@ -17,7 +17,8 @@ from contextlib import ExitStack
 from dataclasses import replace
 
 from bench.inputs.models import SHAPES, make_model, make_requests
-from bench.reports.report import Report, add_output, finish
+from bench.reports.files import add_output, finish
+from bench.reports.report import Report
 from mp_rerank import ModelSpec, RerankerPool
 
 MIB = 2**20

@@ -26,7 +26,8 @@ from scipy.stats import kendalltau
 from sentence_transformers import CrossEncoder
 
 from bench.inputs.models import SHAPES, Pairs, make_model, make_requests
-from bench.reports.report import Report, add_output, finish
+from bench.reports.files import add_output, finish
+from bench.reports.report import Report
 from mp_rerank import ModelLoadError, ModelSpec, RerankerPool
 
 LOCK = "one CrossEncoder, a lock, float32"

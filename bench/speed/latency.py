@@ -19,7 +19,8 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 
-from bench.reports.report import Report, add_output, finish, quantile
+from bench.reports.files import add_output, finish
+from bench.reports.report import Report, quantile
 from mp_rerank import ModelSpec, RerankerPool
 
 EMPTY = ModelSpec("empty", loader="bench.inputs.fakemodel:load_empty")

@@ -20,7 +20,8 @@ from typing import Any
 
 import numpy as np
 
-from bench.reports.report import Report, add_output, finish
+from bench.reports.files import add_output, finish
+from bench.reports.report import Report
 from mp_rerank import RerankerPool
 from mp_rerank.config import BUILTIN, BUILTIN_FOLDER
 

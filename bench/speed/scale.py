@@ -21,7 +21,8 @@ from typing import Any
 
 import psutil
 
-from bench.reports.report import Report, add_output, finish
+from bench.reports.files import add_output, finish
+from bench.reports.report import Report
 from mp_rerank import ModelSpec, RerankerPool
 
 PENDING_A_SLOT = 6  # two are with the worker

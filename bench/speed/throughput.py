@@ -32,7 +32,8 @@ from transformers import AutoTokenizer
 
 from bench.inputs.datasets import scifact
 from bench.inputs.models import SHAPES, Pairs, make_model, make_requests
-from bench.reports.report import Report, add_output, finish, save
+from bench.reports.files import add_output, finish, save
+from bench.reports.report import Report
 from bench.speed.contenders import BASELINE, CONTENDERS, OURS, NotRun, Run, Setting
 
 SCIFACT = "scifact"
