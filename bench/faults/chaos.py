@@ -20,7 +20,6 @@ import logging
 import os
 import random
 import signal
-import sys
 import tempfile
 import threading
 import time
@@ -32,11 +31,13 @@ from typing import Any
 
 import psutil
 
-from bench.inputs.fakemodel import score_of
+from bench.inputs.fakes import PACED, score_of
 from mp_rerank import ModelSpec, RequestTimeoutError, RerankerPool, RerankResult, WorkerCrashedError
 
 MODELS = ("red", "green")
 SECONDS_PER_TOKEN = 5e-6
+# How a document ends the worker that meets it.
+DEATHS = {"kill": "!signal SIGKILL", "segfault": "!segfault", "exit": "!os._exit 3"}
 HANG_TIMEOUT = 1.0
 # What agents ask alike: so many queries, of so many documents, and fewer scores kept than there are such pairs.
 QUERIES, DOCUMENTS, SCORE_CACHE = 4, 100, 300
@@ -219,27 +220,30 @@ class Chaos:
             self._conclude(future, query, documents, "scored", partial=True)
 
     def _mortal(self, pool: RerankerPool, chance: random.Random, query: str, documents: list[str]) -> None:
-        verb = chance.choice(["!kill", "!segfault", "!exit"])
-        mark = self.marks / f"{chance.getrandbits(64):x}"
-        documents.insert(chance.randrange(len(documents) + 1), f"{verb} {mark}")
+        death = chance.choice(list(DEATHS))
+        self._insert_once(documents, chance, DEATHS[death])
         with self.lock:
-            self.kills[f"document {verb[1:]}"] += 1
+            self.kills[f"document {death}"] += 1
         # Other deaths may meet it too: then it is one of three, and blamed as a poison would be.
         self._conclude(pool.submit(query, documents), query, documents, "scored", allowed=WorkerCrashedError)
 
     def _poison(self, pool: RerankerPool, chance: random.Random, query: str, documents: list[str]) -> None:
         index = chance.randrange(len(documents) + 1)
-        documents.insert(index, chance.choice(["!kill", "!segfault", "!exit"]))
+        documents.insert(index, DEATHS[chance.choice(list(DEATHS))])
         error = self._conclude(pool.submit(query, documents), query, documents, None, allowed=WorkerCrashedError)
         if isinstance(error, WorkerCrashedError) and error.attempts < 3:
             self._note(self.unexplained, f"blamed after {error.attempts} deaths: {error}")
 
     def _hang(self, pool: RerankerPool, chance: random.Random, query: str, documents: list[str]) -> None:
-        mark = self.marks / f"{chance.getrandbits(64):x}"
-        documents.insert(chance.randrange(len(documents) + 1), f"!hang {mark}")
+        self._insert_once(documents, chance, "!hang")
         with self.lock:
             self.kills["document hang"] += 1
         self._conclude(pool.submit(query, documents), query, documents, "scored", allowed=WorkerCrashedError)
+
+    def _insert_once(self, documents: list[str], chance: random.Random, order: str) -> None:
+        """Put a document among ``documents`` that orders the first worker that meets it, and no other."""
+        mark = self.marks / f"{chance.getrandbits(64):x}"
+        documents.insert(chance.randrange(len(documents) + 1), f"!once {mark} {order}")
 
     def _conclude(
         self,
@@ -294,7 +298,7 @@ class Chaos:
         elif any(result.document != documents[result.index] for result in results):
             problem = "another document"
         elif not any(
-            all(result.relevance_score == score_of(model, query, result.document) for result in scored)
+            all(result.relevance_score == score_of(model + query, result.document) for result in scored)
             for model in MODELS
         ):
             problem = "scores of neither model, or of both"
@@ -368,7 +372,7 @@ def _quantile(values: list[float], share: float) -> float:
 
 
 def _spec(model: str) -> ModelSpec:
-    return ModelSpec(f"{model}:{SECONDS_PER_TOKEN}", loader="bench.inputs.fakemodel:load")
+    return ModelSpec(f"{model}:{SECONDS_PER_TOKEN}", loader=PACED)
 
 
 def _table(report: dict[str, Any]) -> str:
@@ -384,7 +388,3 @@ def _table(report: dict[str, Any]) -> str:
             lines.append(f"{label:<22} {value:>10,}")
     lines.append("nothing lost" if not any(report[name] for name in FAULTS) else "NOT AS IT MUST BE")
     return "\n".join(lines)
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

@@ -20,14 +20,15 @@ from collections.abc import Sequence
 
 import psutil
 
+from bench.inputs import fakes
 from bench.reports.files import add_output, finish
 from bench.reports.report import Report
 from mp_rerank import ModelSpec, RerankerPool
 
 MIB = 2**20
 METHODS = ("spawn", "forkserver")
-BARE = ModelSpec("bare", loader="bench.inputs.fakemodel:load_empty")
-IMPORTS = ModelSpec("imports", loader="bench.inputs.fakemodel:load_imports")
+BARE = ModelSpec("bare", loader=fakes.EMPTY)
+IMPORTS = ModelSpec("imports", loader=fakes.IMPORTS)
 QUERY = "How many people live in Berlin?"
 DOCUMENT = "Berlin had a population of 3,520,031 registered inhabitants in an area of 891.82 square kilometres."
 

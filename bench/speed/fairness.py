@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Sequence
 
+from bench.inputs import fakes
 from mp_rerank import ModelSpec, RerankerPool
 
 SMALL, LARGE = 10, 5000
@@ -28,7 +29,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--tokens-per-second", type=float, default=6000.0, help="of one worker")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     options = parser.parse_args(argv)
-    model = ModelSpec(f"even:{1 / options.tokens_per_second}", loader="bench.inputs.fakemodel:load")
+    model = ModelSpec(f"{1 / options.tokens_per_second}", loader=fakes.PACED)
     with RerankerPool(model, devices="cpu", workers=options.workers, threads_per_worker=1, coalesce=False) as pool:
         alone, _ = _measure(pool, options.agents, options.seconds, large=False)
         beside, large = _measure(pool, options.agents, options.seconds, large=True)

@@ -19,11 +19,12 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 
+from bench.inputs import fakes
 from bench.reports.files import add_output, finish
 from bench.reports.report import Report, quantile
 from mp_rerank import ModelSpec, RerankerPool
 
-EMPTY = ModelSpec("empty", loader="bench.inputs.fakemodel:load_empty")
+EMPTY = ModelSpec("empty", loader=fakes.EMPTY)
 QUANTILES = {"p50, ms": 0.5, "p95, ms": 0.95, "p99, ms": 0.99}
 OURS, BARE = "mp_rerank", "ProcessPoolExecutor(1)"
 

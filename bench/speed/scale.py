@@ -21,6 +21,7 @@ from typing import Any
 
 import psutil
 
+from bench.inputs import fakes
 from bench.reports.files import add_output, finish
 from bench.reports.report import Report
 from mp_rerank import ModelSpec, RerankerPool
@@ -59,7 +60,7 @@ def slots(report: Report, count: int, seconds: float, slices: int, rounds: int) 
     """
     parent = psutil.Process()
     before = footprint(parent)
-    sleeping = ModelSpec(str(seconds), loader="bench.inputs.fakemodel:load_sleeping")
+    sleeping = ModelSpec(str(seconds), loader=fakes.SLEEPING)
     with RerankerPool(
         sleeping, devices="cpu", workers=count, threads_per_worker=1, slice_tokens=1, coalesce=False
     ) as pool:
@@ -120,7 +121,7 @@ def pending(report: Report, count: int, rounds: int, probe: int = 200) -> None:
     for _ in range(rounds if count < 100_000 else 1):
         with tempfile.TemporaryDirectory() as folder:
             gate = Path(folder, "gate")
-            gated = ModelSpec(str(gate), loader="bench.inputs.fakemodel:load_gated")
+            gated = ModelSpec(str(gate), loader=fakes.GATED)
             with RerankerPool(gated, devices="cpu", workers=2, threads_per_worker=1) as pool:
                 gate.touch()
                 before = parent.memory_full_info().uss
