@@ -32,6 +32,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
     # faults
     "chaos": ("bench.faults.chaos", "agents while workers are killed, and a check of every request's outcome"),
     "bulk": ("bench.faults.bulk", "mp-rerank run on SciFact and Vaswani, killed in the middle and run again"),
+    "race-where": (
+        "bench.faults.race_where",
+        "the state that two threads with a CrossEncoder change at once",
+    ),
     "matrix": ("bench.faults.matrix", "every environment of the tox matrix tested and raced, on one page"),
     "langroid": ("bench.faults.langroid_arms", "ten Langroid agents at once: with the pool, with a lock, with neither"),
     # reports

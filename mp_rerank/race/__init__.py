@@ -3,7 +3,6 @@
     command.py   this process: starts the others, adds up what they say, prints it; imports no torch
     cases.py     a subprocess: threads that load and score with ``CrossEncoder``, each case in a process forked off it
     pools.py     a subprocess: the same work through ``RerankerPool``; imports no torch
-    where.py     a subprocess: the libraries' functions wrapped, to see two threads inside at once
     rounds.py    what the subprocesses share
 
 Everything that races runs in a subprocess with a time limit, since it may hang, and may leave its process unfit for any

@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 import torch
 import transformers
 from sentence_transformers import CrossEncoder
@@ -37,13 +36,27 @@ from mp_rerank.race.rounds import (
     Reference,
     Round,
     key_of,
+    kill_tree,
     kind_of,
     only_json,
     requests,
     together,
 )
 
-__all__ = ["CASES", "apart", "has_library_pool", "load", "make_models", "named", "network", "predict"]
+__all__ = [
+    "CASES",
+    "DTYPES",
+    "LIBRARY_POOL_WORKERS",
+    "altered",
+    "apart",
+    "dtypes_of",
+    "has_library_pool",
+    "load",
+    "make_models",
+    "named",
+    "network",
+    "predict",
+]
 
 # Many small layers: what races is Python code that runs for each module, and it must run for longer than a thread's
 # turn (5 ms) for two threads to be in it at once.
@@ -377,19 +390,6 @@ def _begin(target: Callable[..., None], send: Connection, arguments: Sequence[An
         send.send({"failure": f"outside of the threads: {kind_of(error)}"})
     send.close()
     os._exit(0)  # a thread that hangs must not keep it
-
-
-def kill_tree(pid: int) -> None:
-    """End a process and all that it started."""
-    try:
-        tree = psutil.Process(pid)
-        for process in (*tree.children(recursive=True), tree):
-            try:
-                process.kill()
-            except psutil.NoSuchProcess:
-                pass
-    except psutil.NoSuchProcess:
-        pass
 
 
 def main(arguments: Sequence[str]) -> None:

@@ -23,12 +23,10 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import psutil
-
 import mp_rerank
-from mp_rerank.race.rounds import REFERENCE
+from mp_rerank.race.rounds import REFERENCE, kill_tree
 
-__all__ = ["AFFECTED", "FAILED", "Case", "Report", "race", "run"]
+__all__ = ["AFFECTED", "FAILED", "Case", "Report", "race", "run", "run_module", "versions"]
 
 FAILED = 1
 AFFECTED = 3
@@ -50,7 +48,6 @@ CASES = {
 COLUMNS = ("tries", "errors", "dtypes", "scores", "hangs", "poisoned")
 # For the process that runs all cases of a kind and has limits of its own for what hangs in it: the last resort.
 LIMIT_SECONDS = 3600.0
-WHERE_LIMIT_SECONDS = 900.0
 
 
 @dataclass
@@ -202,7 +199,7 @@ def race(
         for module, kinds in (("cases", (SERIAL, THREADS)), ("pools", (POOL,))):
             mine = [case for case in cases.values() if case.who in kinds]
             tell(", ".join(kinds))
-            lines, failure = _run_process(module, [folder, str(threads), str(rounds)], limit)
+            lines, failure = run_module(f"mp_rerank.race.{module}", [folder, str(threads), str(rounds)], limit)
             for line in lines:
                 said = json.loads(line)
                 cases[said["case"]].add(said, threads)
@@ -225,8 +222,12 @@ def versions() -> dict[str, str]:
     return found
 
 
-def _run_process(module: str, arguments: list[str], limit: float) -> tuple[list[str], str]:
-    """Run a module of this package's: the lines it printed, and ``"hung"``, how it died, or nothing."""
+def run_module(module: str, arguments: list[str], limit: float) -> tuple[list[str], str]:
+    """Run ``python -m MODULE``, offline and with one thread for each computation.
+
+    Returns the lines that it printed, and ``"hung"`` if it took more than ``limit`` seconds and was killed, a line that
+    says how it failed, or nothing.
+    """
     environment = {
         **os.environ,
         "HF_HUB_OFFLINE": "1",
@@ -238,7 +239,7 @@ def _run_process(module: str, arguments: list[str], limit: float) -> tuple[list[
     }
     environment.pop("PYTHONWARNINGS", None)
     process = subprocess.Popen(
-        [sys.executable, "-W", "ignore", "-m", f"mp_rerank.race.{module}", *arguments],
+        [sys.executable, "-W", "ignore", "-m", module, *arguments],
         env=environment,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
@@ -255,26 +256,13 @@ def _run_process(module: str, arguments: list[str], limit: float) -> tuple[list[
             failure = f"the process ended with {process.returncode}: {said[-1][:200] if said else ''}"
         return out.splitlines(), failure
     except subprocess.TimeoutExpired:
-        _kill_tree(process.pid)
+        kill_tree(process.pid)
         out, _ = process.communicate()
         return out.splitlines(), "hung"
     finally:
         if process.poll() is None:
-            _kill_tree(process.pid)
+            kill_tree(process.pid)
             process.communicate()
-
-
-def _kill_tree(pid: int) -> None:
-    """End a process and all that it started, children first."""
-    try:
-        tree = psutil.Process(pid)
-        for process in (*tree.children(recursive=True), tree):
-            try:
-                process.kill()
-            except psutil.NoSuchProcess:
-                pass
-    except psutil.NoSuchProcess:
-        pass
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -282,8 +270,6 @@ def run(arguments: argparse.Namespace) -> int:
     for name, least in (("threads", 2), ("rounds", 1)):
         if getattr(arguments, name) < least:
             raise ValueError(f"--{name}: at least {least} is needed, not {getattr(arguments, name)}")
-    if arguments.where:
-        return _where(arguments)
 
     def tell(line: str) -> None:
         if sys.stderr.isatty():
@@ -294,14 +280,3 @@ def run(arguments: argparse.Namespace) -> int:
         print("\r\x1b[K", end="", file=sys.stderr, flush=True)
     print(json.dumps(report.as_json(), indent=2) if arguments.json else report.as_text())
     return report.exit_code
-
-
-def _where(arguments: argparse.Namespace) -> int:
-    lines, failure = _run_process(
-        "where", [str(arguments.threads), "json" if arguments.json else "text"], WHERE_LIMIT_SECONDS
-    )
-    print("\n".join(lines))
-    if failure:
-        print(f"mp-rerank race: {failure}", file=sys.stderr)
-        return FAILED
-    return 0

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from typing import Any, TextIO
 
 import numpy as np
+import psutil
 
 __all__ = [
     "HUNG",
@@ -23,6 +24,7 @@ __all__ = [
     "Reference",
     "Round",
     "key_of",
+    "kill_tree",
     "kind_of",
     "only_json",
     "requests",
@@ -130,6 +132,19 @@ def requests(threads: int) -> list[Pairs]:
         return " ".join(f"word{chance.randrange(200)}" for _ in range(chance.randrange(1, 40)))
 
     return [[(query, text()) for _ in range(DOCUMENTS)] for query in (text() for _ in range(threads))]
+
+
+def kill_tree(pid: int) -> None:
+    """End a process and all that it started, those first."""
+    try:
+        tree = psutil.Process(pid)
+        for process in (*tree.children(recursive=True), tree):
+            try:
+                process.kill()
+            except psutil.NoSuchProcess:
+                pass
+    except psutil.NoSuchProcess:
+        pass
 
 
 @contextmanager

@@ -1,9 +1,11 @@
-"""Where threads meet: the libraries' functions wrapped, and two threads seen inside one at once.
+"""The process that `race-where` runs, ``python -m bench.faults.race_watch THREADS text|json``: it watches threads.
 
-``python -m mp_rerank.race.where THREADS text|json``. Each part runs in a process of its own: loading in one dtype and
-in two, sharing a model for ``predict``, sharing the library's pool. A place is a function that changes something of the
-whole process for as long as a thread is in it. Each entry is noted with what the thread found there and what it left;
-the first time a thread enters while another is inside, both their stacks are taken.
+It wraps functions of the libraries that change state of the whole process while a thread is inside. Such a function is
+called a place here. For each call it notes the state that the thread finds and the state that it leaves. When a thread
+enters a place while another thread is inside, it takes both stacks, for the first time that this happens.
+
+Each part runs in a process of its own: threads load in one dtype, load in two dtypes, score with one model, and score
+through the library's pool.
 """
 
 from __future__ import annotations
@@ -30,17 +32,17 @@ import torch
 import transformers
 
 from mp_rerank.race import cases
+from mp_rerank.race.command import versions
 from mp_rerank.race.rounds import MODELS, kind_of, only_json, requests, together
 
 FRAMES = 7
 NOTES = 12
 ROUNDS = 10
 SITE_PACKAGES = Path(np.__file__).parent.parent
-OURS = Path(__file__).parent
 
 
 class Place:
-    """A function that changes process-wide state, and who was in it when."""
+    """A function that changes state of the whole process, and a record of the threads that were inside."""
 
     def __init__(self, name: str, state: str, look: Callable[[], Any]) -> None:
         self.name = name
@@ -96,7 +98,7 @@ def thread_name(ident: int) -> str:
 
 
 def stack_of(frame: FrameType) -> list[str]:
-    """The innermost frames of the libraries', outermost first, as ``package/file.py:line function``."""
+    """The innermost frames in the libraries, outermost first, each as ``package/file.py:line function``."""
     kept = []
     for entry in traceback.extract_stack(frame):
         path = Path(entry.filename)
@@ -108,7 +110,7 @@ def stack_of(frame: FrameType) -> list[str]:
 
 
 def watch(owner: Any, attribute: str, state: str, look: Callable[[], Any]) -> list[Place]:
-    """Wrap a context manager or a function where it stands; nothing where this version has none of that name."""
+    """Wrap the function or context manager ``owner.attribute``; no place if this version has none of that name."""
     original = getattr(owner, attribute, None)
     if original is None:
         return []
@@ -188,7 +190,7 @@ def loading_places() -> list[Place]:
 
 
 def loading(send: Connection, folder: Path, threads: int, dtypes: Sequence[str | None]) -> None:
-    """Threads load, until all places have had two threads in them, or a load fails."""
+    """Threads load a model, round after round, until a load fails or leaves state changed."""
     places = loading_places()
     found: list[str] = []
     for turn in range(1, ROUNDS + 1):
@@ -207,7 +209,7 @@ def loading(send: Connection, folder: Path, threads: int, dtypes: Sequence[str |
 
 
 def meta_device(send: Connection, folder: Path, threads: int) -> None:
-    """Whether ``with torch.device("meta")`` in one thread is seen by another."""
+    """Whether ``with torch.device("meta")`` in one thread changes where another thread makes tensors."""
     inside, looked = threading.Event(), threading.Event()
 
     def hold() -> str:
@@ -229,7 +231,7 @@ def meta_device(send: Connection, folder: Path, threads: int) -> None:
 
 
 def predicting(send: Connection, folder: Path, threads: int) -> None:
-    """What ``predict`` on one model writes to: does it move it, switch it, set up its tokenizer?"""
+    """What ``predict`` changes of the model that threads share: its device, its mode, its tokenizer, its activation."""
     asked = requests(threads)
     model = cases.load(folder)
     network = cases.network(model)
@@ -273,7 +275,7 @@ def predicting(send: Connection, folder: Path, threads: int) -> None:
 
 
 def sharing_activation(model: Any, asked: Sequence[Any]) -> tuple[list[str], Place]:
-    """Whether ``predict(activation_fn=...)`` of one thread is what another thread's scores go through."""
+    """Whether the ``activation_fn`` of one thread's ``predict`` is applied to another thread's scores."""
     own = model.activation_fn
     place = Place("CrossEncoder.predict", "the model's activation_fn", lambda: type(model.activation_fn))
     swapped: list[str] = []
@@ -319,7 +321,7 @@ def _truncation(tokenizer: Any) -> str:
 
 
 class RecordingQueue:
-    """One of the pool's two queues, noting which thread put or took what."""
+    """One of the library pool's two queues; notes which thread put or took each item."""
 
     def __init__(self, queue: Any, place: Place) -> None:
         self._queue = queue
@@ -344,7 +346,7 @@ class RecordingQueue:
 
 
 def sharing_pool(send: Connection, folder: Path, threads: int) -> None:
-    """Whose chunks each thread takes from the library pool's one queue of results."""
+    """Whether a thread takes chunks of other threads from the library pool's one queue of results."""
     if not cases.has_library_pool():
         send.send({"facts": ["this version's CrossEncoder has no pool of its own"], "places": []})
         return
@@ -375,7 +377,7 @@ def sharing_pool(send: Connection, folder: Path, threads: int) -> None:
 
 
 def _whose(scores: Any, alone: dict[int, np.ndarray]) -> str | None:
-    """The thread whose request has all of ``scores`` among its own, or None if several have."""
+    """The thread whose request has all of ``scores`` among its own; None if no thread or several have."""
     if isinstance(scores, Exception):
         return None
     found = [
@@ -396,7 +398,7 @@ PARTS: dict[str, tuple[Callable[..., None], tuple[Any, ...]]] = {
 
 
 def as_text(title: str, said: dict[str, Any]) -> Iterator[str]:
-    """A part, for people."""
+    """The lines of one part."""
     yield f"=== {title}"
     if "failure" in said:
         yield said["failure"]
@@ -427,8 +429,6 @@ def main(arguments: Sequence[str]) -> None:
         if form == "json":
             print(json.dumps(parts, indent=2), file=out)
         else:
-            from mp_rerank.race.command import versions
-
             print(", ".join(f"{name} {number}" for name, number in versions().items()), file=out)
             for title, said in parts.items():
                 print("", *as_text(title, said), sep="\n", file=out)
