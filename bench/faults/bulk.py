@@ -1,8 +1,9 @@
-"""`python -m bench bulk --data DIR`: `mp-rerank run` on SciFact and Vaswani, killed in the middle and gone on with.
+"""`python -m bench bulk --data DIR`: `mp-rerank run` on SciFact and Vaswani, killed in the middle and run again.
 
-BM25's best 100 of every query are written as BEIR and TREC have them, corpus and judgements too; the command reranks
-them with the built-in model, gets SIGKILL once a third of it is written, is run again, and measures both runs.
-Every query must be in the output once, with all its candidates.
+The queries, the corpus, the judgements and BM25's 100 best documents of each query are written to files, in the formats
+of BEIR and TREC. `mp-rerank run` reranks them with the built-in model. It gets SIGKILL when a third of the output is
+written, is run again, and then measures nDCG before and after. In the end every query must be in the output once, with
+all its documents.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def measure(report: Report, collection: Collection, folder: Path, dtype: str) -> None:
-    """One set."""
+    """Run, kill and run again on one set; add its rows."""
     pairs = write(collection, folder)
     output = folder / "out.run"
     command = [sys.executable, "-m", "mp_rerank.cli", "run", f"--output={output}", f"--dtype={dtype}", "--json"]
@@ -75,7 +76,7 @@ FILES = {"queries": "queries.jsonl", "corpus": "corpus.jsonl", "run": "bm25.run"
 
 
 def write(collection: Collection, folder: Path) -> int:
-    """The set as files; how many pairs there are to score."""
+    """Write the set as files; returns the number of pairs to score."""
     ranked = candidates(collection)
     with (folder / FILES["queries"]).open("w") as queries, (folder / FILES["run"]).open("w") as run:
         for query, found in ranked.items():

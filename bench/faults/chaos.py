@@ -1,14 +1,14 @@
-"""`python -m bench chaos`: agents in threads, workers that die and hang all the time, and a ledger of every request.
+"""`python -m bench chaos`: agents in threads, workers that keep dying and hanging, and a check of every request.
 
-Agents submit requests of all sizes and check every score that comes back; some cancel, some give a deadline, some
-submit documents that kill or hang the worker that meets them, once or every time. Every other request asks what others
-ask too, of the same documents, and some scores are kept. Meanwhile workers are killed, stopped and made to crash at
-random moments, idle or not; models are reloaded; workers are recycled. What must hold:
+Agents submit requests of all sizes and check every score that they get. Some cancel, and some set a deadline. Some
+submit documents that kill or hang the worker that scores them, once or every time. Half of the requests share their
+queries and documents with others, and some scores are cached. Meanwhile workers are killed and stopped at random
+moments, models are reloaded, and workers are recycled. Each of these counts must be 0:
 
-lost            requests that never had an outcome: none
-unexplained     outcomes that nothing the agent or anybody else did accounts for: none
-wrong           scores that are not the model's for that pair, or of two models in one request: none
-leaked          processes, threads and files at the end beyond those at the start: none
+lost            requests without an outcome
+unexplained     outcomes that no agent's and no other action explains
+wrong           scores that are not the model's for the pair, or scores of two models in one request
+leaked          processes, threads and files at the end that were not there at the start
 """
 
 from __future__ import annotations
@@ -39,15 +39,15 @@ SECONDS_PER_TOKEN = 5e-6
 # How a document ends the worker that meets it.
 DEATHS = {"kill": "!signal SIGKILL", "segfault": "!segfault", "exit": "!os._exit 3"}
 HANG_TIMEOUT = 1.0
-# What agents ask alike: so many queries, of so many documents, and fewer scores kept than there are such pairs.
+# The queries and documents that agents share; the cache is smaller than the number of their pairs.
 QUERIES, DOCUMENTS, SCORE_CACHE = 4, 100, 300
-START_TIMEOUT = 20.0  # for those stopped while they load
-# Once agents have stopped and workers are left alone, what has no outcome after so many seconds is lost.
+START_TIMEOUT = 20.0  # for workers that are stopped (SIGSTOP) while they load
+# A request is lost if it has no outcome so many seconds after agents and killings have ended.
 PATIENCE = 120.0
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run, print the ledger, and fail if anything was lost, wrong or left behind."""
+    """Run and print the counts; 1 if a request was lost or wrong, or anything leaked."""
     parser = argparse.ArgumentParser(prog="python -m bench chaos", description=__doc__.partition("\n")[0])
     parser.add_argument(
         "--seconds", type=float, default=120.0, help="how long agents go on (1800: the longest setting)"
@@ -57,7 +57,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--seed", type=int, default=0, help="of the agents' and the monkeys' choices")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     options = parser.parse_args(argv)
-    logging.getLogger("mp_rerank").addHandler(logging.NullHandler())  # a warning for each death is too much
+    logging.getLogger("mp_rerank").addHandler(logging.NullHandler())  # no warning for each death
     with tempfile.TemporaryDirectory() as marks:
         report = Chaos(options.seconds, options.agents, options.workers, options.seed, Path(marks)).run()
     print(json.dumps(report, indent=2) if options.json else _table(report))
@@ -68,7 +68,7 @@ FAULTS = ("lost", "wrong", "unexplained", "leaked_processes", "leaked_threads", 
 
 
 class Chaos:
-    """One run and its ledger."""
+    """One run, and its counts."""
 
     def __init__(self, seconds: float, agents: int, workers: int, seed: int, marks: Path) -> None:
         self.seconds = seconds
@@ -88,9 +88,9 @@ class Chaos:
         self.errors: list[BaseException] = []
 
     def run(self) -> dict[str, Any]:
-        """Everything, from one quiet state of the process to another."""
+        """Run agents and killings, and compare the process before and after; the report."""
         pool = self._pool()
-        pool.start().close()  # what a first pool leaves for good, such as multiprocessing's tracker, is not a leak
+        pool.start().close()  # a first pool starts what stays, such as multiprocessing's tracker
         start = _Footprint.now()
         pool = self._pool().start()
         began = time.monotonic()
@@ -224,7 +224,7 @@ class Chaos:
         self._insert_once(documents, chance, DEATHS[death])
         with self.lock:
             self.kills[f"document {death}"] += 1
-        # Other deaths may meet it too: then it is one of three, and blamed as a poison would be.
+        # Two random deaths may hit the same document: after three deaths it is blamed, as a poison document is.
         self._conclude(pool.submit(query, documents), query, documents, "scored", allowed=WorkerCrashedError)
 
     def _poison(self, pool: RerankerPool, chance: random.Random, query: str, documents: list[str]) -> None:
@@ -241,7 +241,7 @@ class Chaos:
         self._conclude(pool.submit(query, documents), query, documents, "scored", allowed=WorkerCrashedError)
 
     def _insert_once(self, documents: list[str], chance: random.Random, order: str) -> None:
-        """Put a document among ``documents`` that orders the first worker that meets it, and no other."""
+        """Insert a document with an order that only the first worker obeys."""
         mark = self.marks / f"{chance.getrandbits(64):x}"
         documents.insert(chance.randrange(len(documents) + 1), f"!once {mark} {order}")
 
@@ -273,7 +273,7 @@ class Chaos:
             return None
         if error is not None:
             if isinstance(error, WorkerCrashedError) and error.attempts >= 3 and error.document_index is not None:
-                # A document that met three random deaths is blamed like a poison; the order itself is what was asked.
+                # After three deaths a document is blamed, also if it was there by chance.
                 self._count("blamed" if allowed is WorkerCrashedError else "blamed by chance")
             elif allowed is not None and isinstance(error, allowed):
                 self._count("timed out")
@@ -287,7 +287,7 @@ class Chaos:
         return None
 
     def _check(self, results: list[RerankResult], query: str, documents: list[str], partial: bool) -> str:
-        """Every score against both models' formulas: all of one, each in its place, best first, none missing."""
+        """Check results: all scores of one model, each of its document, best first, and none missing."""
         scored = [result for result in results if result.relevance_score is not None]
         complete = len(scored) == len(documents)
         problem = ""
@@ -318,10 +318,10 @@ class Chaos:
         with self.lock:
             where.append(text)
 
-    # What happens to the pool meanwhile.
+    # What is done to the pool meanwhile.
 
     def _killer(self, pool: RerankerPool, chance: random.Random) -> None:
-        """Kill, stop and crash workers, loading, idle or busy."""
+        """Kill, stop and crash workers, whether they load, wait or score."""
         while not self.stop.wait(chance.random() * 1.5):
             pids = [info.pid for info in pool.workers() if info.pid is not None]
             if not pids:
@@ -343,7 +343,7 @@ class Chaos:
 
 
 class _Footprint:
-    """What this process holds: child processes, threads, open files, memory."""
+    """The children, threads, open files and memory of this process."""
 
     def __init__(self) -> None:
         gc.collect()
@@ -355,7 +355,7 @@ class _Footprint:
 
     @classmethod
     def now(cls, until: _Footprint | None = None) -> _Footprint:
-        """The footprint, once it is no more than ``until``'s, or after some seconds: threads take a moment to end."""
+        """The footprint now; with ``until``, waits for it to shrink to that: threads take a moment to end."""
         deadline = time.monotonic() + 20.0
         while True:
             found = cls()

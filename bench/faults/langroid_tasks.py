@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 import tiktoken
 
-# Langroid counts tokens with an encoding that tiktoken would download; bytes will do.
+# Langroid counts tokens with an encoding that tiktoken would download: bytes take its place.
 for _name in ("cl100k_base", "o200k_base"):
     tiktoken.registry.ENCODINGS[_name] = tiktoken.Encoding(
         _name, pat_str=".", mergeable_ranks={bytes([i]): i for i in range(256)}, special_tokens={}
@@ -53,23 +53,23 @@ ANIMALS = ["heron", "otter", "lynx", "beaver", "falcon", "badger", "marten", "os
 TRAITS = ["eats fish at dawn", "nests near water", "lives for twelve years", "hunts alone at night", "sleeps in winter"]
 FILLER = "It was described by naturalists of the nineteenth century, who drew it from life and kept long records. "
 
-# BM25 and fuzzy matching clean texts with word lists that NLTK would download; lower case will do.
+# BM25 and fuzzy matching clean texts with word lists that NLTK would download: lower case takes their place.
 search.preprocess_text = doc_chat_agent.preprocess_text = str.lower
 
 
 class HashedWords(EmbeddingModel):
-    """Vectors of hashed words: enough for a vector store to have something to search."""
+    """Embeddings of hashed words, for the vector store."""
 
     def __init__(self, config: EmbeddingModelsConfig) -> None:
         self.config = config
 
     def embedding_fn(self) -> Any:
-        """What embeds a list of texts."""
+        """A function that embeds a list of texts."""
         return lambda texts: [self._embed(text) for text in texts]
 
     @property
     def embedding_dims(self) -> int:
-        """Length of a vector."""
+        """The length of an embedding."""
         return 128
 
     def _embed(self, text: str) -> list[float]:
@@ -82,7 +82,7 @@ class HashedWords(EmbeddingModel):
 
 
 def documents(animal: str, filler: int) -> list[Document]:
-    """What one agent knows: 30 passages, each of one fact and ``filler`` sentences of some 20 tokens."""
+    """The 30 passages of one agent, each of one fact and ``filler`` sentences of some 20 tokens."""
     return [
         Document(content=f"The {animal} {trait}. {FILLER * filler}", metadata=DocMetaData(source=f"{animal} {i} {j}"))
         for i, trait in enumerate(TRAITS)
@@ -91,7 +91,7 @@ def documents(animal: str, filler: int) -> list[Document]:
 
 
 def make_task(animal: str, model: str, filler: int) -> lr.Task:
-    """A task of an agent of its own, with a vector store of its own."""
+    """A task with an agent and a vector store of its own."""
     agent = DocChatAgent(
         DocChatAgentConfig(
             llm=MockLMConfig(default_response="It does, says [0]."),
@@ -117,7 +117,7 @@ def make_task(animal: str, model: str, filler: int) -> lr.Task:
 
 
 def load_each_time(model_name: str, device: str | None) -> Any:
-    """What Langroid did before it had a cache: nothing is shared, nothing is locked."""
+    """Load a model, as Langroid did before it had a cache: nothing is shared, nothing is locked."""
     from sentence_transformers import CrossEncoder
 
     return doc_chat_agent._CrossEncoderCacheEntry(model=CrossEncoder(model_name, device=device), lock=nullcontext())

@@ -1,12 +1,12 @@
-"""The tox matrix: every environment made, tested and raced, and what came of it gathered into one page.
+"""The tox matrix: make, test and race every environment, and write one page of the results.
 
     python -m bench matrix                    all environments, then the page
-    python -m bench matrix -e ENV [ENV ...]   these, then the page of all that have run
+    python -m bench matrix -e ENV [ENV ...]   these environments, then the page of all that have run
     python -m bench matrix --gather           the page alone
 
-An environment goes through ``tox run`` (made, then the tests of real models; the others import none of what it pins,
-and run on each Python in ``py3…-core``) and then ``mp-rerank race --json`` in it. What it said is kept in RECORDS, one
-file each, so that environments can run on different days or machines.
+Each environment is made by ``tox run``, which runs the tests of real models in it. (The other tests import none of what
+an environment pins; ``py3…-core`` runs them on each Python.) Then ``mp-rerank race --json`` runs in it. The results of
+an environment are kept in a file of RECORDS, so that environments can run on different days or machines.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def environments() -> list[str]:
-    """The matrix's names in tox.ini: those that pin a Python, a torch and the two libraries."""
+    """The names of the matrix's environments in tox.ini: each pins Python, torch and the two libraries."""
     listed = subprocess.run([*tox("list"), "--no-desc"], capture_output=True, text=True, check=True).stdout.split()
     return [name for name in listed if re.fullmatch(r"py\d+-torch.*", name)]
 
@@ -96,7 +96,7 @@ def run(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
     summaries = [line for line in said.splitlines() if re.search(r"\d+ (passed|failed).* in [\d.]+s", line)]
     failures = [line for line in said.splitlines() if re.match(r"(FAILED|ERROR|SKIPPED|XFAIL) ", line)]
     try:
-        race, _ = json.JSONDecoder().raw_decode(raced.stdout, raced.stdout.index("{"))  # tox has the last word
+        race, _ = json.JSONDecoder().raw_decode(raced.stdout, raced.stdout.index("{"))  # tox prints a line after it
     except ValueError:
         race = {"failed": True, "said": (raced.stdout + raced.stderr)[-2000:]}
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
@@ -113,12 +113,12 @@ def run(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def tox(command: str, *options: str) -> list[str]:
-    """A call of tox for this project."""
+    """The command line of tox for this project."""
     return [sys.executable, "-m", "tox", command, "--root", str(ROOT), "-c", str(ROOT / "tox.ini"), *options]
 
 
 def page(results: Sequence[dict[str, Any]]) -> Iterator[str]:
-    """The page: a table of all environments, and each one's race."""
+    """The lines of the page: a table of all environments, and the race of each."""
     yield INTRODUCTION
     yield "| environment | Python | torch | transformers | sentence-transformers | tests | s | GB | threads | pool |"
     yield "|---|---|---|---|---|---|---:|---:|---|---|"

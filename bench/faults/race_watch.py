@@ -63,7 +63,7 @@ class Place:
             self.inside.append(me)
             self.most_at_once = max(self.most_at_once, len(set(self.inside)))
             if others and not self.stacks:
-                frames = sys._current_frames()  # this thread holds the interpreter: the others stand still
+                frames = sys._current_frames()  # this thread has the interpreter's lock: the others stand still
                 self.stacks = {thread_name(ident): stack_of(frames[ident]) for ident in (others[0], me)}
             beside = f", with {', '.join(sorted(map(thread_name, set(others))))} inside" if others else ""
             self._note(f"{thread_name(me)} enters{beside}: {what or self._now()}")
@@ -78,7 +78,7 @@ class Place:
         return f"{self.state} is {cases.named(self.look())}"
 
     def _note(self, line: str) -> None:
-        if self.notes or "with" in line:  # from the first meeting on
+        if self.notes or "with" in line:  # from the first time that two threads are inside
             self.notes.append(line)
 
     def as_json(self) -> dict[str, Any]:
@@ -143,7 +143,7 @@ def watch(owner: Any, attribute: str, state: str, look: Callable[[], Any]) -> li
 
 
 def watch_default_dtype() -> list[Place]:
-    """``torch.set_default_dtype``: a thread is inside from setting another dtype until it sets the first again."""
+    """Wrap ``torch.set_default_dtype``: a thread is inside until it sets the normal dtype again."""
     original, normal = torch.set_default_dtype, torch.get_default_dtype()
     place = Place("torch.set_default_dtype", "torch.get_default_dtype()", torch.get_default_dtype)
 
@@ -166,7 +166,7 @@ def watch_default_dtype() -> list[Place]:
 
 
 def loading_places() -> list[Place]:
-    """What ``from_pretrained`` changes for the whole process, in the versions known."""
+    """The places in ``from_pretrained``, of all known versions."""
     utils: Any = transformers.modeling_utils
     base: Any = transformers.PreTrainedModel
     initialization: Any
@@ -180,7 +180,7 @@ def loading_places() -> list[Place]:
         watch(utils, "no_init_weights", "transformers.modeling_utils._init_weights", lambda: utils._init_weights),
         watch(initialization, "no_tie_weights", "PreTrainedModel.tie_weights", lambda: base.tie_weights),
         watch(initialization, "meta_device_safe_creation_ops", "torch.linspace", lambda: torch.linspace),
-        # It replaces torch's functions since transformers 5 only.
+        # Only since transformers 5 does it replace torch's functions.
         watch(base, "initialize_weights", "torch.nn.init.normal_", lambda: torch.nn.init.normal_)
         if hasattr(initialization, "guard_torch_init_functions")
         else [],
@@ -267,7 +267,7 @@ def predicting(send: Connection, folder: Path, threads: int) -> None:
     if "device" in inspect.signature(type(model).predict).parameters:
         try:
             cases.predict(model, asked[0], device="meta")
-        except Exception:  # there are no scores on meta; the question is what becomes of the model
+        except Exception:  # meta gives no scores; what matters is the model's device afterwards
             pass
         devices = ", ".join(sorted({str(parameter.device) for parameter in network.parameters()}))
         facts.append(f'predict(device="meta") left the model on {devices}: for every other caller too')

@@ -1,7 +1,7 @@
-"""Readers of the test collections and the labelled training sets: files in, plain objects out.
+"""Readers of test collections and of labelled training sets: they read files and return plain objects.
 
-Every reader takes the folder that holds all the sets (`--data`), and none of them changes a word, so that what is
-measured is what was published.
+Each reader takes the folder with all sets (`--data`). No reader changes a text, so that results hold for the sets as
+they were published.
 """
 
 import csv
@@ -16,7 +16,7 @@ _QUOTED = re.compile(r"'((?:[^'\\]|\\.)*)'|\"((?:[^\"\\]|\\.)*)\"")
 
 @dataclass(frozen=True)
 class Collection:
-    """A retrieval test: documents, queries, and which documents answer which query (`qrels[query][doc] = grade`)."""
+    """A test collection: documents, queries, and the grade of each judged document (`qrels[query][doc] = grade`)."""
 
     name: str
     documents: dict[str, str]
@@ -26,7 +26,7 @@ class Collection:
 
 @dataclass(frozen=True)
 class Answered:
-    """A question whose answer lies at a known place of a passage (XQuAD, SQuAD)."""
+    """A question, and the place of its answer in a paragraph (XQuAD, SQuAD)."""
 
     article: int
     title: str
@@ -37,13 +37,13 @@ class Answered:
 
 
 def numpy_strings(text: str) -> list[str]:
-    """The strings of a printed NumPy array: how the SciFact CSV files write an abstract's sentences."""
+    """The strings of a printed NumPy array. SciFact's CSV files have an abstract's sentences in this form."""
     found = (single or double for single, double in _QUOTED.findall(text))
     return [item.replace("\\n", " ").replace("\\'", "'").replace('\\"', '"').strip() for item in found]
 
 
 def scifact_corpus(data: Path) -> dict[str, tuple[str, list[str]]]:
-    """Every SciFact abstract as (title, sentences); the corpus is one for all splits."""
+    """Every SciFact abstract as (title, sentences); all splits have the same corpus."""
     csv.field_size_limit(1 << 24)
     with open(data / "scifact" / "corpus_train.csv", newline="", encoding="utf-8") as file:
         return {row["doc_id"]: (row["title"], numpy_strings(row["abstract"])) for row in csv.DictReader(file)}
@@ -150,13 +150,13 @@ def pubmedqa(data: Path) -> list[tuple[str, str, str]]:
     return [(row["QUESTION"], " ".join(row["CONTEXTS"]), row["LONG_ANSWER"]) for row in rows.values()]
 
 
-#: the three sets that training never sees, as `bench quality` runs them
+#: the three sets that `bench quality` measures; the built-in model is not trained or developed on them
 HELD_OUT: dict[str, Callable[[Path], Collection]] = {
     "scifact": lambda data: scifact(data, "test"),
     "vaswani": vaswani,
     "cisi": cisi,
 }
-#: sets for decisions while the built-in model is made (`bench builtin average`): neither trained on nor held out
+#: the sets for decisions about the built-in model (`bench builtin average`); it is not trained on them
 DEVELOPMENT: dict[str, Callable[[Path], Collection]] = {"cranfield": cranfield, "cacm": cacm, "lisa": lisa}
 
 
@@ -169,7 +169,7 @@ def _tsv_qrels(path: Path) -> dict[str, dict[str, int]]:
 
 
 def _columns(path: Path) -> dict[str, dict[str, int]]:
-    """Judgements that are a line each, `query document ...`: what is listed is relevant, unless its code is -1."""
+    """Judgements, a line each, `query document ...`: a listed document is relevant unless its code is -1."""
     qrels: dict[str, dict[str, int]] = {}
     for query, doc, *rest in filter(None, map(str.split, path.read_text().splitlines())):
         qrels.setdefault(query, {})[doc] = int(rest[:1] != ["-1"])

@@ -1,7 +1,7 @@
-"""The fake models of `tests/fakes.py`, for benchmarks whose figures do not depend on a model.
+"""The fake models of `tests/fakes.py`, for commands whose figures do not depend on a model.
 
-A worker imports a loader by the name of its module, and looks for modules where this process does. So this module adds
-the tests' folder to the places that both look in.
+A worker imports a loader by the name of its module and gets this process's search path. So this module adds the tests'
+folder to the search path.
 """
 
 import sys

@@ -1,4 +1,4 @@
-"""Models of a given shape with random weights, and requests of a given size: speed does not depend on their values."""
+"""Models of a given shape with random weights, and requests of random words: speed does not depend on their values."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ def make_model(folder: str, shape: dict[str, int]) -> None:
     """Save a model of ``shape`` with random weights, and the built-in model's tokenizer."""
     tokenizer = AutoTokenizer.from_pretrained(BUILTIN_FOLDER)
     torch.manual_seed(0)
-    # A wider spread than BERT's 0.02, so that scores differ and a mix-up would show; narrower for wider layers, whose
-    # sums would otherwise saturate.
+    # A wider spread than BERT's 0.02, so that scores differ and mixed-up scores are noticed. Wider layers get a
+    # narrower one: their larger sums would saturate.
     model = BertForSequenceClassification(
         BertConfig(vocab_size=len(tokenizer), num_labels=1, initializer_range=2 / shape["hidden_size"] ** 0.5, **shape)
     )
@@ -32,7 +32,7 @@ def make_model(folder: str, shape: dict[str, int]) -> None:
 
 
 def make_requests(agents: int, documents: int, words: int) -> list[Pairs]:
-    """One request an agent: a query and documents of random words, of lengths spread around ``words``."""
+    """A request for each agent: a query and documents of random words, about ``words`` in each document."""
     chance = random.Random(0)
     vocabulary = [w for w in AutoTokenizer.from_pretrained(BUILTIN_FOLDER).get_vocab() if w.isalpha() and len(w) > 2]
     vocabulary.sort()

@@ -1,10 +1,10 @@
-"""nDCG@10 of rerankers on BM25's top 100, beside a random order, BM25's own and the bi-encoder's.
+"""nDCG@10 of rerankers on BM25's 100 best documents, beside a random order, BM25 and a bi-encoder.
 
     python -m bench quality --data DIR [--model NAME_OR_PATH ...] [--json FILE]
 
-The sets (SciFact test, Vaswani, CISI) took no part in making the built-in model; those it was developed on are to be
-had by name (`--set`). Every ranker gets the same 100 candidates, so the table says how well each one orders, and
-nothing about finding.
+The built-in model was not trained or developed on the default sets (SciFact's test claims, Vaswani, CISI). The sets
+that it was developed on can be named with `--set`. All rerankers order the same 100 documents of a query: the table
+says how well they order, and nothing about finding documents.
 """
 
 import argparse
@@ -24,7 +24,7 @@ from bench.quality.retrieval import BM25, BiEncoder
 from mp_rerank import ModelSpec, RerankerPool
 from mp_rerank.config import BUILTIN_FOLDER
 
-#: all that `--set` knows
+#: the names that `--set` accepts
 SETS = {**HELD_OUT, **DEVELOPMENT}
 DEPTH = 100
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
@@ -53,7 +53,7 @@ def ndcg(collection: Collection, run: Run) -> float:
 
 
 def rerank(collection: Collection, pool: Candidates, score: Scorer) -> Run:
-    """Every query's candidates with the scores that `score` gives them."""
+    """All queries' candidates, with the scores that `score` gives them."""
     run = {}
     for query, ranked in pool.items():
         keys = [key for key, _ in ranked]
@@ -63,14 +63,14 @@ def rerank(collection: Collection, pool: Candidates, score: Scorer) -> Run:
 
 
 def random_order(collection: Collection, pool: Candidates, seed: int, draws: int = 20) -> float:
-    """The mean over a few shuffles: what the candidates are worth without any ranking."""
+    """nDCG@10 of candidates in random order, the mean over a few shuffles."""
     generator = np.random.default_rng(seed)
     runs = (rerank(collection, pool, lambda _, texts: generator.random(len(texts))) for _ in range(draws))
     return float(np.mean([ndcg(collection, run) for run in runs]))
 
 
 def quantiles(collection: Collection, run: Run) -> dict[str, list[float]]:
-    """How a ranker's scores lie, for the relevant candidates and for the others: where one could cut."""
+    """Quantiles of a reranker's scores, of the relevant candidates and of the others: they show a threshold."""
     scores = {True: [], False: []}
     for query, values in run.items():
         for key, value in values.items():
@@ -103,7 +103,7 @@ def seen_and_unseen(collection: Collection, training: Collection, runs: dict[str
 
 
 def bi_encoder(collection: Collection, pool: Candidates) -> Scorer:
-    """Cosines, with every candidate encoded once although many queries share it."""
+    """Cosines of query and candidate; a candidate of several queries is encoded once."""
     encoder = BiEncoder()
     texts = sorted({collection.documents[key] for ranked in pool.values() for key, _ in ranked})
     vectors = dict(zip(texts, encoder.encode(texts), strict=True))
@@ -111,7 +111,7 @@ def bi_encoder(collection: Collection, pool: Candidates) -> Scorer:
 
 
 def cross_encoder(model: str, dtype: str, collection: Collection, found: Candidates) -> tuple[Run, float]:
-    """A cross-encoder's run, and the seconds its scoring took: a pool's, whose scores are `CrossEncoder.predict`'s."""
+    """A cross-encoder's run, scored by a pool (with `CrossEncoder.predict`'s scores), and the seconds it took."""
     with RerankerPool(ModelSpec(model, dtype=dtype), devices="cpu") as pool:
         start = time.perf_counter()
         futures = {
@@ -135,12 +135,12 @@ class Measured:
     scores: dict[str, dict[str, dict[str, list[float]]]] = field(default_factory=dict)
     #: cross-encoder -> time spent scoring, all sets together
     seconds: dict[str, float] = field(default_factory=dict)
-    #: ranker -> claims whose abstract training has seen, and others -> nDCG@10
+    #: ranker -> claims with an abstract of the training set, and the others -> nDCG@10
     scifact: dict[str, dict[str, float]] = field(default_factory=dict)
 
 
 def measure(data: Path, names: list[str], models: list[str], seed: int, dtype: str) -> Measured:
-    """Every ranker on every set, with a line on standard error as each set is done."""
+    """Measure every reranker on every set; prints a line to standard error after each set."""
     found = Measured()
     for name in names:
         collection = SETS[name](data)
@@ -165,7 +165,7 @@ def measure(data: Path, names: list[str], models: list[str], seed: int, dtype: s
 
 
 def markdown(found: Measured, names: list[str]) -> str:
-    """Two tables: nDCG@10 with the mean and how far it is ahead of BM25's, and how the scores lie."""
+    """Two tables: nDCG@10 with its mean and the gain over BM25, and the quantiles of scores."""
     lines = [f"| nDCG@10 | {' | '.join(names)} | mean | over BM25 |", "|---|" + "---:|" * (len(names) + 2)]
     base = np.mean([found.ndcg["BM25"][name] for name in names])
     for ranker, row in found.ndcg.items():

@@ -1,4 +1,4 @@
-"""The two rankers everything is compared with, and distilled from: BM25 and the bi-encoder's cosine."""
+"""BM25 and the bi-encoder: the rankers that rerankers are compared with, and the teachers of the built-in model."""
 
 import contextlib
 from collections.abc import Sequence
@@ -8,7 +8,7 @@ import bm25s
 import numpy as np
 import torch
 
-#: plain words in lower case; no stemming and no stop list, so that the baseline is the textbook's
+#: words in lower case, without stemming and stop list: plain BM25 as a baseline
 _TOKENS = {"token_pattern": r"(?u)\b\w+\b", "stopwords": None, "show_progress": False}
 
 
@@ -35,7 +35,7 @@ def bi_encoder_path() -> Path:
 
 
 def fast_dtype() -> str:
-    """`bfloat16` where the CPU has instructions for it, and `float32` where that would take 7 times as long (AVX2)."""
+    """`bfloat16` if the CPU has instructions for it, else `float32`: bfloat16 without them takes 7 times as long."""
     return "bfloat16" if torch.ops.mkldnn._is_mkldnn_bf16_supported() else "float32"
 
 
@@ -53,7 +53,7 @@ class BiEncoder:
         self._model = SentenceTransformer(str(bi_encoder_path()), device="cpu")
 
     def encode(self, texts: Sequence[str], batch_size: int = 32, half: bool = False) -> np.ndarray:
-        """One row a text. `half` is for teaching, where speed is worth a third decimal: see `half_precision`."""
+        """One row a text. `half` computes in `half_precision`: faster, and exact enough for teaching."""
         with half_precision() if half else contextlib.nullcontext():
             vectors = self._model.encode(
                 list(texts), batch_size=batch_size, convert_to_tensor=True, normalize_embeddings=True

@@ -1,7 +1,8 @@
-"""`python -m bench compare OLD NEW`: two runs of one benchmark, or two folders of runs, held against each other.
+"""`python -m bench compare OLD NEW`: compare two reports of one command, or two folders of reports.
 
-A row got worse if its median did by more than the threshold *and* the ranges of its repetitions do not touch: a machine
-in another mood moves medians, but seldom every single repetition. What only one of the two has is listed, not judged.
+A row got worse if its median did by more than the threshold and if the ranges of its repetitions do not overlap. (Other
+load on a machine moves medians, but seldom every single repetition.) Rows that only one report has are listed and not
+judged.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from bench.reports.report import Row, shown
 
 @dataclass(frozen=True)
 class Change:
-    """One quantity then and now; ``ratio`` is new over old."""
+    """One quantity in both reports; ``ratio`` is new over old."""
 
     command: str
     old: Row
@@ -32,7 +33,7 @@ class Change:
 
     @property
     def verdict(self) -> str:
-        """``"worse"``, ``"better"``, or ``""``."""
+        """``"worse"``, ``"better"``, or ``""`` for no clear change."""
         if not self.old.better or max(self.ratio, 1 / max(self.ratio, 1e-12)) <= 1 + self.threshold:
             return ""
         if self.new.low <= self.old.high and self.old.low <= self.new.high:
@@ -75,7 +76,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def pairs_of_files(old: Path, new: Path) -> Iterator[tuple[Path, Path]]:
-    """The files to hold against each other: two files, or those that two folders both have."""
+    """The pairs of files to compare: the two given, or the files that both folders have."""
     if not old.is_dir():
         yield old, new / old.name if new.is_dir() else new
         return
@@ -85,7 +86,7 @@ def pairs_of_files(old: Path, new: Path) -> Iterator[tuple[Path, Path]]:
 
 
 def compare(old: Path, new: Path, threshold: float) -> tuple[list[Change], list[str]]:
-    """The rows that both runs have, and the names of those that one has."""
+    """The changes of rows that both reports have, and the names of rows that one has."""
     before, after = read(old), read(new)
     for name in ("processor", "cores", "python"):
         if before.machine.get(name) != after.machine.get(name):

@@ -16,7 +16,7 @@ RESULTS = ROOT / "bench" / "results"
 
 
 def add_output(parser: argparse.ArgumentParser) -> None:
-    """The option every benchmark has."""
+    """Add the option `--out`, which every command with a report has."""
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder for JSON, Markdown and pictures")
 
 
@@ -28,14 +28,14 @@ def save(report: Report, out: Path) -> None:
 
 
 def finish(report: Report, out: Path) -> None:
-    """Save ``report`` and its pictures, and print the tables."""
+    """Save ``report``, print its tables, and draw it."""
     save(report, out)
     print(report.markdown())
     draw(report, out)
 
 
 def draw(report: Report, out: Path) -> None:
-    """Write the pictures of ``report`` into ``out``, if there is matplotlib."""
+    """Draw ``report`` into ``out``, if matplotlib is installed."""
     try:
         from bench.reports import plots
     except ImportError as error:
@@ -45,6 +45,6 @@ def draw(report: Report, out: Path) -> None:
 
 
 def read(path: Path) -> Report:
-    """A run written by ``finish``."""
+    """The report in a JSON file that ``save`` wrote."""
     content = json.loads(path.read_text(encoding="utf-8"))
     return Report(**{**content, "rows": [Row(**row) for row in content["rows"]]})

@@ -34,7 +34,7 @@ def draw(report: Report, out: Path) -> list[Path]:
 
 
 def throughput(report: Report) -> None:
-    """A panel a work-load, a bar a contender."""
+    """A panel for each work-load, a bar for each contender."""
     found = rows_of(report, "pairs/s")
     workloads = distinct(found, "work")
     axes = panels(len(workloads), 3, 0.35 * len(distinct(found, "contender")) + 0.6)
@@ -44,7 +44,7 @@ def throughput(report: Report) -> None:
 
 
 def latency(report: Report) -> None:
-    """A panel a table: the quantiles as bars."""
+    """A panel for each table, a bar for each quantile."""
     shown = ("p50, ms", "p95, ms", "p99, ms", "ms")
     tables: dict[tuple[str, ...], list[Row]] = {}
     for row in report.rows:
@@ -59,7 +59,7 @@ def latency(report: Report) -> None:
 
 
 def scale(report: Report) -> None:
-    """Efficiency and cost over the slots; submit and dispatch over the pending requests."""
+    """Efficiency and CPU time by number of slots; submit and dispatch by number of pending requests."""
     left, middle, right = panels(3, 3, 3)
     lines(left, rows_of(report, "efficiency, %"), "slots")
     left.set(title="the workers' time spent at work, %", ylim=(0, 105))
@@ -74,7 +74,7 @@ def scale(report: Report) -> None:
 
 
 def memory(report: Report) -> None:
-    """Over the phases: a panel a measure, a line a backend, start method (its style) and number of workers (colour)."""
+    """Memory by phase, a panel for each measure. Lines: style by start method, colour by number of workers."""
     measures = [m for m in ("USS a worker, MiB", "PSS a worker, MiB", "RSS a worker, MiB") if rows_of(report, m)]
     axes = panels(len(measures), 3, 3.2)
     for axis, measure in zip(axes, measures, strict=True):
@@ -83,7 +83,7 @@ def memory(report: Report) -> None:
         for backend in [name for name in distinct(found, "backend") if name != "none"]:
             for count in counts:
                 for method in methods:
-                    # What comes before a backend is the same for all of them.
+                    # The phases without a model are the same for all backends.
                     of = {"workers": count, "start method": method}
                     line = [r for r in found if of.items() <= r.of.items() and r.of["backend"] in ("none", backend)]
                     axis.plot(
@@ -101,12 +101,12 @@ def memory(report: Report) -> None:
 
 
 def load(report: Report) -> None:
-    """A bar a step, cached and not."""
+    """A panel for cached files and one for dropped ones, a bar for each step."""
     bars_in_panels(report, "s", "files", "step", "seconds, {}")
 
 
 def start(report: Report) -> None:
-    """A panel a measure, a bar a start method."""
+    """A panel for each measure, a bar for each start method."""
     measures = list(dict.fromkeys(row.measure for row in report.rows))
     for axis, measure in zip(panels(len(measures), 3, 1.4), measures, strict=True):
         bars(axis, rows_of(report, measure), lambda row: row.of["start method"])
@@ -114,25 +114,25 @@ def start(report: Report) -> None:
 
 
 def backends(report: Report) -> None:
-    """A panel a model, a bar a way to compute it."""
+    """A panel for each model, a bar for each backend and dtype."""
     bars_in_panels(report, "pairs/s", "model", "contender", "{}: pairs/s")
 
 
 def weights(report: Report) -> None:
-    """What all workers take together, over their number: a panel a start method, a line a way to hold the weights."""
+    """All workers' memory by their number: a panel for each start method, a line for each setting of the weights."""
     found = rows_of(report, "PSS of all, MiB")
     methods = distinct(found, "start method")
     for axis, method in zip(panels(len(methods), 2, 3), methods, strict=True):
-        for color, way in zip(SERIES, distinct(found, "weights"), strict=False):
-            of = {"start method": method, "weights": way}
-            lines(axis, [row for row in found if of.items() <= row.of.items()], "workers", way, color)
+        for color, setting in zip(SERIES, distinct(found, "weights"), strict=False):
+            of = {"start method": method, "weights": setting}
+            lines(axis, [row for row in found if of.items() <= row.of.items()], "workers", setting, color)
         axis.set(title=f"{method}: PSS of all workers, MiB")
         axis.set_ylim(bottom=0)
         axis.legend(frameon=False)
 
 
 def reuse(report: Report) -> None:
-    """A bar a setting."""
+    """A bar for each setting."""
     (axis,) = panels(1, 1, 1.6)
     bars(axis, rows_of(report, "pairs/s"), lambda row: row.of["reused"])
     axis.set_title("pairs/s, by what is reused", loc="left")
@@ -149,12 +149,12 @@ def rows_of(report: Report, measure: str) -> list[Row]:
 
 
 def distinct(rows: Iterable[Row], label: str) -> list[Any]:
-    """The values of a label, in order."""
+    """The different values of a label, in order."""
     return list(dict.fromkeys(row.of[label] for row in rows))
 
 
 def panels(count: int, columns: int, height: float) -> list[Axes]:
-    """That many axes, row by row, of ``height`` inches each."""
+    """``count`` axes, row by row, each ``height`` inches high."""
     columns = min(columns, count)
     lines = -(-count // columns)
     figure, grid = plt.subplots(lines, columns, figsize=(5.2 * columns, height * lines), squeeze=False)
@@ -166,7 +166,7 @@ def panels(count: int, columns: int, height: float) -> list[Axes]:
 
 
 def bars_in_panels(report: Report, measure: str, panel: str, bar: str, title: str) -> None:
-    """One measure: a panel for each value of a label, a bar for each of another within it."""
+    """One measure: a panel for each value of the label ``panel``, in it a bar for each value of ``bar``."""
     found = rows_of(report, measure)
     values = distinct(found, panel)
     for axis, value in zip(panels(len(values), 2, 0.3 * len(found) / len(values) + 0.6), values, strict=True):
@@ -175,7 +175,7 @@ def bars_in_panels(report: Report, measure: str, panel: str, bar: str, title: st
 
 
 def bars(axis: Axes, rows: Sequence[Row], name: Callable[[Row], str]) -> None:
-    """Horizontal bars with their ranges and figures, ours in colour."""
+    """Horizontal bars with ranges and numbers; bars of mp_rerank are in colour."""
     names = [name(row) for row in rows]
     medians = [row.median for row in rows]
     ranges = [[row.median - row.low for row in rows], [row.high - row.median for row in rows]]
@@ -189,7 +189,7 @@ def bars(axis: Axes, rows: Sequence[Row], name: Callable[[Row], str]) -> None:
 
 
 def lines(axis: Axes, rows: Sequence[Row], along: str, label: str = "", color: str = OURS) -> None:
-    """A line with its range over a label that counts, on a logarithmic axis."""
+    """A line with its range; on the x axis, which is logarithmic, a label that is a number."""
     counts = [row.of[along] for row in rows]
     axis.fill_between(counts, [row.low for row in rows], [row.high for row in rows], alpha=0.2, color=color, lw=0)
     axis.plot(counts, [row.median for row in rows], marker="o", color=color, label=label)

@@ -47,11 +47,11 @@ class Row:
     """One measured quantity.
 
     Attributes:
-        of: what was measured, label by label; a table shows rows of equal labels in one line.
-        measure: what of it, with the unit behind a comma (``"p50, ms"``).
-        median, low, high: of the repetitions, the range being the smallest and the largest.
-        repetitions: how many there were.
-        better: ``"higher"``, ``"lower"``, or ``""`` for what is neither.
+        of: labels that say what was measured; rows with equal labels are one line of a table.
+        measure: the quantity, with its unit after a comma (``"p50, ms"``).
+        median, low, high: the median, the smallest and the largest of the repetitions.
+        repetitions: their number.
+        better: ``"higher"``, ``"lower"``, or ``""`` if neither is better.
     """
 
     of: Mapping[str, Any]
@@ -77,21 +77,21 @@ class Report:
 
     @classmethod
     def begin(cls, command: str, title: str, options: argparse.Namespace) -> Report:
-        """An empty report, dated now. Paths are left out of the arguments: they say nothing about the figures."""
+        """An empty report with today's date. Paths among the arguments are left out: no figure depends on them."""
         arguments = {name: value for name, value in vars(options).items() if not isinstance(value, Path)}
         return cls(command, title, arguments, machine(), versions())
 
     def add(
         self, of: Mapping[str, Any], measure: str, values: float | Sequence[float], *, better: str = "lower"
     ) -> None:
-        """Add the row for ``values``, one a repetition."""
+        """Add a row; ``values`` has one value for each repetition."""
         values = [values] if isinstance(values, (int, float)) else list(values)
         self.rows.append(
             Row(dict(of), measure, statistics.median(values), min(values), max(values), len(values), better)
         )
 
     def note(self, text: str) -> None:
-        """Add a sentence below the table, and say it now."""
+        """Add a sentence below the tables, and print it."""
         self.notes.append(text)
         print(text, flush=True)
 
@@ -103,9 +103,9 @@ class Report:
         raise KeyError((measure, of))
 
     def markdown(self) -> str:
-        """The tables: a line for each set of labels, a column for each measure; then the notes and the machine.
+        """The tables, the notes and the machine.
 
-        Rows of unlike label names make tables of their own.
+        Rows with the same label names are one table: a line for each set of labels, a column for each measure.
         """
         tables: dict[tuple[str, ...], list[Row]] = {}
         for row in self.rows:
@@ -130,13 +130,13 @@ class Report:
 
 
 def option(name: str, value: Any) -> str:
-    """A command's option as it was given."""
+    """An option as it stands on the command line."""
     values = value if isinstance(value, list) else [] if value is True else [value]
     return " ".join((f"--{name.replace('_', '-')}", *map(str, values)))
 
 
 def machine() -> dict[str, Any]:
-    """What the figures depend on and the code does not."""
+    """The machine, as far as figures depend on it, and the date."""
     found = read_machine()
     return {
         "processor": found.cpu_model,
@@ -152,7 +152,7 @@ def machine() -> dict[str, Any]:
 
 
 def versions() -> dict[str, str]:
-    """The versions of what takes part, where it is installed, and the commit if this is a clone."""
+    """The versions of those PACKAGES that are installed, and the commit if this is a clone."""
     found = {}
     for name in PACKAGES:
         try:
@@ -175,14 +175,14 @@ def quantile(values: Sequence[float], share: float) -> float:
 
 
 def shown(row: Row) -> str:
-    """Median and range, in a table's cell."""
+    """Median and range, as in a cell of a table."""
     if row.repetitions == 1 or row.low == row.high:
         return number(row.median)
     return f"{number(row.median)} ({number(row.low)} to {number(row.high)})"
 
 
 def number(value: float) -> str:
-    """Three digits that mean something."""
+    """A number with three significant digits."""
     if value == 0:
         return "0"
     size = abs(value)

@@ -1,11 +1,11 @@
-"""`python -m bench suite`: every benchmark that makes figures, one after the other, and one page of them all.
+"""`python -m bench suite`: run every command that measures speed or memory, and write one page of their reports.
 
-    python -m bench suite --data DIR            all; throughput by itself takes over half an hour on two cores
+    python -m bench suite --data DIR            all; throughput alone takes over half an hour on two cores
     python -m bench suite --quick               a small part of each
-    python -m bench suite --page                run nothing, write the page and the pictures of what has run
+    python -m bench suite --page                run nothing; write the page and the pictures of earlier reports
 
-Each runs in a process of its own and writes into `--out`; the page is `README.md` there, and its first table is the one
-for the project's README.
+Each command runs in a process of its own and writes into `--out`. The page is `README.md` there; its first table is the
+one for the project's README.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from bench import ROOT
 from bench.reports.files import add_output, draw, read
 from bench.reports.report import Report, number
 
-#: command -> its arguments in the quick suite
+#: command -> its arguments with `--quick`
 COMMANDS: dict[str, str] = {
     "throughput": "--workloads minilm-l6/8/short minilm-l6/8/long --rounds 2",
     "latency": "--rounds 2 --requests 200 --seconds 4",
@@ -35,9 +35,9 @@ COMMANDS: dict[str, str] = {
     "reuse": "--rounds 1 --requests 2",
 }
 
-#: those that are run by themselves, and shown on the page too
+#: reports that are on the page, though the suite does not make them
 OTHERS = ("throughput-cuda", "bulk", "langroid")
-#: those that have more to show on real texts
+#: commands that measure real texts too, if they get `--data`
 WITH_DATA = ("throughput", "backends")
 
 
@@ -73,7 +73,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def page(reports: Sequence[Report], out: Path) -> str:
-    """Everything, with the project's README's table first."""
+    """The page: the table for the project's README, then all reports."""
     parts = ["# Results", "Medians, and in brackets the range of the rounds. `python -m bench suite` writes this page."]
     parts += [headline(report) for report in reports if report.command == "throughput"]
     for report in reports:
@@ -84,7 +84,7 @@ def page(reports: Sequence[Report], out: Path) -> str:
 
 
 def headline(report: Report) -> str:
-    """A line a work-load: the locked model, the best of the others, the pool."""
+    """A line for each work-load: the locked model, the best of the others, the pool."""
     lines = [
         "| model/agents/texts | one model, a lock | best of the others | mp_rerank, float32 | mp_rerank, bfloat16 |",
         "|---|---:|---|---:|---:|",

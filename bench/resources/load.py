@@ -1,9 +1,9 @@
-"""`python -m bench load`: what it costs to import, to construct, to predict for the first time, and then again.
+"""`python -m bench load`: the time to import the libraries, to construct a model, and to predict, first and later.
 
-Each step is timed in fresh interpreters, wall clock and CPU, once with the packages' and the model's files in the
-system's cache and once after asking the system to drop them (`posix_fadvise`, which spares what any other process has
-mapped: nothing else should be using torch). Then the same through a pool of one worker, which starts beside a parent
-that imports none of it.
+Each step is timed in a new interpreter, as wall time and CPU time. It is timed twice: with the files of the packages
+and of the model in the system's file cache, and after the system was asked to drop them. (`posix_fadvise` drops no file
+that another process has mapped, so nothing else should be using torch.) Then the same steps are timed with a pool of
+one worker, whose parent imports none of the libraries.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def run_child(model: str) -> dict[str, tuple[float, float]]:
-    """The library's steps, timed in an interpreter of their own."""
+    """Time the library's steps in a new interpreter."""
     command = [sys.executable, "-m", "bench", "load", "--child", "--model", model]
     start = time.perf_counter()
     done = subprocess.run([sys.executable, "-c", "pass"], check=True)
@@ -75,7 +75,7 @@ def run_child(model: str) -> dict[str, tuple[float, float]]:
 
 
 def steps_of_library(path: str) -> dict[str, tuple[float, float]]:
-    """What a process that uses ``CrossEncoder`` goes through, in order; (wall, CPU) seconds of each."""
+    """Time the steps of a process that uses ``CrossEncoder``, in order: (wall, CPU) seconds of each."""
     steps: dict[str, tuple[float, float]] = {}
     for package in ("torch", "transformers", "sentence_transformers"):
         steps[f"import {package}"] = timed(lambda package=package: __import__(package))
@@ -92,7 +92,7 @@ def steps_of_library(path: str) -> dict[str, tuple[float, float]]:
 
 
 def steps_of_pool(path: str) -> dict[str, tuple[float, float]]:
-    """The same through a pool of one worker; CPU seconds are the parent's."""
+    """Time the same steps with a pool of one worker; the CPU seconds are the parent's."""
     command = [sys.executable, "-c", "import mp_rerank"]
     steps = {"import mp_rerank, interpreter included": timed(lambda: subprocess.run(command, cwd=ROOT, check=True))}
     pool = RerankerPool(path, devices="cpu", workers=1)
@@ -107,14 +107,14 @@ def steps_of_pool(path: str) -> dict[str, tuple[float, float]]:
 
 
 def timed(call: Callable[[], object]) -> tuple[float, float]:
-    """Wall and CPU seconds of ``call``, those of this process's threads and not of its children."""
+    """Wall and CPU seconds of ``call``; CPU seconds of this process without its children."""
     start, burnt = time.perf_counter(), time.process_time()
     call()
     return time.perf_counter() - start, time.process_time() - burnt
 
 
 def drop(path: str) -> None:
-    """Ask the system to forget the files of the packages and of the model."""
+    """Ask the system to drop the files of the packages and of the model from its cache."""
     if not hasattr(os, "posix_fadvise"):
         return
     folders = [Path(path)]
@@ -122,7 +122,7 @@ def drop(path: str) -> None:
         spec = importlib.util.find_spec(package)
         if spec is not None and spec.origin:
             folders.append(Path(spec.origin).parent)
-    os.sync()  # what is not written yet cannot be dropped
+    os.sync()  # only what is written to disk can be dropped
     for folder in folders:
         for file in folder.rglob("*"):
             with suppress(OSError):

@@ -1,14 +1,14 @@
-"""`python -m bench memory`: what a worker holds, phase by phase, and the parent beside it.
+"""`python -m bench memory`: the memory of a worker in each phase, and of the parent.
 
-    bare        a worker with an empty model: Python, numpy and this package
-    imports     with all that a model needs imported
-    loaded      with the model
-    first batch after its first batch
-    after N     after N requests of one document of any length (`--requests`, the first number of `--workers` alone)
+    bare          with an empty model: Python, numpy and this package
+    imports       after the import of all that a real model needs
+    loaded        with the model
+    first batch   after its first batches
+    after N       after N requests (`--requests`) of one document; only with the first number of `--workers`
 
-for each number of workers, each start method and each backend; and the parent's, and that of all processes together, a
-fork server's included. RSS counts shared pages in full, USS not at all, PSS in parts; the libraries' pages are shared
-from the second worker on, so that the USS of a single one is larger.
+Measured for each number of workers, start method and backend. The report has the memory of the parent too, and that of
+all processes together, with the fork server. RSS counts shared memory in full, USS not at all, and PSS in parts. A
+single worker's USS is larger than that of several, since it has no other to share the libraries' memory with.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ DOCUMENT = "Berlin had a population of 3,520,031 registered inhabitants in an ar
 
 
 def backends(model: str) -> dict[str, ModelSpec]:
-    """The ways to run ``model``; another backend is another line."""
+    """The backends to run ``model`` with; another one is another line."""
     return {"torch": ModelSpec(model)}
 
 
@@ -75,7 +75,7 @@ def start(spec: ModelSpec, method: str, workers: int) -> RerankerPool:
 
 
 def work(pool: RerankerPool, requests: int, pending: int) -> None:
-    """Requests of one document each, of 1 to 120 words, no two alike, so many pending at a time."""
+    """Submit different requests of one document of 1 to 120 words each, with ``pending`` of them at a time."""
     chance = random.Random(0)
     words = (f"{DOCUMENT} " * 8).split()
     waiting = deque()
@@ -88,7 +88,7 @@ def work(pool: RerankerPool, requests: int, pending: int) -> None:
 
 
 def weigh(report: Report, pool: RerankerPool, of: dict[str, object], phase: str) -> None:
-    """A row for each kind of memory, of the workers (one value each) and of the parent."""
+    """Add a row for each kind of memory: of the workers, with one value for each, and of the parent."""
     found = pool.memory()
     of = {"phase": phase, **of}
     for kind in ("uss", "pss", "rss"):
@@ -97,7 +97,7 @@ def weigh(report: Report, pool: RerankerPool, of: dict[str, object], phase: str)
             report.add(of, f"{kind.upper()} a worker, MiB", values)
     if found.parent.uss is not None:
         report.add(of, "USS of the parent, MiB", found.parent.uss / MIB)
-    if found.parent.pss is not None:  # the fork server's share, too
+    if found.parent.pss is not None:  # with the fork server
         children = psutil.Process().children(recursive=True)
         everything = found.parent.pss + sum(child.memory_full_info().pss for child in children)
         report.add(of, "PSS of all processes, MiB", everything / MIB)

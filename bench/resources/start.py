@@ -1,5 +1,5 @@
-"""`python -m bench start`: what it takes to start workers, to have one back after its death, and to close, and what
-memory a worker holds, for both start methods in turns.
+"""`python -m bench start`: the time to start workers, to replace a killed one and to close the pool, and a worker's
+memory, for both start methods in turns.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--rounds", type=int, default=3, help="rounds of each start method (default: 3)")
     add_output(parser)
     options = parser.parse_args(argv)
-    logging.getLogger("mp_rerank").addHandler(logging.NullHandler())  # the deaths are meant
+    logging.getLogger("mp_rerank").addHandler(logging.NullHandler())  # the killed workers are intended
     report = Report.begin("start", "Starting", options)
     found: dict[str, dict[str, list[float]]] = {method: defaultdict(list) for method in METHODS}
     for _ in range(options.rounds):
@@ -44,7 +44,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def measure(method: str, model: str, workers: int) -> dict[str, float]:
-    """One pool's life."""
+    """Start a pool, kill a worker, wait for the next, and close it; what was measured, by name."""
     begun = time.perf_counter()
     with RerankerPool(model, devices="cpu", workers=workers, start_method=method) as pool:
         started = time.perf_counter()

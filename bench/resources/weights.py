@@ -1,9 +1,10 @@
-"""`python -m bench weights`: a worker's memory for 1, 2, 4 workers of one model, with its weights shared, wholly shared
-(no layer prepacked), and private; and how fast two of them are.
+"""`python -m bench weights`: memory and speed of workers whose weights are shared, shared with no layer prepacked, or
+private.
 
-USS is what a worker has to itself; PSS adds its part of what it shares, so that the workers' PSS add up to what all of
-them take. Mapped is how much of the weights is the checkpoint's own file. Each row is a pool of its own; memory is read
-after it has scored, since pages are mapped when they are first used.
+USS is memory that a worker shares with no other process. PSS adds its part of the shared memory, so that the sum of all
+workers' PSS is the memory that they take together. "Mapped" is the size of the weights that are used from the
+checkpoint's file. Each row comes from a pool of its own. Memory is read after the pool has scored, since a page of the
+file takes memory once it is used.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from bench.reports.report import Report
 from mp_rerank import ModelSpec, RerankerPool
 
 MIB = 2**20
-WAYS = {
+SETTINGS = {
     "shared": {"weights": "shared"},
     "shared, prepack=False": {"weights": "shared", "prepack": False},
     "private": {"weights": "private"},
@@ -47,8 +48,8 @@ def main(argv: Sequence[str]) -> int:
         methods = [name for name in ("spawn", "forkserver") if name in multiprocessing.get_all_start_methods()]
         for method in methods:
             for workers in options.workers:
-                for way in WAYS:
-                    weigh(report, spec, method, workers, way, pairs)
+                for setting in SETTINGS:
+                    weigh(report, spec, method, workers, setting, pairs)
         if options.rounds:
             race(report, spec, methods[-1], pairs, options.rounds)
     finish(report, options.out)
@@ -56,13 +57,13 @@ def main(argv: Sequence[str]) -> int:
 
 
 def weigh(
-    report: Report, spec: ModelSpec, start_method: str, workers: int, way: str, pairs: Sequence[tuple[str, str]]
+    report: Report, spec: ModelSpec, start_method: str, workers: int, setting: str, pairs: Sequence[tuple[str, str]]
 ) -> None:
-    """What the workers of one pool have, and all of them together."""
-    with pool_of(spec, start_method, workers, way) as pool:
+    """Add the memory of each worker of one pool, and of all together."""
+    with pool_of(spec, start_method, workers, setting) as pool:
         pool.predict([*pairs[:20]] * workers)
         found = pool.memory().workers
-    of = {"start method": start_method, "workers": workers, "weights": way}
+    of = {"start method": start_method, "workers": workers, "weights": setting}
     report.add(of, "mapped, MiB", [worker.mapped_bytes / MIB for worker in found], better="")
     report.add(of, "USS a worker, MiB", [(worker.uss or 0) / MIB for worker in found])
     report.add(of, "PSS a worker, MiB", [(worker.pss or 0) / MIB for worker in found])
@@ -77,21 +78,21 @@ def race(
     rounds: int,
     workers: int = 2,
 ) -> None:
-    """Pairs a second of each way, taking turns."""
-    rates: dict[str, list[float]] = {way: [] for way in WAYS}
+    """Measure the pairs a second of workers with each setting, in turns."""
+    rates: dict[str, list[float]] = {setting: [] for setting in SETTINGS}
     with ExitStack() as stack:
-        pools = {way: stack.enter_context(pool_of(spec, start_method, workers, way)) for way in WAYS}
+        pools = {setting: stack.enter_context(pool_of(spec, start_method, workers, setting)) for setting in SETTINGS}
         for turn in range(rounds + 1):  # the first is a warm-up
-            for way, pool in pools.items():
+            for setting, pool in pools.items():
                 begun = time.perf_counter()
                 pool.predict(pairs * workers)
                 if turn:
-                    rates[way].append(workers * len(pairs) / (time.perf_counter() - begun))
-    for way, values in rates.items():
-        report.add({"two workers, in turns": way}, "pairs/s", values, better="higher")
+                    rates[setting].append(workers * len(pairs) / (time.perf_counter() - begun))
+    for setting, values in rates.items():
+        report.add({"two workers, in turns": setting}, "pairs/s", values, better="higher")
 
 
-def pool_of(spec: ModelSpec, start_method: str, workers: int, way: str) -> RerankerPool:
-    """A pool whose workers hold their weights that way, one thread each."""
-    model = replace(spec, **WAYS[way])
+def pool_of(spec: ModelSpec, start_method: str, workers: int, setting: str) -> RerankerPool:
+    """A pool with one of ``SETTINGS``, one thread a worker."""
+    model = replace(spec, **SETTINGS[setting])
     return RerankerPool(model, devices="cpu", workers=workers, threads_per_worker=1, start_method=start_method)

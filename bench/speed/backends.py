@@ -1,10 +1,11 @@
-"""`python -m bench backends`: speed, agreement with float32, and memory of every way the pool can compute a network,
-beside one float32 CrossEncoder behind a lock.
+"""`python -m bench backends`: speed, agreement with float32, and memory of each backend and dtype, and of one
+CrossEncoder behind a lock.
 
-The contenders of a model are started one after another and then take turns, round after round, so that the machine's
-moods fall on all alike. Two models: MiniLM-L6's shape with random weights and texts, for speed at the usual size; and
-with `--data`, the built-in one on Vaswani's queries and BM25's candidates, since random weights say little of how well
-fewer bits rank. Kendall's tau and the overlap of the best ten are means over queries.
+All contenders for a model are started first. Then they take turns, round after round, so that other load on the machine
+slows all of them alike. Two models are measured. One has random weights in MiniLM-L6's shape and random texts: it shows
+the speed at a usual size. The other, with `--data`, is the built-in model on Vaswani's queries and BM25's candidates:
+it shows how well 16 and 8 bits rank, which random weights cannot. Kendall's tau and the overlap of the best ten are
+means over queries.
 """
 
 from __future__ import annotations
@@ -85,7 +86,7 @@ def real_requests(data: Path, queries: int, documents: int) -> list[Pairs]:
 
 
 def measure(report: Report, title: str, model: str, requests: list[Pairs], options: argparse.Namespace) -> None:
-    """Every contender on `requests`, all asked at once; those that cannot be started are named with the reason."""
+    """Measure all contenders on `requests`, submitted at once; note the reason for each that cannot be started."""
     with ExitStack() as stack:
         contenders = {LOCK: locked(model)}
         pools: dict[str, RerankerPool] = {}
@@ -116,7 +117,7 @@ def measure(report: Report, title: str, model: str, requests: list[Pairs], optio
 
 
 def locked(model: str) -> Callable[[Pairs], np.ndarray]:
-    """What the speed is counted in, and the scores are held against."""
+    """The baseline of speeds and scores: `predict` of one model behind a lock."""
     encoder = CrossEncoder(model, device="cpu")
     lock = threading.Lock()
 
@@ -130,7 +131,7 @@ def locked(model: str) -> Callable[[Pairs], np.ndarray]:
 def take_turns(
     contenders: dict[str, Callable[[Pairs], np.ndarray]], requests: list[Pairs], rounds: int
 ) -> tuple[dict[str, list[float]], dict[str, list[np.ndarray]]]:
-    """Pairs a second of each contender in each round, and its scores of each request."""
+    """Each contender's pairs a second in each round, and its scores of each request."""
     pairs = sum(map(len, requests))
     rates: dict[str, list[float]] = {name: [] for name in contenders}
     scores: dict[str, list[np.ndarray]] = {}
@@ -145,7 +146,7 @@ def take_turns(
 
 
 def agreement(ours: list[np.ndarray], theirs: list[np.ndarray]) -> dict[str, float]:
-    """How far scores are apart at most, and how alike they rank, query by query."""
+    """The largest difference of scores, and how alike they rank, as means over queries."""
     both = list(zip(ours, theirs, strict=True))
     return {
         "largest score difference": float(max(np.abs(a - b).max() for a, b in both)),
@@ -155,5 +156,5 @@ def agreement(ours: list[np.ndarray], theirs: list[np.ndarray]) -> dict[str, flo
 
 
 def best(scores: np.ndarray) -> set[int]:
-    """Where the best ten are."""
+    """The positions of the ten best documents."""
     return set(np.argsort(-scores, kind="stable")[:TOP].tolist())

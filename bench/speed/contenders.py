@@ -1,7 +1,8 @@
-"""What one can do with a cross-encoder and many threads: the pool, and everything it is held against.
+"""The contenders of `bench throughput`: the pool, and other ways to use a cross-encoder from many threads.
 
-A contender is a context manager: entered, it has loaded its models and gives a `Run`, which has every agent's request
-scored and returns the scores of each. What cannot be run here raises `NotRun` with the reason, and the table says so.
+A contender is a context manager. When it is entered it loads its models and returns a `Run`: a function that scores one
+request of each agent and returns each request's scores. A contender that cannot run here raises `NotRun` with the
+reason, which the report notes.
 """
 
 from __future__ import annotations
@@ -41,23 +42,23 @@ Run = Callable[[list[Pairs]], list[np.ndarray]]
 
 BASELINE = "one CrossEncoder, a lock"
 OURS = "mp_rerank, float32"
-# What one process a thread may take of the memory that is free, for its models.
+# The share of the free memory that one model for each thread may take.
 MEMORY_SHARE = 0.5
 
 
 class NotRun(Exception):  # noqa: N818
-    """Why a contender cannot take part."""
+    """A contender cannot run here; the message is the reason."""
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What contenders are started for.
+    """What contenders are started with.
 
     Attributes:
         folder: the model.
-        workers: processes that a pool may have, one a core.
+        workers: processes of a pool, one a core.
         agents: threads that call.
-        device: where models are: ``"cpu"``, or a GPU that the processes share.
+        device: the models' device: ``"cpu"``, or a GPU that all processes share.
     """
 
     folder: str
@@ -66,7 +67,7 @@ class Setting:
     device: str = "cpu"
 
     def on_cpu_only(self) -> None:
-        """Raise ``NotRun`` elsewhere."""
+        """Raise ``NotRun`` on another device."""
         if self.device != "cpu":
             raise NotRun("as installed, it computes on the CPU only")
 
@@ -76,14 +77,14 @@ Contender = Callable[[Setting], AbstractContextManager[Run]]
 
 @contextmanager
 def called_by_agents(agents: int, score: Score) -> Iterator[Run]:
-    """A run in which each agent is a thread that asks for its request's scores and waits."""
+    """A run with a thread for each agent, which submits its request and waits for the scores."""
     with ThreadPoolExecutor(agents) as threads:
         yield lambda requests: list(threads.map(score, requests))
 
 
 @contextmanager
 def locked(setting: Setting) -> Iterator[Run]:
-    """The repair that is correct and serial."""
+    """One model behind a lock: correct, and one request at a time."""
     model = load_model(setting)
     lock = threading.Lock()
 
@@ -97,7 +98,7 @@ def locked(setting: Setting) -> Iterator[Run]:
 
 @contextmanager
 def one_each(setting: Setting) -> Iterator[Run]:
-    """A model for each thread, loaded one by one."""
+    """A model for each thread, loaded one after another."""
     first = load_model(setting)
     needed = setting.agents * sum(weight.nbytes for weight in first.parameters())
     free = MEMORY_SHARE * psutil.virtual_memory().available
@@ -121,7 +122,7 @@ def one_each(setting: Setting) -> Iterator[Run]:
 
 @contextmanager
 def all_at_once(setting: Setting) -> Iterator[Run]:
-    """What the library does best: one caller who has every agent's pairs in one list. No agents can have that."""
+    """One call of `predict` with all agents' pairs: the library's best case, which separate agents cannot have."""
     model = load_model(setting)
 
     def run(requests: list[Pairs]) -> list[np.ndarray]:
@@ -133,7 +134,7 @@ def all_at_once(setting: Setting) -> Iterator[Run]:
 
 @contextmanager
 def library_pool(setting: Setting) -> Iterator[Run]:
-    """The library's pool with its defaults; without the lock, its results go to the wrong callers."""
+    """The library's pool with its defaults, behind a lock: without it, callers get each other's results."""
     model = load_model(setting)
     pool = model.start_multi_process_pool([setting.device] * setting.workers)
     lock = threading.Lock()
@@ -151,9 +152,9 @@ def library_pool(setting: Setting) -> Iterator[Run]:
 
 @contextmanager
 def library_pool_tuned(setting: Setting) -> Iterator[Run]:
-    """The library's pool with one thread a process, and the chunk and batch that are fastest for a request of the kind.
+    """The library's pool with one thread a process, and with the chunk size and batch size that are fastest.
 
-    Tried out in the first run with requests of a size, which is the warm-up.
+    They are chosen in the warm-up, by trials with the first of the requests that are then measured.
     """
     model = load_model(setting)
     with threads_of_children(1):
@@ -193,7 +194,7 @@ def library_pool_tuned(setting: Setting) -> Iterator[Run]:
 
 @contextmanager
 def executor(setting: Setting) -> Iterator[Run]:
-    """A plain executor whose processes each loaded the model."""
+    """A `ProcessPoolExecutor` whose processes have each loaded the model."""
     spawn = multiprocessing.get_context("spawn")
     with (
         ProcessPoolExecutor(setting.workers, spawn, initializer=load_global, initargs=(setting,)) as processes,
@@ -204,7 +205,7 @@ def executor(setting: Setting) -> Iterator[Run]:
 
 @contextmanager
 def infinity(setting: Setting) -> Iterator[Run]:
-    """Infinity's engine, which gathers what its callers submit, on a loop of its own."""
+    """Infinity's engine, which batches its callers' requests, on an event loop in a thread of its own."""
     try:
         from infinity_emb import AsyncEngineArray, EngineArgs
     except Exception as error:
@@ -252,7 +253,7 @@ def infinity(setting: Setting) -> Iterator[Run]:
 
 @contextmanager
 def fastembed(setting: Setting) -> Iterator[Run]:
-    """The package of that name on ONNX Runtime: one session, which several threads may call."""
+    """Package fastembed on ONNX Runtime: one session, which all threads call."""
     setting.on_cpu_only()
     try:
         from fastembed.common.model_description import ModelSource
@@ -274,7 +275,7 @@ def fastembed(setting: Setting) -> Iterator[Run]:
 
 @contextmanager
 def flashrank(setting: Setting) -> Iterator[Run]:
-    """FlashRank on ONNX Runtime: one session, a request a batch. It knows models by name: ours takes one's place."""
+    """FlashRank on ONNX Runtime: one session, one batch a request. It loads models by name: ours has a known one's."""
     setting.on_cpu_only()
     try:
         from flashrank import Ranker, RerankRequest
@@ -305,7 +306,7 @@ def flashrank(setting: Setting) -> Iterator[Run]:
 
 @contextmanager
 def pool(setting: Setting, dtype: str) -> Iterator[Run]:
-    """What it is all about: a pool of this package."""
+    """A pool of this package."""
     spec = ModelSpec(setting.folder, dtype=dtype)
     with (
         RerankerPool(spec, devices=setting.device, workers=setting.workers, coalesce=False) as workers,
@@ -314,7 +315,7 @@ def pool(setting: Setting, dtype: str) -> Iterator[Run]:
         yield run
 
 
-#: the name by which a contender is chosen -> what a table calls it, and the contender
+#: name on the command line -> name in tables, contender
 CONTENDERS: dict[str, tuple[str, Contender]] = {
     "lock": (BASELINE, locked),
     "one-each": ("one CrossEncoder for each thread", one_each),
@@ -337,7 +338,7 @@ def load_model(setting: Setting) -> CrossEncoder:
 
 
 def predict(model: CrossEncoder, pairs: Pairs, **options: Any) -> np.ndarray:
-    """The library's scores."""
+    """The scores of `CrossEncoder.predict`."""
     scores: np.ndarray = model.predict(pairs, show_progress_bar=False, **options)
     return scores
 
@@ -355,7 +356,7 @@ def predict_global(pairs: Pairs) -> np.ndarray:
 
 
 def export(setting: Setting) -> Path:
-    """The model as an ONNX file beside a copy of its tokenizer; made once."""
+    """The path of the model as an ONNX file, beside a copy of its tokenizer; exported at the first call."""
     home = Path(setting.folder) / "onnx-export" / "model"
     if not (home / "model.onnx").exists():
         leave = shutil.ignore_patterns("onnx-export", "*.safetensors")
@@ -366,7 +367,7 @@ def export(setting: Setting) -> Path:
         axes = {name: {0: "batch", 1: "tokens"} for name in names}
         network = model.model if hasattr(model, "model") else model
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # the exporter tells of shapes it takes for constant; scores are compared
+            warnings.simplefilter("ignore")  # about shapes that it takes for constant; throughput compares the scores
             torch.onnx.export(
                 network.eval(),
                 tuple(inputs[name] for name in names),
@@ -382,18 +383,18 @@ def export(setting: Setting) -> Path:
 
 
 def sigmoid(logits: np.ndarray) -> np.ndarray:
-    """What the library makes of the logit of a model with one label."""
+    """The activation that the library applies to the logits of a model with one label."""
     return 1 / (1 + np.exp(-logits))
 
 
 def in_words(error: BaseException) -> str:
-    """An error in a line."""
+    """An error in one line."""
     return f"{type(error).__name__}: {error}".partition("\n")[0]
 
 
 @contextmanager
 def threads_of_children(count: int) -> Iterator[None]:
-    """Processes started within compute with `count` threads."""
+    """Processes that are started in this context compute with `count` threads."""
     before = {name: os.environ.get(name) for name in THREAD_VARIABLES}
     os.environ.update(dict.fromkeys(THREAD_VARIABLES, str(count)))
     try:

@@ -1,8 +1,8 @@
-"""`python -m bench fairness`: how long small requests take, alone and while a large one is being scored.
+"""`python -m bench fairness`: how long small requests take, alone and beside a large one.
 
-Agents submit requests of 10 documents one after the other; in the second half of the run, one request of 5,000
-documents is always pending. The model takes a fixed time a token, so the delays are the queue's alone. A request that
-had to wait for the large one would wait for the seconds in the last line.
+Agents submit requests of 10 documents, one after another. In the second half of the run, one request of 5,000 documents
+is always pending. The model takes a fixed time a token, so that only the queue can make a difference. The last line
+says how long the large request takes alone: small requests would wait that long if they had to wait for it.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ WORDS = 60  # about 80 tokens
 
 
 def main(argv: Sequence[str]) -> int:
-    """Measure and print p50 and p95 of the small requests, and what the large ones took."""
+    """Measure and print p50 and p95 of the small requests, and the seconds of the large ones."""
     parser = argparse.ArgumentParser(prog="python -m bench fairness", description=__doc__.partition("\n")[0])
     parser.add_argument("--seconds", type=float, default=15.0, help="of each half")
     parser.add_argument("--agents", type=int, default=2, help="threads that submit small requests")
@@ -55,7 +55,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _measure(pool: RerankerPool, agents: int, seconds: float, *, large: bool) -> tuple[list[float], list[float]]:
-    """Seconds that each small request took, and each large one that was completed."""
+    """The seconds of each small request, and of each large one that was completed."""
     stop = threading.Event()
     small_waits: list[float] = []
     large_waits: list[float] = []

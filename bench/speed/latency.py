@@ -1,11 +1,14 @@
-"""`python -m bench latency`: how long one request takes, by itself and in company.
+"""`python -m bench latency`: how long one request takes, alone and beside others.
 
-Three tables. *Through the machinery*: from `submit` to an empty model and back, beside a bare `ProcessPoolExecutor(1)`
-that is sent the same texts, in turns; and how many pairs a second pass when agents keep it busy. *One large request*
-of 100 documents on an idle pool, beside `CrossEncoder.predict` on all cores, in turns. *Small ones among large ones*:
-requests of 10 documents while two agents submit one of 100 after the other, to the pool and to one model with a lock.
+The report has three tables:
 
-The first needs no torch; `--no-model` ends there.
+1. The pool without a model's time: from `submit` to an empty model and back, in turns with a bare
+   `ProcessPoolExecutor(1)` that gets the same texts; and the pairs a second when agents keep the pool busy.
+2. One request of 100 documents on an idle pool, in turns with `CrossEncoder.predict` on all cores.
+3. Requests of 10 documents while two agents submit requests of 100, one after another: to the pool, and to one model
+   behind a lock.
+
+With `--no-model` only the first is measured, which needs no torch.
 """
 
 from __future__ import annotations
@@ -40,7 +43,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--seconds", type=float, default=20.0, help="of small requests among large ones (default 20)")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="worker processes (default: one a CPU)")
     parser.add_argument("--shape", choices=("minilm-l6", "bert-base"), default="minilm-l6")
-    parser.add_argument("--no-model", action="store_true", help="the machinery alone: no torch")
+    parser.add_argument("--no-model", action="store_true", help="only with an empty model: needs no torch")
     add_output(parser)
     options = parser.parse_args(argv)
     report = Report.begin("latency", "Latency", options)
@@ -63,7 +66,7 @@ def texts(documents: int, words: int = 60) -> list[str]:
 
 
 def round_trips(report: Report, rounds: int, requests: int) -> None:
-    """Requests one after the other to an empty model, and the same texts to an executor's process and back."""
+    """Send requests to an empty model, one after another, and the same texts to an executor's process."""
     with (
         RerankerPool(EMPTY, devices="cpu", workers=1, threads_per_worker=1, coalesce=False) as pool,
         ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as bare,
@@ -82,12 +85,12 @@ def round_trips(report: Report, rounds: int, requests: int) -> None:
 
 
 def zeros(pairs: list[tuple[str, str]]) -> bytes:
-    """What the bare executor's process does: as little as the empty model, with an answer of the same size."""
+    """The bare executor's task: as little work as the empty model's, and a result of the same size."""
     return bytes(4 * len(pairs))
 
 
 def in_turns(calls: dict[str, Callable[[], object]], rounds: int, times: int) -> dict[str, list[list[float]]]:
-    """Seconds that each of ``times`` calls took, contender by contender and round by round, after a warm-up."""
+    """The seconds of each of ``times`` calls, by contender and round, after a warm-up."""
     waits: dict[str, list[list[float]]] = {name: [] for name in calls}
     for call in calls.values():
         for _ in range(min(times, 50)):
@@ -112,7 +115,7 @@ def add_quantiles(report: Report, of: dict[str, object], rounds: list[list[float
 
 
 def passage(report: Report, rounds: int, agents: int, workers: int, requests: int) -> None:
-    """Pairs a second to an empty model and back, with agents that wait for each of their requests."""
+    """Measure pairs a second to an empty model and back; each agent waits for its request before the next."""
     with RerankerPool(EMPTY, devices="cpu", workers=workers, threads_per_worker=1, coalesce=False) as pool:
         for documents, words in ((1, 10), (50, 10), (50, 60)):
             batch = texts(documents, words)
@@ -137,7 +140,7 @@ def passage(report: Report, rounds: int, agents: int, workers: int, requests: in
 
 
 def one_large(report: Report, folder: str, rounds: int, workers: int, documents: int = 100) -> None:
-    """One request on an idle pool, beside ``predict`` on all cores."""
+    """Measure one request on an idle pool, and ``predict`` on all cores."""
     from sentence_transformers import CrossEncoder
 
     from bench.inputs.models import make_requests
@@ -160,7 +163,7 @@ def one_large(report: Report, folder: str, rounds: int, workers: int, documents:
 
 
 def small_among_large(report: Report, folder: str, rounds: int, seconds: float, workers: int) -> None:
-    """Requests of 10 while two agents have one of 100 pending each, to the pool and to one model with a lock."""
+    """Measure requests of 10 while two agents each have one of 100 pending: the pool, and one model behind a lock."""
     from sentence_transformers import CrossEncoder
 
     from bench.inputs.models import make_requests
@@ -192,12 +195,12 @@ def small_among_large(report: Report, folder: str, rounds: int, seconds: float, 
                 for thread in busy:
                     thread.join()
                 of = {"requests of 10": name, "beside": "two of 100" if company else "nothing"}
-                parts = max(1, min(rounds, len(waits) // 20))  # of fewer, quantiles say little
+                parts = max(1, min(rounds, len(waits) // 20))  # fewer than 20 requests have no meaningful quantiles
                 add_quantiles(report, of, [waits[i::parts] for i in range(parts)])
                 report.add(of, "requests", len(waits), better="")
 
 
 def keep(score: Callable[[list[tuple[str, str]]], object], pairs: list[tuple[str, str]], stop: threading.Event) -> None:
-    """Have ``pairs`` scored again and again."""
+    """Score ``pairs`` again and again until ``stop`` is set."""
     while not stop.is_set():
         score(pairs)

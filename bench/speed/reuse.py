@@ -1,10 +1,9 @@
-"""`python -m bench reuse`: agents that ask alike, with nothing reused, with equal pending pairs coalesced, and with a
-score cache.
+"""`python -m bench reuse`: agents that ask alike: without reuse, with equal pending pairs scored once, and with a
+score cache too.
 
-Each agent asks one question after the other, drawn from a few that are asked unequally often (Zipf's law), and gets
-its candidates from an index that does not give everybody quite the same: 100 of the 125 documents nearest to it.
-Every round has questions of its own, so that a cache begins each round with nothing of use. The same rounds are played
-with each setting, in turns.
+Each agent asks one question after another. Questions come from a small set and are asked unequally often (Zipf's law).
+The documents of a question differ a little from agent to agent: 100 of the 125 nearest to it. Each round has new
+questions, so that the cache has nothing of use when a round begins. All settings get the same rounds, in turns.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 #: the pool's counters, as shares of all pairs
 COUNTERS = {"scored_pairs": "scored, %", "coalesced_pairs": "with a pending one, %", "cached_pairs": "kept, %"}
 DIFFERENCE = "largest score difference"
-# How many documents are near a question, by how many of them an agent gets.
+# The documents near a question, as a multiple of those that one request has.
 NEAREST = 1.25
 
 Question = tuple[str, list[str]]
@@ -60,7 +59,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def measure(report: Report, options: argparse.Namespace) -> None:
-    """Play all rounds with each setting, and count."""
+    """Measure all rounds with each setting."""
     rates: dict[str, list[float]] = {name: [] for name in SETTINGS}
     shares: dict[str, dict[str, list[float]]] = {name: {counter: [] for counter in COUNTERS} for name in SETTINGS}
     differences = dict.fromkeys(SETTINGS, 0.0)
@@ -98,7 +97,7 @@ def measure(report: Report, options: argparse.Namespace) -> None:
 
 
 def make_round(options: argparse.Namespace, turn: int) -> list[list[Question]]:
-    """For each agent the questions it asks in round ``turn``, with its candidates."""
+    """The questions of each agent in round ``turn``, each with its documents."""
     chance = random.Random(turn)
     vocabulary = json.loads((BUILTIN_FOLDER / "tokenizer.json").read_text(encoding="utf-8"))["model"]["vocab"]
     words = sorted(word for word in vocabulary if word.isalpha() and len(word) > 2)
@@ -122,7 +121,7 @@ def make_round(options: argparse.Namespace, turn: int) -> list[list[Question]]:
 
 
 def play(pool: RerankerPool, questions: list[Question]) -> list[float]:
-    """Ask them one after the other; all scores, in the order of the documents."""
+    """Ask the questions one after another; all scores, in the order of the documents."""
     scores = []
     for query, documents in questions:
         scores += pool.predict([(query, document) for document in documents]).tolist()

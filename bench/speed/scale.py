@@ -1,8 +1,10 @@
-"""`python -m bench scale`: what more workers and more pending requests cost the one dispatcher. No torch.
+"""`python -m bench scale`: what more workers and more pending requests cost the dispatcher. Needs no torch.
 
-*Slots*: 1 to 64 worker processes whose model sleeps a fixed time a slice; what share of all their time they are kept
-at it, and what each costs the parent. *Pending*: 1 to 100,000 requests wait behind a closed gate; what one more
-`submit` takes then, and, once the gate is open, how fast the next ones come back.
+*Slots*: 1 to 64 workers, whose model sleeps for a fixed time a slice. Measured are the share of the workers' time in
+which they are in use, and the parent's CPU time for each slice.
+
+*Pending*: 1 to 100,000 requests wait while the workers are blocked. Measured is the time of one more `submit`, and,
+once the workers go on, the time of each request until its result is back.
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ from bench.reports.files import add_output, finish
 from bench.reports.report import Report
 from mp_rerank import ModelSpec, RerankerPool
 
-PENDING_A_SLOT = 6  # two are with the worker
+PENDING_A_SLOT = 6  # of them two are with the worker
 
 
 def main(argv: Sequence[str]) -> int:
@@ -42,7 +44,7 @@ def main(argv: Sequence[str]) -> int:
     add_output(parser)
     options = parser.parse_args(argv)
     report = Report.begin("scale", "Scale", options)
-    # The most first: what one run has given back, the next one's parent would seem to take for nothing.
+    # The largest number first: later runs reuse memory that earlier ones have freed, and would seem to need none.
     for count in sorted(options.slots, reverse=True):
         slots(report, count, options.milliseconds / 1000, options.slices, options.rounds)
     report.rows.sort(key=lambda row: row.of["slots"])
@@ -53,7 +55,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def slots(report: Report, count: int, seconds: float, slices: int, rounds: int) -> None:
-    """Keep ``count`` workers busy and see how busy they are.
+    """Give ``count`` workers all the slices that they can take, and measure the share of time in which they work.
 
     Every request is one document and every document a slice, so that the dispatcher pays for each slice in full: its
     request, its messages, its futures.
@@ -86,7 +88,7 @@ def slots(report: Report, count: int, seconds: float, slices: int, rounds: int) 
 
 
 def kept_busy(pool: RerankerPool, count: int, slices: int) -> float:
-    """Seconds that ``count`` workers take for ``slices`` slices each, a few requests a worker pending all the while."""
+    """The seconds of ``count`` workers for ``slices`` slices each, with a few requests a worker always pending."""
     start = time.perf_counter()
     waiting: deque[Future[Any]] = deque()
     for _ in range(count * slices):
@@ -99,7 +101,7 @@ def kept_busy(pool: RerankerPool, count: int, slices: int) -> float:
 
 
 def footprint(process: psutil.Process) -> dict[str, float]:
-    """What a process holds; of memory, what is mapped from no file: the libraries' is shared once workers run."""
+    """A process's threads, open files and memory. Memory of files is left out: workers share that of the libraries."""
     memory = process.memory_info()
     return {
         "threads": threading.active_count(),
@@ -109,13 +111,13 @@ def footprint(process: psutil.Process) -> dict[str, float]:
 
 
 def cpu_seconds(process: psutil.Process) -> float:
-    """What a process has burnt."""
+    """The CPU time that a process has used."""
     times = process.cpu_times()
     return times.user + times.system
 
 
 def pending(report: Report, count: int, rounds: int, probe: int = 200) -> None:
-    """Requests of one document each behind a gate: what ``probe`` more take, and how fast the first come back."""
+    """Measure ``probe`` more submits behind ``count`` pending requests, and the first results once workers go on."""
     submits, dispatches, sizes = [], [], []
     parent = psutil.Process()
     for _ in range(rounds if count < 100_000 else 1):
@@ -126,7 +128,7 @@ def pending(report: Report, count: int, rounds: int, probe: int = 200) -> None:
                 gate.touch()
                 before = parent.memory_full_info().uss
                 waiting = deque(pool.submit("a query", [f"document {i}"]) for i in range(count))
-                pool.stats()  # answered behind all that was submitted
+                pool.stats()  # returns after all earlier submits have been handled
                 sizes.append((parent.memory_full_info().uss - before) / 1024 / count)
                 times = []
                 for i in range(probe):

@@ -1,16 +1,18 @@
-"""`python -m bench throughput`: pairs a second for many agents, beside what else one can do, in one run.
+"""`python -m bench throughput`: pairs a second for many agents, of the pool and of other ways to rerank, in one run.
 
-Contenders are loaded a few at a time, the locked model and the pool among every few, and then take turns, round after
-round, so that the machine's moods fall on all alike: all eleven at once are more than 24 GiB hold. Models have a known
-shape and random weights: speed does not depend on their values. Every contender's scores are held against the locked
-model's. The report is written after each work-load, so that what was measured stays if a later one fails.
+Eleven contenders at once would need more than 24 GiB. So they are loaded in teams of a few, and the locked model and
+the pool are in every team. The contenders of a team take turns, round after round, so that other load on the machine
+slows all of them alike. Models have a known shape and random weights, since speed does not depend on their values.
+Every contender's scores are compared with the locked model's. The report is written after each work-load, so that
+earlier results remain if a later work-load fails.
 
-The arithmetic's share is the pool's, of what each core reaches when it multiplies matrices of the model's shapes, in
-the fastest way that torch has here, all cores at once: of its linear layers alone, and with the products within
-attention, which are small ones and grow with the square of a pair's tokens.
+The share of the arithmetic says how much of the cores' possible rate the pool reaches. The possible rate is measured:
+all cores at once multiply matrices of the model's shapes in the fastest way that torch has here. The first share
+counts the linear layers' operations; the second counts those of attention too, which grow with the square of a pair's
+tokens.
 
-Work-loads are named SHAPE/AGENTS/TEXTS; each agent has one request pending at a time, and as many after each other as
-make a round long beside its beginning and its end, when not all that computes has something to compute.
+Work-loads are named SHAPE/AGENTS/TEXTS. Each agent has one request pending at a time. A round has so many requests that
+its beginning and end, when some cores have nothing to compute, hardly count.
 """
 
 from __future__ import annotations
@@ -37,12 +39,12 @@ from bench.reports.report import Report
 from bench.speed.contenders import BASELINE, CONTENDERS, OURS, NotRun, Run, Setting
 
 SCIFACT = "scifact"
-#: mean words a document (of SciFact's about), and about a token each; a query has 8
+#: mean words a document (SciFact's: about); a word is about one token, and a query has 8 words
 TEXTS = {"short": 20, "medium": 60, "long": 300, SCIFACT: 220}
-MAX_LENGTH = 512  # of the models' positions, and so of a pair's tokens
-#: a request: of the wide model fewer, for all contenders take half an hour together as it is
+MAX_LENGTH = 512  # the models' number of positions: longer pairs are cut
+#: documents a request; fewer for the larger model, since all contenders together take half an hour as it is
 DOCUMENTS = {"minilm-l6": 15, "bert-base": 4}
-#: of all agents' requests in a round, about; of short texts each agent has many requests, of long ones one
+#: tokens a round, about: with short texts each agent has many requests, with long ones one
 TOKENS = {"minilm-l6": 24_000, "bert-base": 8_000}
 #: contenders in memory at once, beside the baseline and the pool
 TEAM = 4
@@ -72,7 +74,7 @@ def main(argv: Sequence[str]) -> int:
     if options.contenders is None:
         options.contenders = [name for name in CONTENDERS if not (on_cpu and name == "mp_rerank-float16")]
     if "lock" not in options.contenders:
-        options.contenders.insert(0, "lock")  # what scores and rates are held against
+        options.contenders.insert(0, "lock")  # scores and rates are compared with it
     kind = options.device.partition(":")[0]
     report = (
         Report.begin("throughput", "Throughput", options)
@@ -93,7 +95,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def workload(name: str) -> str:
-    """``name``, if it is one."""
+    """``name``, if it is a work-load's."""
     shape, _, rest = name.partition("/")
     agents, _, texts = rest.partition("/")
     if shape not in SHAPES or not agents.isdecimal() or texts not in TEXTS:
@@ -104,7 +106,7 @@ def workload(name: str) -> str:
 
 
 def measure(report: Report, shape: str, names: list[str], options: argparse.Namespace) -> None:
-    """Every work-load of one shape."""
+    """Measure every work-load of one shape."""
     with tempfile.TemporaryDirectory() as folder:
         make_model(folder, SHAPES[shape])
         counted = options.device == "cpu" and "mp_rerank" in options.contenders
@@ -119,7 +121,7 @@ def measure(report: Report, shape: str, names: list[str], options: argparse.Name
 
 
 def teams(contenders: Sequence[str]) -> Iterator[list[str]]:
-    """The contenders, a few at a time, with those that rates are held against in each team."""
+    """Teams of a few contenders, each with the locked model and the pool."""
     always = [key for key in contenders if key in ("lock", "mp_rerank")]
     others = [key for key in contenders if key not in always]
     for first in range(0, max(1, len(others)), TEAM):
@@ -128,7 +130,7 @@ def teams(contenders: Sequence[str]) -> Iterator[list[str]]:
 
 @contextmanager
 def loaded(report: Report, name: str, team: Sequence[str], setting: Setting) -> Iterator[dict[str, Run]]:
-    """The contenders of a team that can run here, by title."""
+    """Start the contenders of a team that can run here; their runs, by their names in tables."""
     with ExitStack() as stack:
         runs: dict[str, Run] = {}
         for key in team:
@@ -142,7 +144,7 @@ def loaded(report: Report, name: str, team: Sequence[str], setting: Setting) -> 
 
 
 def requests_of(name: str, documents: int | None, data: Path | None) -> list[Pairs]:
-    """The requests of a round, a multiple of the agents: random words, or SciFact's claims with abstracts."""
+    """The requests of a round, equally many for each agent: random words, or SciFact's claims with abstracts."""
     shape, agents, texts = name.split("/")
     if documents is None:
         documents = DOCUMENTS[shape]
@@ -161,7 +163,7 @@ def requests_of(name: str, documents: int | None, data: Path | None) -> list[Pai
 
 
 def compare(report: Report, name: str, setting: Setting, requests: list[Pairs], options: argparse.Namespace) -> None:
-    """Rates of each contender over interleaved rounds, and how far its scores are from the baseline's."""
+    """Measure each contender's rates, and how far its scores are from the locked model's."""
     pairs = sum(len(request) for request in requests)
     rates: dict[str, list[float]] = {}
     times: dict[str, list[float]] = {}
@@ -186,14 +188,14 @@ def compare(report: Report, name: str, setting: Setting, requests: list[Pairs], 
 
 
 def products(shape: str, workers: int) -> float:
-    """Operations a second that all cores together reach in multiplying matrices of the shape."""
+    """The operations a second of all cores together when they multiply matrices of the shape."""
     hidden, inner = SHAPES[shape]["hidden_size"], SHAPES[shape]["intermediate_size"]
     with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as executor:
         return sum(executor.map(multiply, [hidden] * workers, [inner] * workers))
 
 
 def arithmetic(report: Report, folder: str, name: str, requests: list[Pairs], best: float) -> None:
-    """The share of the matrix products' own best rate that the pool's float32 rate comes to."""
+    """Add the share of the best rate of matrix products that the pool reaches in float32."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
     queries, documents = zip(*(pair for request in requests for pair in request), strict=True)
     encoded = tokenizer(list(queries), list(documents), truncation=True, max_length=MAX_LENGTH)["input_ids"]
@@ -214,7 +216,7 @@ def arithmetic(report: Report, folder: str, name: str, requests: list[Pairs], be
 
 
 def multiply(hidden: int, inner: int, seconds: float = 6.0) -> float:
-    """Operations a second of one core on the model's shapes, prepacked; the best of many short trials."""
+    """The operations a second of one core on the model's shapes, prepacked: the best of many short trials."""
     torch.set_num_threads(1)
     shapes = [(hidden, hidden)] * 4 + [(hidden, inner), (inner, hidden)]
     with torch.inference_mode():
