@@ -1,8 +1,8 @@
 """The process that `race-where` runs, ``python -m bench.faults.race_watch THREADS text|json``: it watches threads.
 
 It wraps functions of the libraries that change state of the whole process while a thread is inside. Such a function is
-called a place here. For each call it notes the state that the thread finds and the state that it leaves. When a thread
-enters a place while another thread is inside, it takes both stacks, for the first time that this happens.
+called a place here. For each call it notes the state that the thread finds and the state that it leaves. The first time
+that a thread enters a place while another thread is inside, it takes both stacks.
 
 Each part runs in a process of its own: threads load in one dtype, load in two dtypes, score with one model, and score
 through the library's pool.
