@@ -164,16 +164,13 @@ def _parser() -> argparse.ArgumentParser:
 
     race = commands.add_parser(
         "race",
-        help="show whether threads with a CrossEncoder go wrong here, and where",
+        help="show whether threads with a CrossEncoder go wrong here",
         description="Load and score in threads, with CrossEncoder and with the pool, on a model made for it. "
         "Exit code 3: CrossEncoder in threads went wrong here; 0: it did not; 1: the pool did.",
     )
     race.add_argument("--threads", type=int, default=8, metavar="N", help="threads that race (default: 8)")
     race.add_argument("--rounds", type=int, default=3, metavar="N", help="how often each case is run (default: 3)")
     race.add_argument("--json", action="store_true", help="print JSON")
-    race.add_argument(
-        "--where", action="store_true", help="show instead which state two threads are in at once, with their stacks"
-    )
     race.set_defaults(run=_race, verbose=False)
     return parser
 
