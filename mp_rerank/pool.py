@@ -7,17 +7,28 @@ import copy
 import dataclasses
 import os
 import threading
-import time
 import weakref
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
 from functools import partial
-from typing import Any, Literal, SupportsIndex, cast
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
 import psutil
 
+from mp_rerank._arguments import (
+    OnTimeout,
+    check_on_timeout,
+    check_predict_options,
+    check_priority,
+    check_top_n,
+    deadline_of,
+    documents_of,
+    pairs_of,
+    shown,
+    text_of,
+)
 from mp_rerank._pairs import Pair, digests, estimate_pair, estimate_text
 from mp_rerank._planning.plan import Plan, make_plan
 from mp_rerank._scheduling.dispatcher import Dispatcher
@@ -28,10 +39,6 @@ from mp_rerank.errors import PoolClosedError, RequestTimeoutError
 from mp_rerank.results import PoolMemory, PoolStats, RerankResult, Scores, WorkerInfo, WorkerMemory
 
 __all__ = ["RerankerPool"]
-
-MAX_PRIORITY = 8
-
-OnTimeout = Literal["raise", "partial"]
 
 
 class RerankerPool:
@@ -255,7 +262,7 @@ class RerankerPool:
 
         Cancelling the task cancels the request.
         """
-        kept = _documents(documents)
+        kept = documents_of(documents)
         if self._has_started:
             dispatcher, request = self._ranking(query, kept, top_n, timeout, priority, on_timeout)
             if self._admitted(dispatcher, request, may_wait=False):
@@ -309,10 +316,10 @@ class RerankerPool:
             or a list of tensors, as ``CrossEncoder`` would.
         """
         del batch_size, show_progress_bar
-        _check_left_to_the_pool(activation_fn=activation_fn, **rest)
+        check_predict_options(activation_fn=activation_fn, **rest)
         given = inputs if inputs is not None else sentences
         if given is None or isinstance(given, str):
-            raise TypeError(f"inputs: pairs of (query, document) are needed, not {_shown(given)}")
+            raise TypeError(f"inputs: pairs of (query, document) are needed, not {shown(given)}")
         single = len(given) > 0 and isinstance(given[0], str)
         pairs = cast("Sequence[Sequence[str]]", [given] if single else given)
         scores = self._result(*self._scoring(pairs))
@@ -345,7 +352,7 @@ class RerankerPool:
         ``batch_size``, ``show_progress_bar``, ``activation_fn`` and the rest are as for ``predict``.
         """
         del batch_size, show_progress_bar
-        _check_left_to_the_pool(activation_fn=activation_fn, **rest)
+        check_predict_options(activation_fn=activation_fn, **rest)
         ranked = self.rerank(query, documents, top_n=top_k)
         results: list[dict[str, Any]] = [{"corpus_id": r.index, "score": r.relevance_score} for r in ranked]
         if return_documents:
@@ -411,10 +418,10 @@ class RerankerPool:
         on_timeout: OnTimeout,
     ) -> tuple[Dispatcher, Request]:
         """The request that ``submit`` makes of its arguments, and who is to have it."""
-        text = _text("query", query)
-        kept = _documents(documents)
-        _check_top_n(top_n)
-        pairs = [(text, _text("documents", document, i)) for i, document in enumerate(kept)]
+        text = text_of("query", query)
+        kept = documents_of(documents)
+        check_top_n(top_n)
+        pairs = [(text, text_of("documents", document, i)) for i, document in enumerate(kept)]
         return self._request(pairs, partial(_rank, kept, top_n), timeout, priority, on_timeout, ranking=True)
 
     def _scoring(
@@ -425,14 +432,7 @@ class RerankerPool:
         on_timeout: OnTimeout = "raise",
     ) -> tuple[Dispatcher, Request]:
         """The request that ``submit_pairs`` makes of its arguments, and who is to have it."""
-        if isinstance(pairs, str) or not isinstance(pairs, Iterable):
-            raise TypeError(f"pairs: a sequence of (query, document) is needed, not {_shown(pairs)}")
-        texts = []
-        for i, pair in enumerate(pairs):
-            if isinstance(pair, str) or not isinstance(pair, Sequence) or len(pair) != 2:
-                raise TypeError(f"pairs[{i}]: a (query, document) is needed, not {_shown(pair)}")
-            texts.append((_text("pairs", pair[0], i), _text("pairs", pair[1], i)))
-        return self._request(texts, _all_scores, timeout, priority, on_timeout, ranking=False)
+        return self._request(pairs_of(pairs), _all_scores, timeout, priority, on_timeout, ranking=False)
 
     def _request(
         self,
@@ -444,10 +444,9 @@ class RerankerPool:
         *,
         ranking: bool,
     ) -> tuple[Dispatcher, Request]:
-        deadline = _deadline(timeout)
-        _check_priority(priority)
-        if on_timeout not in ("raise", "partial"):
-            raise ValueError(f"on_timeout: 'raise' or 'partial' is needed, not {on_timeout!r}")
+        deadline = deadline_of(timeout)
+        check_priority(priority)
+        check_on_timeout(on_timeout)
         dispatcher = self._running()
         facts = dispatcher.facts
         assert facts is not None
@@ -508,62 +507,6 @@ def _spec(model: str | ModelSpec) -> ModelSpec:
     spec = model if isinstance(model, ModelSpec) else ModelSpec(model)
     spec.check_exists()
     return spec
-
-
-def _text(name: str, value: object, index: int | None = None) -> str:
-    """``value`` as an exact ``str``: a subclass could bring anything along when it is pickled."""
-    if type(value) is str:
-        return value
-    if isinstance(value, str):
-        return str.__str__(value)
-    where = name if index is None else f"{name}[{index}]"
-    raise TypeError(f"{where}: a string is needed, not {_shown(value)}")
-
-
-def _documents(documents: Iterable[str]) -> list[str]:
-    if isinstance(documents, (str, bytes)) or not isinstance(documents, Iterable):
-        raise TypeError(f"documents: a sequence of strings is needed, not {_shown(documents)}")
-    return list(documents)
-
-
-def _shown(value: object) -> str:
-    text = repr(value)
-    return f"{type(value).__name__} {text[:60]}{'…' if len(text) > 60 else ''}"
-
-
-def _check_left_to_the_pool(**arguments: object) -> None:
-    """Raise for what ``CrossEncoder`` takes with each call, and a pool has once for all."""
-    for name, value in arguments.items():
-        if name not in ("activation_fn", "prompt_name", "prompt", "device", "pool", "chunk_size"):
-            raise TypeError(f"{name}: CrossEncoder has no such argument")
-        if value is not None:
-            raise ValueError(f"{name}: it is the pool's own, or its model's: RerankerPool(ModelSpec(...), devices=...)")
-
-
-def _check_top_n(top_n: int | None) -> None:
-    if top_n is None:
-        return
-    if not isinstance(top_n, int) or isinstance(top_n, bool):
-        raise TypeError(f"top_n: a whole number or None is needed, not {top_n!r}")
-    if top_n < 0:
-        raise ValueError(f"top_n: at least 0 is needed, not {top_n}")
-
-
-def _check_priority(priority: SupportsIndex) -> None:
-    if not isinstance(priority, int) or isinstance(priority, bool):
-        raise TypeError(f"priority: a whole number is needed, not {priority!r}")
-    if abs(priority) > MAX_PRIORITY:
-        raise ValueError(f"priority: from {-MAX_PRIORITY} to {MAX_PRIORITY} is needed, not {priority}")
-
-
-def _deadline(timeout: float | None) -> float | None:
-    if timeout is None:
-        return None
-    if not isinstance(timeout, (int, float)) or isinstance(timeout, bool):
-        raise TypeError(f"timeout: seconds or None are needed, not {timeout!r}")
-    if not timeout > 0:
-        raise ValueError(f"timeout: more than 0 seconds are needed, not {timeout}")
-    return time.monotonic() + timeout
 
 
 def _lengths(pairs: Sequence[Pair], max_length: int | None) -> list[int]:

@@ -1,0 +1,109 @@
+"""Checks of the arguments that the pool's methods take, in the thread of the caller, before a worker starts.
+
+Each check returns the argument in the form the pool uses, or raises a ``TypeError`` or ``ValueError`` that names it.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Sequence
+from typing import Literal, SupportsIndex
+
+from mp_rerank._pairs import Pair
+
+__all__ = [
+    "MAX_PRIORITY",
+    "OnTimeout",
+    "check_on_timeout",
+    "check_predict_options",
+    "check_priority",
+    "check_top_n",
+    "deadline_of",
+    "documents_of",
+    "pairs_of",
+    "shown",
+    "text_of",
+]
+
+MAX_PRIORITY = 8
+
+OnTimeout = Literal["raise", "partial"]
+
+
+def text_of(name: str, value: object, index: int | None = None) -> str:
+    """``value`` as an exact ``str``: a subclass could bring anything along when it is pickled."""
+    if type(value) is str:
+        return value
+    if isinstance(value, str):
+        return str.__str__(value)
+    where = name if index is None else f"{name}[{index}]"
+    raise TypeError(f"{where}: a string is needed, not {shown(value)}")
+
+
+def documents_of(documents: Iterable[str]) -> list[str]:
+    """``documents`` as a list; its items are not checked here."""
+    if isinstance(documents, (str, bytes)) or not isinstance(documents, Iterable):
+        raise TypeError(f"documents: a sequence of strings is needed, not {shown(documents)}")
+    return list(documents)
+
+
+def pairs_of(pairs: Iterable[Sequence[str]]) -> list[Pair]:
+    """``pairs`` as a list of (query, document)."""
+    if isinstance(pairs, str) or not isinstance(pairs, Iterable):
+        raise TypeError(f"pairs: a sequence of (query, document) is needed, not {shown(pairs)}")
+    texts = []
+    for i, pair in enumerate(pairs):
+        if isinstance(pair, str) or not isinstance(pair, Sequence) or len(pair) != 2:
+            raise TypeError(f"pairs[{i}]: a (query, document) is needed, not {shown(pair)}")
+        texts.append((text_of("pairs", pair[0], i), text_of("pairs", pair[1], i)))
+    return texts
+
+
+def check_predict_options(**options: object) -> None:
+    """Check the options of ``CrossEncoder.predict`` that a pool has once for all, and not with each call."""
+    for name, value in options.items():
+        if name not in ("activation_fn", "prompt_name", "prompt", "device", "pool", "chunk_size"):
+            raise TypeError(f"{name}: CrossEncoder has no such argument")
+        if value is not None:
+            raise ValueError(f"{name}: it is the pool's own, or its model's: RerankerPool(ModelSpec(...), devices=...)")
+
+
+def check_top_n(top_n: int | None) -> None:
+    """Check that ``top_n`` is a number of documents, or ``None``."""
+    if top_n is None:
+        return
+    if not isinstance(top_n, int) or isinstance(top_n, bool):
+        raise TypeError(f"top_n: a whole number or None is needed, not {top_n!r}")
+    if top_n < 0:
+        raise ValueError(f"top_n: at least 0 is needed, not {top_n}")
+
+
+def check_priority(priority: SupportsIndex) -> None:
+    """Check that ``priority`` is a whole number within its range."""
+    if not isinstance(priority, int) or isinstance(priority, bool):
+        raise TypeError(f"priority: a whole number is needed, not {priority!r}")
+    if abs(priority) > MAX_PRIORITY:
+        raise ValueError(f"priority: from {-MAX_PRIORITY} to {MAX_PRIORITY} is needed, not {priority}")
+
+
+def check_on_timeout(on_timeout: OnTimeout) -> None:
+    """Check that ``on_timeout`` is one of its two words."""
+    if on_timeout not in ("raise", "partial"):
+        raise ValueError(f"on_timeout: 'raise' or 'partial' is needed, not {on_timeout!r}")
+
+
+def deadline_of(timeout: float | None) -> float | None:
+    """When a request with this ``timeout`` expires, on the monotonic clock; ``None``: never."""
+    if timeout is None:
+        return None
+    if not isinstance(timeout, (int, float)) or isinstance(timeout, bool):
+        raise TypeError(f"timeout: seconds or None are needed, not {timeout!r}")
+    if not timeout > 0:
+        raise ValueError(f"timeout: more than 0 seconds are needed, not {timeout}")
+    return time.monotonic() + timeout
+
+
+def shown(value: object) -> str:
+    """``value`` for an error message: its type and the beginning of its ``repr``."""
+    text = repr(value)
+    return f"{type(value).__name__} {text[:60]}{'…' if len(text) > 60 else ''}"
