@@ -1,7 +1,8 @@
 """What this process may use of its machine: cores, NUMA nodes, memory and GPUs, read without importing torch.
 
-The smallest limit holds: the machine's, this process's affinity, or that of any control group it is in, version 1 or 2.
-Everything is read from files below ``root``, so that another machine can be laid out in a folder.
+The smallest limit holds: the machine's, this process's CPU affinity, or that of any control group it is in (version 1
+or 2). Everything is read from files below ``root``, so that a test can lay out another machine in a folder. Without
+these files (another system, or a sandbox without ``/proc``) psutil is asked, then the C library.
 """
 
 from __future__ import annotations
@@ -45,12 +46,12 @@ class Machine:
         logical: logical CPUs of the machine.
         affinity: logical CPUs this process may run on.
         physical: physical cores among those.
-        quota: CPUs' worth of time the container allows; ``None`` without a limit.
+        quota: how many CPUs' time the container allows; ``None`` without a limit.
         memory_available: bytes that can be taken without swapping, within the container's limit.
-        gpus: devices torch would offer, such as ``("cuda:0",)``.
-        memory_total: bytes of memory the machine has, within the container's limit; 0 where it is not known.
-        cpu_model: what the CPU calls itself.
-        nodes: the NUMA nodes with a CPU for this process; one, or none, where memory is the same for all.
+        gpus: the GPUs that torch would offer, such as ``("cuda:0",)``.
+        memory_total: bytes of memory the machine has, within the container's limit; 0 if it is not known.
+        cpu_model: the CPU's name for itself.
+        nodes: the NUMA nodes that have a CPU for this process; one or none if all memory is equally near.
     """
 
     logical: int
@@ -65,7 +66,7 @@ class Machine:
 
     @property
     def cores(self) -> int:
-        """Cores worth a worker: the physical ones, as far as the quota goes, at least 1."""
+        """How many cores to plan for: the physical ones, within the quota, at least 1."""
         cores = self.physical if self.quota is None else min(self.physical, math.floor(self.quota))
         return max(1, cores)
 
@@ -109,8 +110,10 @@ def _affinity(root: Path) -> list[int]:
     if found:
         return _cpu_list(found[1])
     try:
+        if hasattr(os, "sched_getaffinity"):
+            return sorted(os.sched_getaffinity(0))
         return list(psutil.Process().cpu_affinity())
-    except AttributeError:  # macOS has no affinity
+    except (AttributeError, OSError, psutil.Error):  # macOS has no affinity
         return list(range(os.cpu_count() or 1))
 
 
@@ -120,10 +123,16 @@ def _physical_cores(root: Path, cpus: Sequence[int]) -> int:
     for cpu in cpus:
         listed = _text(root / f"sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list").strip()
         if not listed:
-            whole = psutil.cpu_count(logical=False) or len(cpus)
-            return max(1, min(whole, len(cpus)))
+            return max(1, min(_whole_machine_s_cores() or len(cpus), len(cpus)))
         siblings.add(listed)
     return len(siblings)
+
+
+def _whole_machine_s_cores() -> int | None:
+    try:
+        return psutil.cpu_count(logical=False)
+    except (OSError, psutil.Error):  # no /proc
+        return None
 
 
 def _nodes(root: Path, cpus: Sequence[int]) -> tuple[Node, ...]:
@@ -179,15 +188,19 @@ def _meminfo(root: Path) -> tuple[float, float]:
     found = dict(re.findall(r"^(MemAvailable|MemTotal):\s*(\d+) kB$", _text(root / "proc/meminfo"), re.MULTILINE))
     if len(found) == 2:
         return float(found["MemAvailable"]) * 1024, float(found["MemTotal"]) * 1024
-    memory = psutil.virtual_memory()
-    return float(memory.available), float(memory.total)
+    try:
+        memory = psutil.virtual_memory()
+        return float(memory.available), float(memory.total)
+    except (OSError, psutil.Error, ValueError):  # no /proc; a page that is not free may still be a cache's
+        page = os.sysconf("SC_PAGE_SIZE")
+        return float(page * os.sysconf("SC_AVPHYS_PAGES")), float(page * os.sysconf("SC_PHYS_PAGES"))
 
 
 # Files.
 
 
 def _cgroup_folders(root: Path, controller: str) -> list[Path]:
-    """The cgroup folder of this process and every one above it, v2 and v1: a limit anywhere on the way holds."""
+    """The folders of this process's control group and of those above it, version 2 and 1: the limits of all hold."""
     mounted = root / "sys/fs/cgroup"
     folders: list[Path] = []
     for line in _text(root / "proc/self/cgroup").splitlines():
@@ -204,7 +217,7 @@ def _cgroup_folders(root: Path, controller: str) -> list[Path]:
 
 
 def _text(path: Path) -> str:
-    """What the file holds; nothing where it cannot be read."""
+    """What the file holds; an empty string if it cannot be read."""
     try:
         return path.read_text()
     except (OSError, ValueError):
@@ -212,7 +225,7 @@ def _text(path: Path) -> str:
 
 
 def _numbers(path: Path) -> list[float]:
-    """The file's numbers; none for a missing file, and infinity for the word ``max``."""
+    """The numbers in the file, ``max`` being infinity; none if the file is missing or holds another word."""
     try:
         return [math.inf if word == "max" else float(word) for word in _text(path).split()]
     except ValueError:
