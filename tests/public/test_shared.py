@@ -14,7 +14,7 @@ import threading
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -31,16 +31,7 @@ DOCUMENTS = [f"document {i}" for i in range(10)]
 SHARED_FAKE = 'shared_pool(ModelSpec("fake", loader="fakes:load"), "cpu", workers=1)'
 
 
-@pytest.fixture(autouse=True)
-def _registry(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """A registry of the test's own, whose pools end with it."""
-    places: dict[Any, Any] = {}
-    monkeypatch.setattr(shared, "_places", places)
-    yield
-    for place in places.values():
-        while place is not None:
-            place.pool.close(drain=False)
-            place = place.follower
+pytestmark = pytest.mark.usefixtures("own_registry")
 
 
 def test_all_who_ask_get_the_same_pool() -> None:
