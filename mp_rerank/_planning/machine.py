@@ -107,8 +107,8 @@ def _logical(root: Path) -> int:
 
 def _affinity(root: Path) -> list[int]:
     found = re.search(r"^Cpus_allowed_list:\s*(\S+)", _text(root / "proc/self/status"), re.MULTILINE)
-    if found:
-        return _cpu_list(found[1])
+    if found and (cpus := _cpu_list(found[1])):
+        return cpus
     try:
         if hasattr(os, "sched_getaffinity"):
             return sorted(os.sched_getaffinity(0))
@@ -204,7 +204,9 @@ def _cgroup_folders(root: Path, controller: str) -> list[Path]:
     mounted = root / "sys/fs/cgroup"
     folders: list[Path] = []
     for line in _text(root / "proc/self/cgroup").splitlines():
-        _, controllers, path = line.split(":", 2)
+        _, controllers, path = [*line.split(":", 2), "", ""][:3]
+        if not path:  # not the kernel's words
+            continue
         if controllers == "":
             top = mounted
         elif controller in controllers.split(","):
@@ -233,11 +235,13 @@ def _numbers(path: Path) -> list[float]:
 
 
 def _cpu_list(text: str) -> list[int]:
-    """The kernel's ``0-3,8`` as ``[0, 1, 2, 3, 8]``."""
+    """The kernel's ``0-3,8`` as ``[0, 1, 2, 3, 8]``; nothing if that is not what the text is."""
     cpus: list[int] = []
     for part in filter(None, text.strip().split(",")):
-        first, _, last = part.partition("-")
-        cpus += range(int(first), int(last or first) + 1)
+        found = re.fullmatch(r"(\d+)(?:-(\d+))?", part)
+        if found is None:
+            return []
+        cpus += range(int(found[1]), int(found[2] or found[1]) + 1)
     return cpus
 
 
@@ -267,7 +271,10 @@ def _gpus() -> tuple[str, ...]:
 
 def _torch_has_cuda() -> bool:
     """Whether the installed torch is a CUDA (or ROCm) build, read from its version file."""
-    found = importlib.util.find_spec("torch")
+    try:
+        found = importlib.util.find_spec("torch")
+    except ValueError:  # what is imported under that name has no spec
+        return False
     if found is None or found.origin is None:
         return False
     try:
