@@ -10,6 +10,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 from typing import Literal, SupportsIndex, TypedDict
 
+from mp_rerank._checks import check_optional_count, is_for_ever, shown
 from mp_rerank._pairs import Pair
 
 __all__ = [
@@ -22,13 +23,26 @@ __all__ = [
     "deadline_of",
     "documents_of",
     "pairs_of",
-    "shown",
     "text_of",
 ]
 
 MAX_PRIORITY = 8
 
 OnTimeout = Literal["raise", "partial"]
+
+# Of CrossEncoder.predict and rank, in all versions since 2: workers batch by tokens and show nothing, and for one score
+# a pair, which ranking needs, a softmax changes nothing.
+NO_DIFFERENCE = {
+    "apply_softmax",
+    "batch_size",
+    "chunk_size",
+    "convert_to_numpy",
+    "convert_to_tensor",
+    "num_workers",
+    "show_progress_bar",
+}
+# ``activation_fct`` is what ``activation_fn`` was called before version 4.
+THE_POOLS_OWN = {"activation_fct", "activation_fn", "device", "pool", "prompt", "prompt_name"}
 
 
 def text_of(name: str, value: object, index: int | None = None) -> str:
@@ -61,22 +75,27 @@ def pairs_of(pairs: Iterable[Sequence[str]]) -> list[Pair]:
 
 
 def check_predict_options(**options: object) -> None:
-    """Check the options of ``CrossEncoder.predict`` that a pool has once for all, and not with each call."""
+    """Check the options of ``CrossEncoder``'s ``predict`` and ``rank``, of any version, that a pool cannot follow.
+
+    What makes no difference to scores is accepted. What a pool has from its model or its devices must be ``None``.
+    """
     for name, value in options.items():
-        if name not in ("activation_fn", "prompt_name", "prompt", "device", "pool", "chunk_size"):
-            raise TypeError(f"{name}: CrossEncoder has no such argument")
+        if name in NO_DIFFERENCE:
+            continue
+        if name not in THE_POOLS_OWN:
+            raise TypeError(f"{name}: no version of CrossEncoder has such an argument")
         if value is not None:
-            raise ValueError(f"{name}: it is the pool's own, or its model's: RerankerPool(ModelSpec(...), devices=...)")
+            raise ValueError(
+                f"{name}: it is the pool's own, or its model's: RerankerPool(ModelSpec(...), devices=...). With a call "
+                f"it must be None, not {shown(value)}"
+            )
 
 
 def check_top_n(top_n: int | None) -> None:
     """Check that ``top_n`` is a number of documents, or ``None``."""
-    if top_n is None:
-        return
-    if not isinstance(top_n, int) or isinstance(top_n, bool):
+    if top_n is not None and (not isinstance(top_n, int) or isinstance(top_n, bool)):
         raise TypeError(f"top_n: a whole number or None is needed, not {top_n!r}")
-    if top_n < 0:
-        raise ValueError(f"top_n: at least 0 is needed, not {top_n}")
+    check_optional_count("top_n", top_n, 0)
 
 
 def check_priority(priority: SupportsIndex) -> None:
@@ -95,13 +114,7 @@ def deadline_of(timeout: float | None) -> float | None:
         raise TypeError(f"timeout: seconds or None are needed, not {timeout!r}")
     if not timeout > 0:
         raise ValueError(f"timeout: more than 0 seconds are needed, not {timeout}")
-    return time.monotonic() + timeout
-
-
-def shown(value: object) -> str:
-    """``value`` for an error message: its type and the beginning of its ``repr``."""
-    text = repr(value)
-    return f"{type(value).__name__} {text[:60]}{'…' if len(text) > 60 else ''}"
+    return None if is_for_ever(timeout) else time.monotonic() + timeout
 
 
 class RequestKeywords(TypedDict, total=False):

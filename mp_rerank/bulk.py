@@ -8,40 +8,72 @@ Formats:
     run         TREC's: query id, ``Q0``, document id, rank, score, tag; the lines of a query stand together
     qrels       TREC's (query id, ``0``, document id, grade), or BEIR's TSV with its header
 
-The corpus stays on disk: where each document of the run begins is kept in memory, and the texts of a few queries at
-a time. Queries are written in the run's order, each as soon as it and all before it are scored. So the output is a
-beginning of the work, and running again goes on after it; the last query is scored again if it is not whole. The tag
-says which model wrote the output, and another one's is not continued.
+**Memory.** The corpus stays on disk. In memory are the places in its file where the run's documents begin, and the
+texts of a few queries at a time.
 
-Mistakes in files are ``ValueError``, naming file and line, before anything is scored.
+**Going on.** Queries are written in the run's order, each once it and all before it are scored. So the output is always
+a beginning of the whole, and a second call goes on after it. A query that is not there in full is scored again. The tag
+names the model, and the output of another model is not continued.
+
+**Mistakes** in files are ``ValueError``, naming file and line, before anything is scored.
+
+**Documents that cannot be scored** (the model raises an exception on them, they end workers, or their score is not a
+number) do not end the work. Each is logged with the ids of query and document, and listed in the summary. In the output
+it stands after the query's other documents, with lower scores than theirs: every query keeps all its candidates. A
+document that has ended workers is not tried with further queries. If three queries in a row have no score at all, the
+model is taken to be at fault, and the last error is raised.
 """
 
 from __future__ import annotations
 
 import json
+import logging
+import math
 import os
 import re
 import time
 import zlib
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
+from mp_rerank._checks import check_flag, check_optional_count, check_text
+from mp_rerank._text import one_line
 from mp_rerank.config import BUILTIN, ModelSpec
+from mp_rerank.errors import ScoringError, WorkerCrashedError
 from mp_rerank.pool import RerankerPool
 from mp_rerank.results import RerankResult
 
-__all__ = ["BulkSummary", "evaluate", "rerank_run"]
+__all__ = ["BulkSummary", "FailedPair", "evaluate", "rerank_run"]
+
+logger = logging.getLogger(__name__)
 
 DEFAULT_MEASURES = ("nDCG@10", "RR@10", "R@100")
 
-# Enough to keep a worker busy while the next texts are read. Not more: queries in flight take turns, so that the more
-# there are, the later each of them can be written.
+# Pairs in flight for each worker: enough to keep it busy while the next texts are read, and not more. Queries in flight
+# take turns, so with more of them each is written later.
 PAIRS_IN_FLIGHT_CPU = 128
 PAIRS_IN_FLIGHT_GPU = 2048
+# After so many queries in a row without any score the model is at fault, and not the documents.
+QUERIES_IN_VAIN = 3
+
+
+@dataclass(frozen=True)
+class FailedPair:
+    """A document that could not be scored with a query.
+
+    Attributes:
+        query, document: their ids.
+        cause: why, in one line.
+    """
+
+    query: str
+    document: str
+    cause: str
 
 
 @dataclass(frozen=True)
@@ -49,16 +81,19 @@ class BulkSummary:
     """What a call of ``rerank_run`` did.
 
     Attributes:
-        queries, pairs: scored by this call.
-        found_queries: already in the output, and left as they were.
+        queries: queries written by this call.
+        pairs: pairs scored by this call.
+        found_queries: queries that were in the output already, and were left as they were.
         seconds: from the first request to the last line written; workers had started before.
-        pairs_per_second: ``pairs`` by ``seconds``; 0 where there was nothing to do.
+        failures: the pairs that could not be scored.
+        pairs_per_second: ``pairs`` divided by ``seconds``; 0 if nothing was scored.
     """
 
     queries: int
     pairs: int
     found_queries: int
     seconds: float
+    failures: tuple[FailedPair, ...] = ()
     pairs_per_second: float = field(init=False)
 
     def __post_init__(self) -> None:
@@ -66,15 +101,12 @@ class BulkSummary:
 
     def __str__(self) -> str:
         there = f"; {self.found_queries:,} were there already" if self.found_queries else ""
+        queries = len({failure.query for failure in self.failures})
+        failed = f"; {len(self.failures):,} pairs of {queries:,} queries could not be scored" if self.failures else ""
         return (
             f"{self.queries:,} queries, {self.pairs:,} pairs in {self.seconds:.1f} s "
-            f"({self.pairs_per_second:,.0f} a second){there}"
+            f"({self.pairs_per_second:,.0f} a second){there}{failed}"
         )
-
-
-class _Candidates(NamedTuple):
-    query: str
-    documents: list[str]
 
 
 def rerank_run(
@@ -94,72 +126,55 @@ def rerank_run(
     Args:
         pool: what scores. It is started here, once the files are known to be good.
         queries, corpus, run: the files to read.
-        output: the file to write; what is in it already is kept, and must be a beginning of the same work.
+        output: the file to write. What is in it already is kept, and must be a beginning of the same work.
         top_n: how many documents of a query to write; ``None``: all.
         tag: the last column; one word.
         overwrite: begin again, whatever is in the output.
         progress: show a bar on standard error; ``None``: if that is a terminal.
 
     Raises:
-        ValueError: a file is not as it should be.
-        RerankError: scoring failed; what is written so far is good, and the next call goes on from there.
+        TypeError, ValueError: an argument or a file is not as it should be.
+        RerankError: scoring failed as a whole. What is written so far is good, and the next call goes on from there.
+        OSError: the output could not be written, such as on a full disk; the same holds.
     """
     from tqdm import tqdm
 
-    if top_n is not None and top_n < 1:
-        raise ValueError(f"top_n: at least 1 is needed, not {top_n}")
-    if not tag or tag.split() != [tag]:
-        raise ValueError(f"tag: one word is needed, not {tag!r}")
+    _check_options(top_n, tag, overwrite, progress)
     counts, wanted = _survey(run)
     texts = _read_queries(queries, counts, run)
-    found, keep_bytes = (0, 0) if overwrite else _already(output, counts, top_n, tag)
-    pending: deque[tuple[_Candidates, Future[list[RerankResult]]]] = deque()
-    scored = in_flight = 0
-    with _Corpus(corpus, wanted, run) as documents, _opened(output, "ab") as out:
-        out.truncate(keep_bytes)
-        total = sum(list(counts.values())[found:])
-        if total:
+    found, keep_bytes = _already(output, counts, top_n, tag, overwrite)
+    left = sum(list(counts.values())[found:])
+    with _Corpus(corpus, wanted, run) as documents, _Output(output, keep_bytes, top_n, tag) as out:
+        if left:
             pool.start()
-        bound = sum(PAIRS_IN_FLIGHT_CPU if worker.device == "cpu" else PAIRS_IN_FLIGHT_GPU for worker in pool.workers())
         start = time.perf_counter()
-        with tqdm(total=total, unit="pair", disable=None if progress is None else not progress) as bar:
+        with (
+            tqdm(total=left, unit="pair", disable=None if progress is None else not progress) as bar,
+            _InFlight(pool, out.write, bar.update) as in_flight,
+        ):
+            for candidates in islice(_groups(run), found, None):
+                query = texts[candidates.query]
+                in_flight.submit(_Task(candidates, query, [documents[name] for name in candidates.documents]))
+        failures = tuple(in_flight.failures)
+        return BulkSummary(len(counts) - found, left - len(failures), found, time.perf_counter() - start, failures)
 
-            def finish() -> int:
-                candidates, future = pending.popleft()
-                query, names = candidates
-                ranked = enumerate(future.result(), 1)
-                lines = [f"{query} Q0 {names[r.index]} {rank} {r.relevance_score:.9g} {tag}\n" for rank, r in ranked]
-                out.write("".join(lines).encode())
-                out.flush()
-                bar.update(len(candidates.documents))
-                return len(candidates.documents)
 
-            try:
-                for number, candidates in enumerate(_groups(run)):
-                    if number < found:
-                        continue
-                    while len(pending) > 1 and in_flight + len(candidates.documents) > bound:
-                        in_flight -= finish()
-                    future = pool.submit(
-                        texts[candidates.query], [documents[name] for name in candidates.documents], top_n=top_n
-                    )
-                    pending.append((candidates, future))
-                    in_flight += len(candidates.documents)
-                    scored += 1
-                    while pending and pending[0][1].done():
-                        in_flight -= finish()
-                while pending:
-                    in_flight -= finish()
-            finally:
-                for _, future in pending:
-                    future.cancel()
-        return BulkSummary(scored, total, found, time.perf_counter() - start)
+def _check_options(top_n: int | None, tag: str, overwrite: bool, progress: bool | None) -> None:
+    check_optional_count("top_n", top_n)
+    check_text("tag", tag)
+    if tag.split() != [tag]:
+        raise ValueError(f"tag: one word is needed, not {tag!r}")
+    check_flag("overwrite", overwrite)
+    if progress is not None:
+        check_flag("progress", progress)
 
 
 def evaluate(
     qrels: str | Path, runs: Sequence[str | Path], measures: Sequence[str] = DEFAULT_MEASURES
 ) -> list[dict[str, float]]:
-    """Means of ``measures`` (as ir-measures writes them, such as ``nDCG@10``) for each run, over the judged queries.
+    """For each run the means of ``measures`` over the judged queries.
+
+    Measures are named as in ir-measures, such as ``nDCG@10``.
 
     Raises:
         ModuleNotFoundError: ir-measures is not installed; it is in the extra ``metrics``.
@@ -198,23 +213,222 @@ def parse_measures(measures: Sequence[str]) -> list[Any]:
 
 
 def model_tag(spec: ModelSpec) -> str:
-    """A run's tag that tells which model made it, and how far it read: one word.
+    """A run's tag that says which model made it, and to which length it read: one word.
 
-    Of a folder's path its name and a checksum: many are called ``model``.
+    Of a folder's path it has the name and a checksum of the whole, since many folders are called ``model``.
     """
     backend = None if spec.backend == "torch" else spec.backend
-    folder = Path(spec.name).resolve()
-    where = f"{zlib.crc32(str(folder).encode()):08x}" if spec.name != BUILTIN and folder.is_dir() else None
+    where = None
+    if spec.name != BUILTIN and os.path.isdir(spec.path):
+        where = f"{zlib.crc32(os.path.realpath(spec.path).encode(errors='surrogateescape')):08x}"
     parts = [spec.name.rstrip("/").rpartition("/")[2], where, spec.revision, backend, spec.dtype, spec.max_length]
     return ":".join(["mp_rerank", *(re.sub(r"[^A-Za-z0-9._-]+", "-", str(part)) for part in parts if part is not None)])
 
 
-# What is there already.
+# Scoring.
 
 
-def _already(output: str | Path, counts: dict[str, int], top_n: int | None, tag: str) -> tuple[int, int]:
+class _Candidates(NamedTuple):
+    """A query and its documents, by their ids."""
+
+    query: str
+    documents: list[str]
+
+
+@dataclass
+class _Task:
+    """A query in flight.
+
+    Attributes:
+        candidates: the ids.
+        query, documents: the texts.
+        sent: which of the documents were sent to the pool, by their places.
+        future: their ranking.
+    """
+
+    candidates: _Candidates
+    query: str
+    documents: list[str]
+    sent: list[int] = field(default_factory=list)
+    future: Future[list[RerankResult]] = field(default_factory=Future)
+
+
+class _InFlight:
+    """The queries that are being scored, in the run's order.
+
+    Args:
+        pool: what scores; it has started.
+        write: called with a query's ids and its scores (``None`` for a document that has none), in the run's order.
+        advance: called with the number of documents that are done.
+
+    Attributes:
+        failures: the pairs that could not be scored, so far.
+    """
+
+    def __init__(
+        self,
+        pool: RerankerPool,
+        write: Callable[[_Candidates, Sequence[float | None]], None],
+        advance: Callable[[int], object],
+    ) -> None:
+        self.failures: list[FailedPair] = []
+        self._pool = pool
+        self._write = write
+        self._advance = advance
+        self._tasks: deque[_Task] = deque()
+        self._pairs = 0
+        on_cpu = [worker.device.startswith("cpu") for worker in pool.workers()]
+        self._bound = sum(PAIRS_IN_FLIGHT_CPU if cpu else PAIRS_IN_FLIGHT_GPU for cpu in on_cpu)
+        self._deadly: dict[str, str] = {}  # documents that have ended workers, and how
+        self._in_vain = 0  # queries in a row without any score
+
+    def submit(self, task: _Task) -> None:
+        """Have ``task`` scored. Waits while there is enough in flight, and writes what is done."""
+        while len(self._tasks) > 1 and self._pairs + len(task.documents) > self._bound:
+            self._finish_first()
+        task.sent = [i for i, name in enumerate(task.candidates.documents) if name not in self._deadly]
+        task.future = self._pool.submit(task.query, [task.documents[i] for i in task.sent], top_n=None)
+        self._tasks.append(task)
+        self._pairs += len(task.documents)
+        while self._tasks and self._tasks[0].future.done():
+            self._finish_first()
+
+    def __enter__(self) -> _InFlight:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        try:
+            while kind is None and self._tasks:
+                self._finish_first()
+        finally:
+            for task in self._tasks:
+                task.future.cancel()
+
+    def _finish_first(self) -> None:
+        task = self._tasks.popleft()
+        query, documents = task.candidates
+        scores, causes = self._scores(task)
+        self._check_model(task, scores, causes)
+        for i, cause in sorted(causes.items()):
+            failure = FailedPair(query, documents[i], one_line(cause))
+            self.failures.append(failure)
+            logger.warning("query %s, document %s: not scored: %s", *map(one_line, (query, documents[i], cause)))
+        self._write(task.candidates, scores)
+        self._pairs -= len(documents)
+        self._advance(len(documents))
+
+    def _scores(self, task: _Task) -> tuple[list[float | None], dict[int, str]]:
+        """The score of each document of ``task``; and for those without one, by their places, why."""
+        names = task.candidates.documents
+        scores: list[float | None] = [None] * len(names)
+        causes = {i: self._deadly[names[i]] for i in set(range(len(names))).difference(task.sent)}
+        try:
+            for result in task.future.result():
+                scores[task.sent[result.index]] = result.relevance_score
+        except (ScoringError, WorkerCrashedError) as error:
+            _raise_if_no_document_is_to_blame(error)
+            self._score_apart(task, scores, causes)
+        for i, score in enumerate(scores):
+            if score is not None and not math.isfinite(score):
+                scores[i], causes[i] = None, f"its score is {score}"
+        return scores, causes
+
+    def _score_apart(self, task: _Task, scores: list[float | None], causes: dict[int, str]) -> None:
+        """Score each document of ``task`` by itself, since one of them has failed them all."""
+        names = task.candidates.documents
+        causes |= {i: self._deadly[names[i]] for i in task.sent if names[i] in self._deadly}
+        apart = [i for i in task.sent if i not in causes]
+        futures = [(i, self._pool.submit(task.query, [task.documents[i]], top_n=None)) for i in apart]
+        try:
+            for i, future in futures:
+                try:
+                    scores[i] = future.result()[0].relevance_score
+                except ScoringError as error:
+                    causes[i] = error.cause or str(error)
+                except WorkerCrashedError as error:
+                    _raise_if_no_document_is_to_blame(error)
+                    causes[i] = f"it ended {error.attempts} workers"
+                    self._deadly[names[i]] = f"not tried: {causes[i]} with query {task.candidates.query}"
+        finally:
+            for _, future in futures:
+                future.cancel()
+
+    def _check_model(self, task: _Task, scores: Sequence[float | None], causes: dict[int, str]) -> None:
+        """Raise ``ScoringError`` if nothing can be scored any more."""
+        if not task.sent:
+            return
+        self._in_vain = 0 if any(score is not None for score in scores) else self._in_vain + 1
+        if self._in_vain == QUERIES_IN_VAIN:
+            cause = causes[task.sent[-1]]
+            raise ScoringError(
+                f"no document could be scored of {QUERIES_IN_VAIN} queries in a row, the last {task.candidates.query}: "
+                f"{cause}",
+                cause=cause,
+            )
+
+
+def _raise_if_no_document_is_to_blame(error: ScoringError | WorkerCrashedError) -> None:
+    """Raise ``error`` if no worker is left."""
+    if isinstance(error, WorkerCrashedError) and error.document_index is None:
+        raise error
+
+
+# Writing, and what is there already.
+
+
+class _Output:
+    """The run that is written: a query at a time, at once.
+
+    Args:
+        path: the file.
+        keep_bytes: how much of it to keep.
+        top_n, tag: as for ``rerank_run``.
+    """
+
+    def __init__(self, path: str | Path, keep_bytes: int, top_n: int | None, tag: str) -> None:
+        self._path = path
+        self._top_n = top_n
+        self._tag = tag
+        self._file = _opened(path, "ab", buffering=0)  # so that no text is left to write when the disk is full
+        self._file.truncate(keep_bytes)
+
+    def write(self, candidates: _Candidates, scores: Sequence[float | None]) -> None:
+        """Write a query's documents, best first; last those without a score, in the order they came."""
+        found = [(score, i) for i, score in enumerate(scores) if score is not None]
+        ranked = sorted(found, key=lambda pair: (-pair[0], pair[1]))
+        lowest = ranked[-1][0] if ranked else 0.0
+        step = max(1.0, abs(lowest) / 1000)
+        failed = [i for i, score in enumerate(scores) if score is None]
+        ranked += [(lowest - step * n, i) for n, i in enumerate(failed, 1)]
+        query, names = candidates
+        rest = memoryview(
+            "".join(
+                f"{query} Q0 {names[i]} {rank} {score:.9g} {self._tag}\n"
+                for rank, (score, i) in enumerate(ranked[: self._top_n], 1)
+            ).encode()
+        )
+        try:
+            while rest:
+                rest = rest[self._file.write(rest) :]
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, os.fspath(self._path)) from error
+
+    def __enter__(self) -> _Output:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+
+def _already(
+    output: str | Path, counts: dict[str, int], top_n: int | None, tag: str, overwrite: bool
+) -> tuple[int, int]:
     """How many whole queries ``output`` begins with, and in how many bytes."""
-    if not Path(output).exists():
+    if not os.path.exists(output):
+        return 0, 0
+    if not os.path.isfile(output):  # a device or a pipe could not be gone on with
+        raise ValueError(f"{output}: it is not a regular file")
+    if overwrite:
         return 0, 0
     expected = iter(counts.items())
     found = kept = end = lines = 0
@@ -231,7 +445,9 @@ def _already(output: str | Path, counts: dict[str, int], top_n: int | None, tag:
                 raise ValueError(f"{output}, line {number}: it is tagged {columns[5]!r}, and this would be {tag!r}")
             if columns[0] != query:
                 if lines != due:
-                    raise ValueError(f"{output}, line {number}: query {query} has {lines} lines, and {due} are due")
+                    raise ValueError(
+                        f"{output}, line {number}: query {one_line(query)} has {lines} lines, and {due} are due"
+                    )
                 query, count = next(expected, (None, 0))
                 if query != columns[0]:
                     raise ValueError(
@@ -243,22 +459,22 @@ def _already(output: str | Path, counts: dict[str, int], top_n: int | None, tag:
             if lines == due:
                 found, kept = found + 1, end
             elif lines > due:
-                raise ValueError(f"{output}, line {number}: query {query} has more than {due} lines")
+                raise ValueError(f"{output}, line {number}: query {one_line(query)} has more than {due} lines")
     return found, kept
 
 
 # Reading.
 
 
-def _opened(path: str | Path, mode: str = "rb") -> BinaryIO:
+def _opened(path: str | Path, mode: str = "rb", buffering: int = -1) -> BinaryIO:
     try:
-        return open(path, mode)  # type: ignore[return-value]
+        return open(path, mode, buffering)  # type: ignore[return-value]
     except OSError as error:
         raise ValueError(f"{path}: {error.strerror}") from error
 
 
 def _columns(path: str | Path, count: int) -> Iterator[tuple[int, list[str]]]:
-    """Line numbers and columns of a file of so many columns between white space; blank lines are skipped."""
+    """Line numbers and columns of a file with ``count`` columns, separated by white space. Blank lines are skipped."""
     with _opened(path) as file:
         for number, line in enumerate(file, 1):
             columns = _decoded(line, path, number).split()
@@ -288,9 +504,9 @@ def _survey(run: str | Path) -> tuple[dict[str, int], set[str]]:
     wanted: set[str] = set()
     for candidates in _groups(run):
         if candidates.query in counts:
-            raise ValueError(f"{run}: the lines of query {candidates.query} do not stand together")
+            raise ValueError(f"{run}: the lines of query {one_line(candidates.query)} do not stand together")
         if len(set(candidates.documents)) != len(candidates.documents):
-            raise ValueError(f"{run}: query {candidates.query} has a document twice")
+            raise ValueError(f"{run}: query {one_line(candidates.query)} has a document twice")
         counts[candidates.query] = len(candidates.documents)
         wanted.update(candidates.documents)
     if not counts:
@@ -307,16 +523,16 @@ def _read_queries(path: str | Path, counts: dict[str, int], run: str | Path) -> 
                 texts[entry[0]] = entry[1]
     for query in counts:
         if query not in texts:
-            raise ValueError(f"{path}: query {query} of {run} is not in it")
+            raise ValueError(f"{path}: query {one_line(query)} of {run} is not in it")
     return texts
 
 
 class _Corpus:
-    """Texts by id, read when they are asked for."""
+    """The documents' texts by id, read from the file when they are asked for."""
 
     def __init__(self, path: str | Path, wanted: set[str], run: str | Path) -> None:
         self._path = path
-        self._places: dict[str, tuple[int, int]] = {}  # where its line begins, and the line's number
+        self._places: dict[str, tuple[int, int]] = {}  # where the line begins, and its number
         place = 0
         with _opened(path) as file:
             for number, line in enumerate(file, 1):
@@ -326,7 +542,7 @@ class _Corpus:
                 place += len(line)
         if len(self._places) < len(wanted):
             missing = min(wanted - self._places.keys())
-            raise ValueError(f"{path}: document {missing} of {run} is not in it")
+            raise ValueError(f"{path}: document {one_line(missing)} of {run} is not in it")
         self._file = _opened(path)
 
     def __getitem__(self, name: str) -> str:

@@ -1,20 +1,25 @@
 """What the caller may ask for: the model (`ModelSpec`) and the pool around it (`PoolConfig`).
 
-Both are frozen and checked as they are made, so that a mistake is a ``TypeError`` or ``ValueError`` naming the field,
-in the thread that made it, and not a worker that dies. Every default of the package stands here.
+Both are frozen, and checked when they are made. So a mistake is a ``TypeError`` or ``ValueError`` that names the field,
+in the caller's thread, and not a worker that dies. Every default of the package stands here.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import multiprocessing
+import os
 import pickle
 import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
+import threading
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
+
+from mp_rerank._checks import check_count, check_flag, check_optional_count, check_seconds, check_text, is_for_ever
+from mp_rerank._text import one_line
 
 __all__ = ["BUILTIN", "ModelSpec", "PoolConfig"]
 
@@ -33,36 +38,37 @@ DEVICE = re.compile(r"auto|(cpu|mps)(:0)?|(cuda|xpu|npu|hpu)(:\d+)?")
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """Which model, and how to load it: the arguments of ``CrossEncoder``, in a form a worker can be sent.
+    """Which model, and how to load it: the arguments of ``CrossEncoder``, in a form that can be sent to a worker.
 
     Attributes:
-        name: ``"builtin"``, a hub name, or the path of a local folder.
+        name: ``"builtin"``, a hub name, or the path of a local folder (a ``Path`` will do). A folder's path is made
+            absolute at once, so that it means the same wherever the process goes later.
         revision: branch, tag or commit on the hub.
         max_length: tokens a pair is truncated to; ``None`` keeps the model's own.
         dtype: ``"float32"``, ``"float16"``, ``"bfloat16"``, ``"auto"`` (the checkpoint's), or ``None``: what
-            ``CrossEncoder`` itself would choose. A dtype that is named is proved after loading. 16 bits are slow
-            on a CPU that has no instructions for them, and its workers say so. ``"int8"`` is for the other backends,
-            where ``None`` is float32.
+            ``CrossEncoder`` itself would choose. A dtype that is named is checked after loading. A CPU without
+            instructions for 16 bits is slow in them, and its workers log that. ``"int8"`` is for the other backends,
+            whose ``None`` is float32.
         activation: applied to the logits: ``"sigmoid"``, ``"identity"`` or the dotted path of an importable class or
             function; ``None`` keeps the model's own.
-        weights: ``"shared"``: what a CPU can use as the checkpoint's file has it stays in that file's pages, once in
-            memory for all workers; the file must not be overwritten in place meanwhile (another may take its name).
-            ``"private"``: every worker makes its own copy.
-        prepack: let a worker lay its linear layers out anew where that is faster on its CPU, as it measures. The layers
-            it does that with are then copies of its own; with ``False`` all weights can be shared.
-        unpad: let the network compute on real tokens only, and its last layer only what the head reads, on a CPU, where
-            it then scores the same.
+        weights: ``"shared"``: workers on the CPU use the pages of the checkpoint's file, once in memory for all of
+            them, for all weights that the file has in the form they are needed in. Do not overwrite that file in place
+            meanwhile (a new file may take its name). ``"private"``: every worker makes its own copy.
+        prepack: let each worker on the CPU store its linear layers in another layout, where it measures that this is
+            faster. Those layers are then the worker's own copies. With ``False`` all weights can be shared.
+        unpad: on a CPU, let the network compute on real tokens only, and in its last layer only on what the head
+            reads. A model whose scores this would change is left as it is.
         trust_remote_code: let the model's repository run its code in the workers.
-        model_kwargs, tokenizer_kwargs, config_kwargs: handed to transformers by ``CrossEncoder``.
+        model_kwargs, tokenizer_kwargs, config_kwargs: passed to transformers by ``CrossEncoder``.
         backend: what computes the network: ``"torch"``, or on the CPU ``"onnx"`` (ONNX Runtime, float32 or int8) or
-            ``"openvino"`` (float32, bfloat16 or int8). Each is an extra to be installed; the model is converted by each
-            worker as it starts.
-        compile: pass the network through ``torch.compile``. Needs a C++ compiler where the workers run, and makes each
-            of them start later, by a minute or so.
-        loader: something importable, as ``"package.module:name"`` or as the function itself, called in the worker as
-            ``loader(spec, device)`` in place of ``CrossEncoder``. What it returns needs ``predict(pairs)``, giving
-            scores of shape (n,) or (n, num_labels) for a list of n ``(query, document)`` tuples; a ``CrossEncoder`` is
-            proved and batched as if it had been loaded here.
+            ``"openvino"`` (float32, bfloat16 or int8). The last two are extras to install. Each worker converts the
+            model when it starts.
+        compile: pass the network through ``torch.compile``. Needs a C++ compiler on the machine of the workers. Each of
+            them starts about a minute later.
+        loader: an importable function, as ``"package.module:name"`` or as the function itself. Each worker calls it as
+            ``loader(spec, device)`` in place of ``CrossEncoder``. What it returns needs a method ``predict(pairs)``: of
+            a list of n ``(query, document)`` tuples it returns scores of shape (n,) or (n, num_labels). A
+            ``CrossEncoder`` is proved and batched as if the pool had loaded it.
 
     Raises:
         TypeError, ValueError: naming the field and the value.
@@ -85,47 +91,52 @@ class ModelSpec:
     loader: str | Callable[..., Any] | None = None
 
     def __post_init__(self) -> None:
-        if not isinstance(self.name, str) or not self.name:
-            raise TypeError(f"model: a name, a path or a ModelSpec is needed, not {self.name!r}")
-        _check_optional_count("max_length", self.max_length)
-        if self.backend not in DTYPES:
+        name: object = os.fspath(self.name) if isinstance(self.name, os.PathLike) else self.name
+        if not isinstance(name, str) or not name:
+            raise TypeError(f"model: a name, a path or a ModelSpec is needed, not {name!r}")
+        if name != BUILTIN:
+            name = _local_folder(name) or name
+        object.__setattr__(self, "name", name)
+        if self.revision is not None:
+            check_text("revision", self.revision)
+        check_optional_count("max_length", self.max_length)
+        for flag in ("prepack", "unpad", "trust_remote_code", "compile"):
+            check_flag(flag, getattr(self, flag))
+        self._check_backend()
+        if self.activation is not None:
+            object.__setattr__(self, "activation", _check_dotted(self.activation))
+        if self.weights not in ("shared", "private"):
+            raise ValueError(f"weights: 'shared' or 'private' is needed, not {self.weights!r}")
+        if self.loader is not None:
+            object.__setattr__(self, "loader", _importable(self.loader))
+        for field_name in ("model_kwargs", "tokenizer_kwargs", "config_kwargs"):
+            object.__setattr__(self, field_name, self._checked_kwargs(field_name))
+
+    def _check_backend(self) -> None:
+        """Check ``backend``, and what depends on it: ``dtype``, ``compile`` and ``loader``."""
+        if not isinstance(self.backend, str) or self.backend not in DTYPES:
             raise ValueError(f"backend: one of {', '.join(DTYPES)} is needed, not {self.backend!r}")
         if self.dtype is not None and self.dtype not in DTYPES[self.backend]:
             words = f"dtype: one of {', '.join(DTYPES[self.backend])} or None is needed"
             raise ValueError(f"{words} with backend={self.backend!r}, not {self.dtype!r}{_backends_with(self.dtype)}")
-        _check_flag("compile", self.compile)
         if self.compile and self.backend != "torch":
             raise ValueError(f"compile: it is torch's own, and of no use with backend={self.backend!r}")
         for name in ("backend", "compile"):
             if self.loader is not None and getattr(self, name) not in ("torch", False):
                 raise ValueError(f"{name}: with a loader, which decides itself what computes, it cannot be chosen here")
-        if self.activation is not None:
-            if not isinstance(self.activation, str):
-                raise TypeError(
-                    f"activation: 'sigmoid', 'identity' or a dotted path is needed, not {self.activation!r} "
-                    "(workers are other processes: they import it by its path)"
-                )
-            path = ACTIVATIONS.get(self.activation, self.activation)
-            if "." not in path:
-                raise ValueError(
-                    f"activation: 'sigmoid', 'identity' or a dotted path is needed, not {self.activation!r}"
-                )
-            object.__setattr__(self, "activation", path)
-        if self.weights not in ("shared", "private"):
-            raise ValueError(f"weights: 'shared' or 'private' is needed, not {self.weights!r}")
-        _check_flag("prepack", self.prepack)
-        _check_flag("unpad", self.unpad)
-        if self.loader is not None:
-            object.__setattr__(self, "loader", _importable(self.loader))
-        for name in ("model_kwargs", "tokenizer_kwargs", "config_kwargs"):
-            value = getattr(self, name)
-            if not isinstance(value, Mapping):
-                raise TypeError(f"{name}: a mapping is needed, not {value!r}")
-            object.__setattr__(self, name, dict(value))
-            try:
-                pickle.dumps(value)
-            except Exception as error:
-                raise ValueError(f"{name}: it cannot be sent to a worker process: {error}") from error
+
+    def _checked_kwargs(self, name: str) -> dict[str, Any]:
+        """The field ``name`` as a dict that can be sent to a worker."""
+        value = getattr(self, name)
+        if not isinstance(value, Mapping):
+            raise TypeError(f"{name}: a mapping is needed, not {value!r}")
+        if "trust_remote_code" in value:  # it would run code just as the field of that name does
+            check_flag(f"{name}['trust_remote_code']", value["trust_remote_code"])
+        try:
+            pickle.dumps(value)
+        except Exception as error:
+            raise ValueError(f"{name}: it cannot be sent to a worker process: {one_line(error)}") from error
+        return dict(value)
 
     @property
     def path(self) -> str:
@@ -135,7 +146,7 @@ class ModelSpec:
     @property
     def local(self) -> bool:
         """Whether loading can ask no hub."""
-        return self.loader is not None or Path(self.path).is_dir()
+        return self.loader is not None or os.path.isabs(self.path)
 
     @property
     def cpu_only(self) -> bool:
@@ -152,51 +163,51 @@ class ModelSpec:
         """Raise ``ValueError`` for a local path that holds no model, before any worker is started for it."""
         if self.loader is not None:
             return
-        path = Path(self.path)
-        if path.is_dir():
-            if not (path / "config.json").is_file() and not (path / "modules.json").is_file():
+        path = self.path
+        if os.path.isdir(path):
+            if not any(os.path.isfile(os.path.join(path, name)) for name in ("config.json", "modules.json")):
                 raise ValueError(f"model: {self.name!r} is a folder without a config.json: not a model")
-        elif path.is_file():
+        elif os.path.isfile(path):
             raise ValueError(f"model: {self.name!r} is a file; a model is a folder with a config.json")
-        elif path.is_absolute() or self.name.startswith((".", "~")) or self.name.count("/") > 1:
+        elif os.path.isabs(path) or self.name.startswith((".", "~")) or self.name.count("/") > 1:
             raise ValueError(f"model: there is no folder {self.name!r}")
 
 
 @dataclass(frozen=True)
 class PoolConfig:
-    """How many workers, where, and what bounds them. ``RerankerPool`` takes each field as a keyword.
+    """How many workers, on which devices, with which limits. ``RerankerPool`` takes each field as a keyword.
 
     Attributes:
-        devices: ``"auto"`` (every GPU, else the CPU), a device such as ``"cpu"`` or ``"cuda:1"``, or a list of them,
-            one worker each unless ``workers`` says more. ``"cuda"`` means every visible GPU.
+        devices: ``"auto"`` or ``None`` (every GPU, else the CPU), a device such as ``"cpu"`` or ``"cuda:1"``, or a list
+            of them, with one worker each unless ``workers`` is given. ``"cuda"`` means every visible GPU.
         workers: workers in all; ``None``: one for each GPU, or as many as cores and memory allow on the CPU.
-        threads_per_worker: compute threads of each; ``None`` shares the cores out.
-        pin: keep each worker that computes on the CPU on one NUMA node, near its weights, where the machine has several
-            nodes. Otherwise, and with ``False``, workers run wherever this process may.
-        tuned: go by what ``mp-rerank tune`` measured with this model on this machine, as far as ``workers``,
-            ``threads_per_worker`` and ``batch_tokens`` are not given. ``False``, or ``MP_RERANK_TUNED=0`` in the
-            environment: do not.
+        threads_per_worker: compute threads of each worker; ``None``: the cores, shared among the workers.
+        pin: on a machine of several NUMA nodes, keep each worker that computes on the CPU on one node, near its
+            weights. With ``False`` workers run wherever this process may.
+        tuned: use what ``mp-rerank tune`` measured with this model on this machine, for those of ``workers``,
+            ``threads_per_worker`` and ``batch_tokens`` that are not given. ``False``, or ``MP_RERANK_TUNED=0`` in the
+            environment, turns that off.
         isolation: ``"process"``, or ``"thread"``: one model in this process, one prediction at a time.
         start_method: ``"spawn"``, or ``"forkserver"`` (not on Windows): workers are forked from a process that has done
-            the imports. The first start takes about as long, a restart less than half, and workers share memory.
-        batch_tokens: padded tokens of one forward pass; ``None``: as tuned, else 1,024 on a CPU (2,048 where 16
-            bits are asked for), 16,384 elsewhere.
-        slice_tokens: tokens of one slice, which is what a worker is sent at a time; ``None``: about one batch. Smaller
-            is fairer.
-        max_pending_pairs, max_pending_tokens: the bound on work admitted and unfinished.
-        overload: at the bound, ``"block"`` until there is room (or the request's own timeout), ``"raise"``
-            PoolOverloadedError, or a number of seconds to wait before raising it.
-        coalesce: score equal pairs (the same query and document, to the letter) that are pending at once only once, for
-            all requests that hold them, or for one that holds them twice. They share what becomes of it: the score, or
-            the error of a document that cannot be scored. What becomes of one of the requests is nothing to the others.
-        score_cache: how many scores to keep after that, of the pairs asked for last; 0: none. They are the model's: a
-            reload begins with none. About 250 bytes each, whatever the length of the texts (see ``pairs.digests``).
-        max_attempts: workers that may die on one document before its request gets WorkerCrashedError.
+            the imports. The first start takes about as long, a restart less than half. Workers share memory.
+        batch_tokens: padded tokens of one forward pass; ``None``: as tuned, else 1,024 on a CPU (2,048 with a 16-bit
+            dtype), 16,384 elsewhere.
+        slice_tokens: tokens of one slice, which is what a worker is given at a time; ``None``: about one batch. Smaller
+            slices are fairer.
+        max_pending_pairs, max_pending_tokens: the bound on pending work.
+        overload: what ``submit`` does at the bound: ``"block"``: wait for room, or for the request's own timeout;
+            ``"raise"`` PoolOverloadedError; or a number of seconds to wait before raising it.
+        coalesce: score equal pairs (the same query and document, to the letter) that are pending at the same time only
+            once, for all requests that hold them. They share the score, or the error of a document that cannot be
+            scored. A request that is cancelled or expires does not affect the others.
+        score_cache: how many scores to keep, of the pairs asked for last; 0: none. A reload begins with none. Each
+            takes about 250 bytes, whatever the length of the texts.
+        max_attempts: workers that may die of one document before its request gets WorkerCrashedError.
         max_restarts: deaths in a row, with nothing scored between, after which a seat is given up.
         restart_backoff: seconds before the second restart in a row (the first is at once), doubling up to 30.
         start_timeout: seconds a worker may take to import and load; ``None``: no limit.
-        hang_timeout: seconds a slice may take beyond ten times what the worker's measured speed promises before the
-            worker is killed; ``None``: no limit. Threads cannot be killed: no effect under ``isolation="thread"``.
+        hang_timeout: a worker is killed when its slice takes so many seconds longer than ten times what the worker's
+            measured speed promises; ``None``: never. No effect under ``isolation="thread"``: threads cannot be killed.
         max_slices_per_worker: replace a worker after so many slices; ``None``: never.
         max_memory_per_worker: replace a worker when its resident memory passes so many bytes; ``None``: never.
 
@@ -227,26 +238,21 @@ class PoolConfig:
     max_memory_per_worker: int | None = None
 
     def __post_init__(self) -> None:
-        devices = [self.devices] if isinstance(self.devices, str) else list(self.devices)
-        if not devices:
-            raise ValueError("devices: at least one device is needed")
-        for device in devices:
-            if not isinstance(device, str) or not DEVICE.fullmatch(device):
-                raise ValueError(
-                    f"devices: unknown device {device!r}; 'auto', 'cpu', 'cuda', 'cuda:0', 'mps', … are known"
-                )
-        object.__setattr__(self, "devices", tuple(devices))
+        object.__setattr__(self, "devices", _devices(self.devices))
         for name in ("workers", "threads_per_worker", "batch_tokens", "slice_tokens", "max_slices_per_worker"):
-            _check_optional_count(name, getattr(self, name))
-        _check_optional_count("max_memory_per_worker", self.max_memory_per_worker)
+            check_optional_count(name, getattr(self, name))
+        check_optional_count("max_memory_per_worker", self.max_memory_per_worker)
         for name in ("max_pending_pairs", "max_pending_tokens", "max_attempts"):
-            _check_count(name, getattr(self, name))
+            check_count(name, getattr(self, name))
+        for name in ("max_restarts", "score_cache"):
+            check_count(name, getattr(self, name), least=0)
         for name in ("pin", "tuned", "coalesce"):
-            _check_flag(name, getattr(self, name))
-        if not isinstance(self.score_cache, int) or isinstance(self.score_cache, bool):
-            raise TypeError(f"score_cache: a whole number is needed, not {self.score_cache!r}")
-        if self.score_cache < 0:
-            raise ValueError(f"score_cache: at least 0 is needed, not {self.score_cache}")
+            check_flag(name, getattr(self, name))
+        self._check_kind_of_worker()
+        self._check_seconds()
+
+    def _check_kind_of_worker(self) -> None:
+        """Check ``isolation`` and ``start_method``."""
         if self.isolation not in ("process", "thread"):
             raise ValueError(f"isolation: 'process' or 'thread' is needed, not {self.isolation!r}")
         if self.start_method not in ("spawn", "forkserver"):
@@ -255,17 +261,23 @@ class PoolConfig:
             raise ValueError(f"start_method: this system has no {self.start_method!r}")
         if self.isolation == "thread" and self.workers not in (None, 1):
             raise ValueError(f"workers: isolation='thread' is one model and one worker, not {self.workers}")
+
+    def _check_seconds(self) -> None:
+        """Check all times. One beyond any clock means the same as no limit."""
         if isinstance(self.overload, str):
             if self.overload not in ("block", "raise"):
                 raise ValueError(f"overload: 'block', 'raise' or seconds are needed, not {self.overload!r}")
         else:
-            _check_seconds("overload", self.overload)
-        if not isinstance(self.max_restarts, int) or self.max_restarts < 0:
-            raise ValueError(f"max_restarts: a whole number of at least 0 is needed, not {self.max_restarts!r}")
-        _check_seconds("restart_backoff", self.restart_backoff)
+            check_seconds("overload", self.overload)
+            if is_for_ever(self.overload):
+                object.__setattr__(self, "overload", "block")
         for name in ("start_timeout", "hang_timeout"):
             if getattr(self, name) is not None:
-                _check_seconds(name, getattr(self, name))
+                check_seconds(name, getattr(self, name))
+                if is_for_ever(getattr(self, name)):
+                    object.__setattr__(self, name, None)
+        check_seconds("restart_backoff", self.restart_backoff)
+        object.__setattr__(self, "restart_backoff", min(self.restart_backoff, threading.TIMEOUT_MAX))
 
     @classmethod
     def of(cls, options: Mapping[str, Any]) -> PoolConfig:
@@ -282,28 +294,45 @@ def _backends_with(dtype: object) -> str:
     return f" (that is for {' and '.join(found)})" if found else ""
 
 
-def _check_count(name: str, value: object) -> None:
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise TypeError(f"{name}: a whole number is needed, not {value!r}")
-    if value < 1:
-        raise ValueError(f"{name}: at least 1 is needed, not {value}")
+def _local_folder(name: str) -> str | None:
+    """The absolute path of ``name``, if it is a folder; ``None``: it is no folder.
+
+    Links are kept, and followed whenever the model is loaded.
+    """
+    path = os.path.expanduser(name) if name.startswith("~") else name
+    if not os.path.isdir(path):
+        return None
+    try:
+        # What ".." means depends on the links before it, so it is not simply cut out.
+        return os.path.realpath(path) if ".." in Path(path).parts else os.path.abspath(path)
+    except OSError as error:
+        raise ValueError(f"model: {name!r} is relative to a working directory that does not exist any more") from error
 
 
-def _check_flag(name: str, value: object) -> None:
-    if not isinstance(value, bool):
-        raise TypeError(f"{name}: True or False is needed, not {value!r}")
+def _check_dotted(activation: object) -> str:
+    """``activation`` as a dotted path."""
+    words = f"activation: 'sigmoid', 'identity' or a dotted path is needed, not {activation!r}"
+    if not isinstance(activation, str):
+        raise TypeError(f"{words} (workers are other processes: they import it by its path)")
+    path = ACTIVATIONS.get(activation, activation)
+    if "." not in path or not all(part.isidentifier() for part in path.split(".")):
+        raise ValueError(words)
+    return path
 
 
-def _check_optional_count(name: str, value: object) -> None:
-    if value is not None:
-        _check_count(name, value)
-
-
-def _check_seconds(name: str, value: object) -> None:
-    if not isinstance(value, (int, float)) or isinstance(value, bool):
-        raise TypeError(f"{name}: seconds are needed, not {value!r}")
-    if not value >= 0:
-        raise ValueError(f"{name}: at least 0 seconds are needed, not {value}")
+def _devices(devices: object) -> tuple[str, ...]:
+    """``devices`` as a tuple of names."""
+    if devices is None:
+        return ("auto",)
+    if not isinstance(devices, (str, Iterable)) or isinstance(devices, (bytes, Mapping)):
+        raise TypeError(f"devices: a device or a list of devices is needed, not {devices!r}")
+    named = [devices] if isinstance(devices, str) else list(devices)
+    if not named:
+        raise ValueError("devices: at least one device is needed")
+    for device in named:
+        if not isinstance(device, str) or not DEVICE.fullmatch(device):
+            raise ValueError(f"devices: unknown device {device!r}; 'auto', 'cpu', 'cuda', 'cuda:0', 'mps', … are known")
+    return tuple(named)
 
 
 def _importable(loader: str | Callable[..., Any]) -> str:
@@ -329,7 +358,7 @@ def _importable(loader: str | Callable[..., Any]) -> str:
         for part in name.split("."):
             found = getattr(found, part)
     except Exception as error:
-        raise ValueError(f"loader: {module}:{name} cannot be imported by a worker: {error}") from error
+        raise ValueError(f"loader: {module}:{name} cannot be imported by a worker: {one_line(error)}") from error
     if not callable(found) or (not isinstance(loader, str) and found is not loader):
         raise ValueError(f"loader: {module}:{name} is not the function that was given; workers import it by its name")
     return f"{module}:{name}"

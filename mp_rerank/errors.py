@@ -1,20 +1,24 @@
-"""Every error the pool raises, and nothing else.
+"""Every error the pool raises.
 
     RerankError
-     +-- PoolClosedError          the pool no longer takes work: closed, never started here, or the interpreter is
-     leaving +-- PoolOverloadedError      pending work is at its bound, and the pool was told not to wait (any longer)
-     +-- RequestTimeoutError      the request's ``timeout`` passed before its last document was scored (a TimeoutError)
-     +-- ModelLoadError           a worker could not load the model, or what it loaded failed its proof
-     +-- ScoringError             the model raised an exception on a document
-     +-- WorkerCrashedError       a document killed, or hung, every worker that met it; or no worker is left
+     +-- PoolClosedError         the pool is closed, belongs to another process, or the interpreter is exiting
+     +-- PoolOverloadedError     pending work is at its bound, and the pool was told not to wait (any longer)
+     +-- RequestTimeoutError     the request's ``timeout`` passed before all was scored; also a ``TimeoutError``
+     +-- ModelLoadError          a worker could not load the model, or the loaded model failed its proof
+     +-- ScoringError            the model raised an exception on a document
+     +-- WorkerCrashedError      a document ended every worker that had it, or no worker is left
 
-Each carries its facts as attributes, holds text only (never a foreign exception, whose unpickling could import torch in
-the parent), and survives pickling: ``args`` is the message, the facts travel in ``__dict__``.
+Each error has its facts as attributes. They are text and numbers only: a foreign exception could import torch into the
+parent when it is unpickled. Errors survive pickling: ``args`` holds the message, ``__dict__`` the facts.
 
-Mistakes in the call itself are the usual ``TypeError`` and ``ValueError``, raised where the caller is.
+Messages and causes hold other people's text. They are made safe to print here, for all who raise them: see `_text`.
+
+A mistake in a call is the usual ``TypeError`` or ``ValueError``, raised in the caller's thread.
 """
 
 from __future__ import annotations
+
+from mp_rerank._text import one_line, printable
 
 __all__ = [
     "ModelLoadError",
@@ -28,7 +32,10 @@ __all__ = [
 
 
 class RerankError(Exception):
-    """Base of every error of this package; also what the pool's own bugs are reported as."""
+    """Base of every error of this package; the pool reports its own bugs as this."""
+
+    def __init__(self, message: str = "") -> None:
+        super().__init__(one_line(message))
 
 
 class PoolClosedError(RerankError):
@@ -71,7 +78,7 @@ class ModelLoadError(RerankError):
     Attributes:
         model: the model's name or path.
         device: the device it was for.
-        cause: the worker's own words: the exception's type and text, or what the proof found.
+        cause: the type and text of the exception in the worker, or what the proof found; one line.
         details: the worker's traceback, where there is one.
     """
 
@@ -79,17 +86,17 @@ class ModelLoadError(RerankError):
         super().__init__(message)
         self.model = model
         self.device = device
-        self.cause = cause
-        self.details = details
+        self.cause = one_line(cause)
+        self.details = printable(details)
 
 
 class ScoringError(RerankError):
-    """The model raised on a document; the other documents of its slice were scored.
+    """The model raised an exception on a document. The other documents of its slice were scored.
 
     Attributes:
         device: where it was scored.
-        document_index: the document's position in the request (``None`` until the culprit is isolated).
-        cause: the exception's type and text.
+        document_index: the document's position in the request; ``None`` while it is not known which one it was.
+        cause: the exception's type and text; one line.
         details: the worker's traceback.
     """
 
@@ -99,17 +106,17 @@ class ScoringError(RerankError):
         super().__init__(message)
         self.device = device
         self.document_index = document_index
-        self.cause = cause
-        self.details = details
+        self.cause = one_line(cause)
+        self.details = printable(details)
 
 
 class WorkerCrashedError(RerankError):
-    """A worker process died, and repeating the work could not help.
+    """Worker processes died, and the work is not tried again.
 
     Attributes:
         device: the device of the worker that died last.
         exit_code: the process's exit code; negative for the signal that ended it (``-9``: SIGKILL).
-        attempts: how many workers died on it.
+        attempts: how many workers died of it.
         document_index: the document's position in the request; ``None`` when no single document is to blame.
     """
 

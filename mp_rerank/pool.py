@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, SupportsIndex
 
 import numpy as np
 import numpy.typing as npt
@@ -403,6 +403,21 @@ class RerankerPool(CrossEncoderCalls):
             request.future.cancel()
             raise
         return request.future
+
+    # Copies.
+
+    def __copy__(self) -> RerankerPool:
+        return self
+
+    def __deepcopy__(self, memo: object) -> RerankerPool:
+        """The pool itself: frameworks copy what holds it, and its workers are there once."""
+        return self
+
+    def __reduce_ex__(self, protocol: SupportsIndex) -> Any:
+        raise TypeError(
+            "a RerankerPool cannot be pickled: its workers belong to this process. Pickle pool.spec, and make a pool "
+            "of it in the other process; or use mp_rerank.shared_pool(...): it is unpickled as the shared pool there"
+        )
 
 
 def _spec(model: str | ModelSpec) -> ModelSpec:

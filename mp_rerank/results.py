@@ -1,4 +1,4 @@
-"""What the pool gives back: rankings, and pictures of itself."""
+"""What the pool returns: rankings, and reports on its workers, its counters and its memory."""
 
 from __future__ import annotations
 
@@ -80,9 +80,9 @@ class WorkerInfo:
         dtype: the dtype of the weights; two joined by ``+`` where the architecture itself mixes them.
         load_seconds: imports and loading, in the worker.
         weights_bytes: size of parameters and buffers.
-        mapped_bytes: of those, what is in the pages of the checkpoint's file, which all workers share. The rest is the
-            worker's own: on a GPU, of another dtype than the file's, from another format, prepacked, or asked for
-            (``ModelSpec.weights``). Known on Linux, else 0.
+        mapped_bytes: the part of ``weights_bytes`` that is in the pages of the checkpoint's file, which all workers
+            share. The rest is the worker's own: weights on a GPU, of another dtype than the file's, from another
+            format, prepacked, or with ``ModelSpec(weights="private")``. Known on Linux, else 0.
         num_labels: scores per pair.
         max_length: tokens a pair is truncated to; ``None`` where the model does not say.
         canary: the scores of the canary pairs; equal on every worker of a pool.
@@ -109,19 +109,25 @@ class WorkerInfo:
 
 @dataclass
 class PoolStats:
-    """Counters since the pool's start, and what is pending now; a copy, taken at one moment.
+    """Counters since the pool's start, and what is pending now: a copy, taken at one moment.
 
     Attributes:
-        submitted, completed, failed, cancelled, timed_out: requests, by outcome; ``timed_out`` counts partial results
-        too. pending_requests, pending_pairs: admitted and not finished; pairs neither scored nor dropped.
-        scored_pairs, scored_tokens: pairs (and their estimated tokens) scored.
-        coalesced_pairs: pairs that got their score with an equal one that was pending (``coalesce``).
-        cached_pairs: pairs whose score had been kept (``score_cache``). What ``submit`` has answered in full is
-        the sum of the three, so the hit rate is the share of these two in it.
-        slices: how many were sent to workers and scored; a slice is what one worker gets at a time.
-        gathered_slices: those of them holding pairs of more than one request.
+        submitted: requests that were taken.
+        completed: requests that got their result in full.
+        failed: requests that got an error other than a timeout.
+        cancelled: requests that their callers cancelled.
+        timed_out: requests whose deadline passed; those with a partial result count too.
+        pending_requests: requests admitted and not finished.
+        pending_pairs: their pairs, neither scored nor dropped.
+        scored_pairs: pairs that workers have scored.
+        scored_tokens: the estimated tokens of those.
+        coalesced_pairs: pairs that got their score together with an equal one that was pending (``coalesce``).
+        cached_pairs: pairs whose score had been kept (``score_cache``). The hit rate is the share of ``cached_pairs``
+            and ``coalesced_pairs`` in their sum with ``scored_pairs``.
+        slices: slices that workers have scored; a slice is what a worker is given at a time.
+        gathered_slices: those of them that held pairs of more than one request.
         split_requests: requests whose pairs went out in more than one slice.
-        busy_seconds: time workers spent scoring, summed over workers.
+        busy_seconds: time that workers spent scoring, summed over the workers.
         crashes: workers that died or were killed for hanging.
         restarts: workers started to replace another (after a crash, a recycling or a reload).
         recycled: workers replaced on reaching ``max_slices_per_worker`` or ``max_memory_per_worker``.
@@ -161,8 +167,8 @@ class WorkerMemory:
         uss: pages of this process alone; ``None`` where the platform or the permissions do not give it.
         pss: ``uss`` plus this process's part of shared pages (Linux only, else ``None``).
         weights_bytes: size of the model's parameters and buffers in it (0 for the parent).
-        mapped_bytes: of those, what all workers share (see ``WorkerInfo``); in ``rss``, in part in ``pss``, and in
-            ``uss`` only while no other process has them.
+        mapped_bytes: the part of ``weights_bytes`` that all workers share (see ``WorkerInfo``). It counts in ``rss``,
+            in part in ``pss``, and in ``uss`` only while no other process uses it.
     """
 
     pid: int

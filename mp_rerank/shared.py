@@ -1,28 +1,28 @@
 """`shared_pool`: the process's one pool for a model and a device, for callers who do not know of each other.
 
-Agents, retrievers and nodes of a pipeline are made far apart, and each asks for "its" reranker. A pool each would be a
-model times the number of workers in memory for every one of them, and more workers than cores. So they ask here, and
-get the same object.
+Agents, retrievers and pipeline nodes are made in different places, and each asks for "its" reranker. If each had a pool
+of its own, there would be many copies of the model in memory, and more workers than cores. So they ask here, and get
+the same object.
 
 What sharing means:
 
-* Whoever asks first decides the settings. Later callers get that pool if what they ask for agrees with it. Settings of
-  the pool that they do not mention are left to the first; settings of the model (``ModelSpec``) must agree, since they
-  change scores. A disagreement is a ``ValueError`` that names the setting. To set ``workers`` and the like, ask early.
-* The queue is shared too. Requests take turns (see ``batching``), so one agent's thousand documents do not hold up
-  another's ten; ``max_pending_pairs`` and ``overload`` bound all callers together.
-* Nobody owns it: ``close()``, and therefore ``with``, ends it for everyone who holds it. The next to ask gets a fresh
-  one. Left alone, it ends with the interpreter.
-* It belongs to this process. A forked child that asks gets a pool of its own, and should not use its parent's; a child
-  that was spawned has nothing to inherit.
+* The first caller decides the settings. A later caller gets the same pool if its settings agree: settings of the model
+  (``ModelSpec``) must be equal, since they change scores; settings of the pool are compared only if the caller gives
+  them. A disagreement is a ``ValueError`` that names the setting. To choose ``workers`` and the like, ask first.
+* The queue is shared too. Requests take turns (weighted fair queueing), so one agent's thousand documents do not hold
+  up another's ten. ``max_pending_pairs`` and ``overload`` bound all callers together.
+* Nobody owns it. ``close()``, and so ``with``, ends it for everyone who holds it; the next caller gets a new pool. So
+  does the next caller after a pool that could not start. A pool that nobody closes ends with the interpreter.
+* It belongs to this process. A forked child gets a pool of its own, and leaves its parent's alone. Pickled, it is
+  unpickled as the shared pool of the process that unpickles it.
 """
 
 from __future__ import annotations
 
 import os
-import threading
 from collections.abc import Sequence
 from dataclasses import fields
+from functools import partial
 from typing import Any
 
 from mp_rerank._planning.plan import make_plan
@@ -31,20 +31,19 @@ from mp_rerank.pool import RerankerPool
 
 __all__ = ["shared_pool"]
 
-# What is asked for: process, model (name, revision, loader) and devices, as named or as they turned out to be. The
-# process is part of it so that a fork finds nothing, and so that what it inherited stays referenced and is left alone.
+# What is asked for: the process, the model (name, revision and loader) and the devices. Two keys may lead to one pool:
+# the devices as they are named, and as they turn out. A fork has another process number, and so finds none of its
+# parent's pools; those stay referenced in it, and are left alone.
 _Key = tuple[int, tuple[Any, ...], tuple[str, ...]]
-
-_pools: dict[_Key, RerankerPool] = {}
-_lock = threading.Lock()
 
 
 def shared_pool(
-    model: str | ModelSpec = BUILTIN, device: str | Sequence[str] | None = None, **options: Any
+    model: str | os.PathLike[str] | ModelSpec = BUILTIN, device: str | Sequence[str] | None = None, **options: Any
 ) -> RerankerPool:
-    """The pool of this process for ``model`` on ``device``: made by the first to ask, and given to all the others.
+    """The pool of this process for ``model`` on ``device``. The first caller makes it; all others get the same.
 
-    It starts with its first request, as any pool does, or with ``start()``.
+    It starts with its first request, as any pool does, or with ``start()``. May be called from any thread, signal
+    handler or finalizer.
 
     Args:
         model: ``"builtin"``, a hub name, the path of a local folder, or a ``ModelSpec``. Name, revision and loader say
@@ -54,42 +53,101 @@ def shared_pool(
         options: the other keywords of ``RerankerPool``.
 
     Raises:
-        ValueError: the pool that is shared has another value of a setting asked for; or as for ``RerankerPool``.
+        ValueError: the shared pool has another value of a setting that is asked for; or as for ``RerankerPool``.
         TypeError: as for ``RerankerPool``.
     """
     if "devices" in options:
         raise TypeError("devices: shared_pool names them device, one or a sequence")
     named = _names(device)
-    spec = model if isinstance(model, ModelSpec) else ModelSpec(model)
+    spec = model if isinstance(model, ModelSpec) else ModelSpec(model)  # type: ignore[arg-type]  # a path becomes a str
     config = PoolConfig.of({**options, "devices": named})
     asked: _Key = (os.getpid(), _identity(spec), named)
-    with _lock:
-        pool = _found(asked)
-        if pool is None:
-            plan = make_plan(PoolConfig(devices=named, tuned=False), spec)
-            turned_out = tuple(sorted({seat.device for seat in plan.seats}))
-            key: _Key = (*asked[:2], turned_out)
-            pool = _found(key)
-            if pool is None:
-                pool = _pools[key] = RerankerPool(spec, devices=named, **options)
-            _pools[asked] = pool
+    pool = _find(asked)
+    if pool is None:
+        spec.check_exists()
+        plan = make_plan(PoolConfig(devices=named, tuned=False), spec)  # may take seconds: nvidia-smi
+        turned_out = tuple(sorted({seat.device for seat in plan.seats}))
+        key: _Key = (*asked[:2], turned_out)
+        pool = _find(key) or _enter(key, _SharedPool(spec, devices=named, **options))
+        _places[asked] = _places[key]
     _check_agrees(pool, spec, config, options)
     return pool
 
 
-def _found(key: _Key) -> RerankerPool | None:
-    pool = _pools.get(key)
-    return None if pool is None or _is_over(pool) or _identity(pool.spec) != key[1] else pool
+class _SharedPool(RerankerPool):
+    """A pool that says when it is over, and is pickled as a call of ``shared_pool``."""
+
+    def __init__(self, spec: ModelSpec, *, devices: Sequence[str], **options: Any) -> None:
+        super().__init__(spec, devices=devices, **options)
+        self._asked = partial(shared_pool, device=devices, **options)
+        self.is_over = False
+
+    def start(self) -> RerankerPool:
+        """As ``RerankerPool.start``. If it fails, the next caller of ``shared_pool`` gets a new pool."""
+        try:
+            return super().start()
+        except Exception:
+            self.is_over = True
+            raise
+
+    def close(self, *, drain: bool = True, timeout: float | None = None) -> None:
+        """As ``RerankerPool.close``."""
+        self.is_over = True
+        super().close(drain=drain, timeout=timeout)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return self._asked, (self.spec,)
 
 
-def _is_over(pool: RerankerPool) -> bool:
-    """Whether it is closed, or could not start: then it never will, and the next caller may have more luck."""
-    dispatcher = pool._dispatcher
-    failed = dispatcher is not None and dispatcher.started.error is not None
-    return pool._closed or failed
+# The registry. There is no lock: a signal handler or a finalizer may call shared_pool in the middle of another call, on
+# the same thread, and would wait for itself. What has to be decided between threads is decided by dict.setdefault,
+# which is one step: the first to set wins, and the pool of the other, which never started, is dropped.
+
+
+class _Place:
+    """A place for one pool. When that is over, another place follows it."""
+
+    def __init__(self, pool: _SharedPool) -> None:
+        self.pool = pool
+
+    @property
+    def follower(self) -> _Place | None:
+        return vars(self).get("_follower")
+
+    def followed_by(self, place: _Place) -> _Place:
+        """The place that follows: ``place``, unless another thread has set one already."""
+        found: _Place = vars(self).setdefault("_follower", place)
+        return found
+
+
+_places: dict[_Key, _Place] = {}
+
+
+def _find(key: _Key) -> _SharedPool | None:
+    """The pool that is shared for ``key``, if there is one."""
+    place = _places.get(key)
+    while place is not None and not _serves(place.pool, key):
+        place = place.follower
+    return None if place is None else place.pool
+
+
+def _enter(key: _Key, pool: _SharedPool) -> _SharedPool:
+    """Share ``pool`` for ``key``; the pool that is shared: it, or that of a thread that was faster."""
+    place = _places.setdefault(key, _Place(pool))
+    while not _serves(place.pool, key):
+        place = place.followed_by(_Place(pool))
+    # Forget the places before. A thread that stores an older place at the same time does no harm: this one follows it.
+    _places[key] = place
+    return place.pool
+
+
+def _serves(pool: _SharedPool, key: _Key) -> bool:
+    """Whether it has neither ended nor failed to start, and has not been reloaded with another model."""
+    return not pool.is_over and _identity(pool.spec) == key[1]
 
 
 def _identity(spec: ModelSpec) -> tuple[Any, ...]:
+    """Which model it is: a local folder by its absolute path, which is the spec's own doing."""
     return (spec.name, spec.revision, spec.loader)
 
 
@@ -111,12 +169,3 @@ def _check_agrees(pool: RerankerPool, spec: ModelSpec, config: PoolConfig, optio
                 f"{name}: the pool that this process shares for {spec.name!r} on {', '.join(pool.config.devices)} "
                 f"has {has!r}, and {wanted!r} is asked for; agree on one, or make a RerankerPool of your own"
             )
-
-
-def _forget_lock() -> None:
-    global _lock
-    _lock = threading.Lock()
-
-
-if hasattr(os, "register_at_fork"):  # another thread may hold it at the moment of a fork, and is not there to let go
-    os.register_at_fork(after_in_child=_forget_lock)

@@ -1,12 +1,14 @@
-"""Measuring what the plan can only guess: how many workers, of how many threads, with how large batches.
+"""Measures what the plan can only guess: how many workers, with how many threads, and how large batches.
 
-The best so far is held against one challenger at a time, both started, taking turns on the same pairs: whatever else
-the machine is doing falls on both. To take over, a challenger has to be faster by ``MARGIN``, and in all rounds but
-one, so a tie keeps the default. What can be varied forms ladders (fewer workers of more threads each, larger batches,
-...); each is climbed from where the best so far stands, until a step makes it slower.
+The best setup so far is compared with one challenger at a time. Both are started and take turns on the same pairs, so
+that whatever else the machine does slows both. A challenger takes over if it is faster by ``MARGIN``, and in all rounds
+but one. So a tie keeps the default.
 
-Scores do not depend on any of it. What would change them, such as another dtype, is measured only where it is asked for
-(``variants``), beside the best and not in its place.
+Setups are tried in ladders: fewer workers with more threads each, larger batches, and so on. Each ladder starts at the
+best setup so far, and ends when a step is slower.
+
+Scores do not depend on the setup. What would change them, such as another dtype, is measured only if it is asked for
+(``variants``), and never takes over.
 """
 
 from __future__ import annotations
@@ -23,11 +25,13 @@ from datetime import date
 
 import numpy as np
 
+from mp_rerank._checks import check_flag, check_seconds
 from mp_rerank._pairs import Pair, estimate_pair, estimate_text
 from mp_rerank._planning import tuning_cache as tuned
 from mp_rerank._planning.machine import Machine, read_machine
 from mp_rerank._planning.plan import default_batch_tokens, fitting_workers, make_plan
 from mp_rerank._planning.tuning_cache import Tuned
+from mp_rerank._text import one_line
 from mp_rerank.config import ModelSpec, PoolConfig
 from mp_rerank.errors import RequestTimeoutError, RerankError
 from mp_rerank.pool import RerankerPool
@@ -37,19 +41,20 @@ __all__ = ["DEFAULT_WORDS", "Report", "Setup", "Trial", "make_pairs", "random_do
 
 logger = logging.getLogger(__name__)
 
-# Faster by less than this is a tie.
+# A challenger that is faster by less than this ties.
 MARGIN = 0.05
-# A step that makes it slower by more than this ends its ladder.
+# A step that is slower by more than this ends its ladder.
 WORSE = 0.03
-# Rounds of a duel, and how long one takes at least: shorter ones measure the ends, where some workers have run out.
+# Rounds of a duel, and how long one takes at least. In a shorter one too much time goes to its end, when some workers
+# have nothing left to do.
 ROUNDS, MIN_ROUNDS = 5, 3
 ROUND_SECONDS = 1.0
 BATCHES_A_WORKER = 4
-# Whoever is so much slower in its first round needs no second.
+# A challenger with less than this part of the best's speed in its first round gets no second round.
 HOPELESS = 0.7
-# A challenger's round may take so many times the best's before it is given up.
+# A challenger's round is given up when it takes so many times as long as the best's.
 PATIENCE = 3.0
-# A batch that takes a worker longer would hold up the requests of everybody else.
+# Batches that would take a worker longer than this are not tried: they would hold up other requests.
 BATCH_SECONDS = 1.0
 # Requests in flight at a time.
 AGENTS = 8
@@ -79,15 +84,14 @@ class Setup:
 
 @dataclass
 class Trial:
-    """What came of one setup.
+    """The result of one setup.
 
     Attributes:
         setup: what was tried.
-        pairs_per_second: median of its rounds; 0 where there was none.
-        ratio: its speed as a multiple of that of the best before it, the median over rounds taken in turn; 0 where
-            there was none.
-        verdict: in words.
-        score_difference: the largest, to the default's scores.
+        pairs_per_second: the median of its rounds; 0 without a round.
+        ratio: its speed as a multiple of the best setup's before it: the median over their rounds; 0 without a round.
+        verdict: the result in words.
+        score_difference: the largest difference of its scores from the best setup's.
     """
 
     setup: Setup
@@ -102,12 +106,12 @@ class Report:
     """What ``tune`` found.
 
     Attributes:
-        trials: in the order they were made; the first is the default.
-        best: the fastest setup with the model as it was given.
-        times_the_default: how much faster it is.
-        seconds: how long it all took.
-        variants: of the variants that were measured, what each is as a multiple of the best's speed.
-        kept: whether the answer was kept; not if there was no time to measure anything but the default.
+        trials: in the order they were made; the first is the default setup.
+        best: the fastest setup of the model as it was given.
+        times_the_default: the best setup's speed as a multiple of the default's.
+        seconds: how long ``tune`` took.
+        variants: the trials of the variants; the ``ratio`` of each is to the best setup.
+        kept: whether the answer was kept. It is not if there was time for the default only.
     """
 
     trials: list[Trial] = field(default_factory=list)
@@ -129,25 +133,27 @@ def tune(
     progress: Callable[[Trial], None] = lambda trial: None,
     machine: Machine | None = None,
 ) -> Report:
-    """Find the fastest setup for ``spec`` on this machine, and keep it for the pools that come after.
+    """Find the fastest setup for ``spec`` on this machine, and keep it for later pools.
 
     Args:
         spec: the model.
-        pairs: typical ``(query, document)`` pairs; they are scored over and over.
+        pairs: typical ``(query, document)`` pairs; they are scored again and again.
         devices: as in ``PoolConfig``.
-        seconds: when to stop. Only the default's own start and first round are waited for beyond it.
-        variants: other forms of the same model, whose scores may differ: each is measured with the best setup's
-            workers and batches, and what is kept for it is that setup.
+        seconds: when to stop. Only the start and the first round of the default setup may take longer.
+        variants: other forms of the same model, whose scores may differ. Each is measured with the best setup's workers
+            and batches, and that setup is kept for it.
         keep: whether to keep the answers.
-        progress: told of each trial when it is over.
-        machine: in place of this one, for the setups to try.
+        progress: called with each trial when it is over.
+        machine: the machine to choose setups for; ``None``: this one.
 
     Raises:
         ModelLoadError, WorkerCrashedError: the model cannot be loaded with the default setup.
-        ValueError: there are no pairs.
+        TypeError, ValueError: an argument is not as it should be.
     """
     if not pairs:
         raise ValueError("pairs: at least one is needed")
+    check_seconds("seconds", seconds)
+    check_flag("keep", keep)
     here = machine or read_machine()
     begun = time.monotonic()
     made = make_plan(PoolConfig(devices=devices, tuned=False), spec, here)
@@ -180,14 +186,14 @@ def tune(
 
 
 def make_pairs(documents: Sequence[str]) -> list[Pair]:
-    """Pairs of each document and a query made of the first words of another one."""
+    """A pair for each document; its query is made of the first words of another document."""
     texts = list(documents)
     random.Random(0).shuffle(texts)
     return [(" ".join(texts[i - 1].split()[:QUERY_WORDS]), text) for i, text in enumerate(texts)]
 
 
 def random_documents(words: Sequence[int], count: int = 400) -> list[str]:
-    """Documents of common English words, their lengths spread around each of ``words`` in equal parts."""
+    """``count`` documents of common English words, whose lengths are spread around each of ``words`` in equal parts."""
     chance = random.Random(0)
     vocabulary = VOCABULARY.split()
     means = [words[i % len(words)] for i in range(count)]
@@ -198,7 +204,7 @@ Ladder = Callable[[Setup], Iterator[Setup]]
 
 
 def _ladders(default: Setup, devices: Sequence[str], machine: Machine, spec: ModelSpec) -> list[Ladder]:
-    """What to vary, each as a function from the best so far to the steps from there."""
+    """What to vary. Each ladder is a function from the best setup so far to the setups to try next."""
     on_cpu = devices[0].startswith("cpu")
 
     def fewer_workers(best: Setup) -> Iterator[Setup]:
@@ -233,7 +239,7 @@ def _ladders(default: Setup, devices: Sequence[str], machine: Machine, spec: Mod
 
 
 class _Ring:
-    """The best setup so far, started, and whoever challenges it."""
+    """The pool of the best setup so far, and duels with it."""
 
     def __init__(self, devices: Sequence[str], pairs: Sequence[Pair], deadline: float) -> None:
         self._devices = devices
@@ -251,7 +257,7 @@ class _Ring:
             self._pool.close(drain=False)
 
     def enter(self, setup: Setup) -> Trial:
-        """Start the default and take its speed, which sizes the rounds."""
+        """Start the default setup and measure its speed, which says how long a round is."""
         self.best = setup
         self._pool = self._start(setup, None)
         warm_up = self._take(0.0, setup)
@@ -260,7 +266,7 @@ class _Ring:
         return Trial(setup, self.speed, 1.0, "the default")
 
     def challenge(self, setup: Setup, *, change: bool = True) -> Trial:
-        """Hold ``setup`` against the best; it is the best afterwards if it won, and if ``change``."""
+        """Compare ``setup`` with the best. If it wins, and ``change`` is set, it is the best from then on."""
         trial = Trial(setup)
         tokens_a_worker = self.speed * self._tokens / self.best.workers
         if setup.batch_tokens > max(self.best.batch_tokens, tokens_a_worker * BATCH_SECONDS):
@@ -279,7 +285,7 @@ class _Ring:
             trial.verdict = f"more than {PATIENCE:g} times slower"
             trial.ratio = 1 / PATIENCE
         except RerankError as error:
-            trial.verdict = f"it failed: {error}"
+            trial.verdict = f"it failed: {one_line(error)}"
         else:
             trial.pairs_per_second = len(texts) * statistics.median(1 / seconds for seconds in theirs)
             trial.ratio = statistics.median(a / b for a, b in zip(ours, theirs, strict=True))
@@ -311,20 +317,20 @@ class _Ring:
             start_method="forkserver" if forks else "spawn",
             start_timeout=seconds,
             max_restarts=0,
-            coalesce=False,  # the same pairs come up over and over
+            coalesce=False,  # the same pairs come up again and again
             tuned=False,
         ).start()
         self._start_seconds = time.monotonic() - begun
         return pool
 
     def _take(self, pairs: float, setup: Setup) -> list[Pair]:
-        """At least so many pairs, and enough to fill both setups' workers."""
+        """At least ``pairs`` pairs, and enough for all workers of both setups."""
         tokens = BATCHES_A_WORKER * max(side.workers * side.batch_tokens for side in (self.best, setup))
         count = round(max(pairs, tokens / self._tokens, AGENTS))
         return [self._pairs[i % len(self._pairs)] for i in range(count)]
 
     def _duel(self, pool: RerankerPool, texts: list[Pair], trial: Trial) -> tuple[list[float], list[float]]:
-        """Seconds of the challenger's rounds and of the best's, taken in turn, the first to begin changing."""
+        """Seconds of the challenger's rounds and of the best's. They take turns, and who begins alternates."""
         assert self._pool is not None
         warm_up, own = self._score(self._pool, texts)
         limit = PATIENCE * warm_up
@@ -354,7 +360,7 @@ class _Ring:
 
 
 def _keep(report: Report, devices: Sequence[str], machine: Machine) -> bool:
-    """Keep the answers; whether that could be done."""
+    """Keep the answers. Returns whether they could be kept."""
     assert report.best is not None
     answers = [(report.best, report.times_the_default)]
     answers += [(trial, report.times_the_default * trial.ratio) for trial in report.variants if trial.pairs_per_second]
@@ -371,7 +377,7 @@ def _keep(report: Report, devices: Sequence[str], machine: Machine) -> bool:
         try:
             path = tuned.keep(answer, setup.spec, devices, machine)
         except OSError as error:
-            logger.warning("what was tuned cannot be kept: %s", error)
+            logger.warning("what was tuned cannot be kept: %s", one_line(error))
             return False
         logger.info("%s: %s", path, dataclasses.asdict(answer))
     return True

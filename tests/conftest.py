@@ -16,7 +16,7 @@ import psutil
 import pytest
 from fakes import scores_of
 
-from mp_rerank import ModelSpec, RerankerPool, RerankResult
+from mp_rerank import ModelSpec, RerankerPool, RerankResult, shared
 
 FAKE = ModelSpec("fake", loader="fakes:load")
 
@@ -84,6 +84,18 @@ def make_pool(request: pytest.FixtureRequest) -> Iterator[Callable[..., Reranker
     yield make
     for pool in pools:
         pool.close(drain=False)
+
+
+@pytest.fixture
+def own_registry(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A registry of shared pools of the test's own, whose pools end with it."""
+    places: dict[Any, Any] = {}
+    monkeypatch.setattr(shared, "_places", places)
+    yield
+    for place in places.values():
+        while place is not None:
+            place.pool.close(drain=False)
+            place = place.follower
 
 
 def until(condition: Callable[[], bool]) -> None:

@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import ctypes
 import logging
+import math
 import os
 import signal
 import sys
@@ -127,6 +128,24 @@ def load(spec: object, device: str) -> FakeModel:
 def load_salted(spec: object, device: str) -> FakeModel:
     """Another model: other scores."""
     return FakeModel("salted ")
+
+
+def load_from_folder(spec: object, device: str) -> FakeModel:
+    """Needs the file that makes ``spec.name`` a model's folder."""
+    Path(spec.name, "config.json").read_text()  # type: ignore[attr-defined]
+    return FakeModel()
+
+
+class WithNan(FakeModel):
+    """Scores ``!nan`` as not a number."""
+
+    def predict(self, pairs: list[tuple[str, str]]) -> list[float]:
+        scores = super().predict(pairs)
+        return [math.nan if document == "!nan" else s for (_, document), s in zip(pairs, scores, strict=True)]
+
+
+def load_with_nan(spec: object, device: str) -> WithNan:
+    return WithNan()
 
 
 class ThreeLabels:

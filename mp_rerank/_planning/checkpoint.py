@@ -1,4 +1,7 @@
-"""Where a model's files lie, without importing what loads them: for its size, and to tell whether it has changed."""
+"""Where a model's files are on this disk: to know their size, and whether they have changed.
+
+Reads the hub's cache by its documented layout, since what loads models takes seconds to import.
+"""
 
 from __future__ import annotations
 
@@ -16,12 +19,14 @@ STORED_AS = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 
 
 def folder_of(spec: ModelSpec) -> Path | None:
-    """The model's local folder, or its snapshot in the hub's cache; ``None`` where it is in neither, or a loader's."""
+    """The model's local folder, or its snapshot in the hub's cache.
+
+    ``None``: it is in neither, or a loader knows.
+    """
     if spec.loader is not None:
         return None
-    folder = Path(spec.path)
-    if folder.is_dir():
-        return folder
+    if spec.local:
+        return Path(spec.path) if os.path.isdir(spec.path) else None
     repository = _hub_cache() / f"models--{spec.name.replace('/', '--')}"
     revision = spec.revision or "main"
     try:
@@ -29,27 +34,30 @@ def folder_of(spec: ModelSpec) -> Path | None:
     except (OSError, ValueError):  # a commit, or nothing that was ever fetched
         pass
     snapshot = repository / "snapshots" / revision
-    return snapshot if snapshot.is_dir() else None
+    return snapshot if os.path.isdir(snapshot) else None
 
 
 def weight_files(spec: ModelSpec) -> list[Path]:
-    """The files of the model's weights, of the format that has more of them; none where they are not on this disk."""
+    """The files of the model's weights, in the format that has more bytes; none if they are not on this disk."""
     folder = folder_of(spec)
     if folder is None:
         return []
-    formats = [sorted(folder.glob(pattern)) for pattern in ("*.safetensors", "pytorch_model*.bin")]
+    formats = [  # a cache holds links, whose files may be gone
+        [file for file in sorted(folder.glob(pattern)) if file.is_file()]
+        for pattern in ("*.safetensors", "pytorch_model*.bin")
+    ]
     return max(formats, key=lambda files: sum(file.stat().st_size for file in files))
 
 
 def will_be_mapped(spec: ModelSpec, files: Sequence[Path]) -> bool:
-    """Whether workers on the CPU can be expected to share these weights: mapped, in the dtype the file has them in."""
+    """Whether workers on the CPU are expected to share these weights: mapped, in the dtype that the file has."""
     if spec.backend != "torch" or spec.weights != "shared":
         return False
     if not files or any(file.suffix != ".safetensors" for file in files):
         return False
     try:
         stored = {dtype for file in files for dtype in _dtypes(file) if dtype.startswith(("F", "BF"))}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # loading it will tell
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # no checkpoint: loading it will say so
         return False
     return len(stored) == 1 if spec.dtype == "auto" else stored == {STORED_AS[spec.dtype or "float32"]}
 
@@ -65,6 +73,7 @@ def _dtypes(file: Path) -> set[str]:
 
 
 def _hub_cache() -> Path:
-    """Where huggingface_hub keeps what it fetches, by the variables that it documents."""
+    """Where huggingface_hub keeps what it fetches, by the environment variables that it documents."""
     home = os.environ.get("HF_HOME") or os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "huggingface")
-    return Path(os.environ.get("HF_HUB_CACHE") or os.path.join(home, "hub")).expanduser()
+    cache = os.environ.get("HF_HUB_CACHE") or os.path.join(home, "hub")
+    return Path(os.path.expanduser(cache))  # Path.expanduser raises where there is no home folder

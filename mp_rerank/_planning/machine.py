@@ -1,7 +1,8 @@
 """What this process may use of its machine: cores, NUMA nodes, memory and GPUs, read without importing torch.
 
-The smallest limit holds: the machine's, this process's affinity, or that of any control group it is in, version 1 or 2.
-Everything is read from files below ``root``, so that another machine can be laid out in a folder.
+The smallest limit holds: the machine's, this process's CPU affinity, or that of any control group it is in (version 1
+or 2). Everything is read from files below ``root``, so that a test can lay out another machine in a folder. Without
+these files (another system, or a sandbox without ``/proc``) psutil is asked, then the C library.
 """
 
 from __future__ import annotations
@@ -45,12 +46,12 @@ class Machine:
         logical: logical CPUs of the machine.
         affinity: logical CPUs this process may run on.
         physical: physical cores among those.
-        quota: CPUs' worth of time the container allows; ``None`` without a limit.
+        quota: how many CPUs' time the container allows; ``None`` without a limit.
         memory_available: bytes that can be taken without swapping, within the container's limit.
-        gpus: devices torch would offer, such as ``("cuda:0",)``.
-        memory_total: bytes of memory the machine has, within the container's limit; 0 where it is not known.
-        cpu_model: what the CPU calls itself.
-        nodes: the NUMA nodes with a CPU for this process; one, or none, where memory is the same for all.
+        gpus: the GPUs that torch would offer, such as ``("cuda:0",)``.
+        memory_total: bytes of memory the machine has, within the container's limit; 0 if it is not known.
+        cpu_model: the CPU's name for itself.
+        nodes: the NUMA nodes that have a CPU for this process; one or none if all memory is equally near.
     """
 
     logical: int
@@ -65,7 +66,7 @@ class Machine:
 
     @property
     def cores(self) -> int:
-        """Cores worth a worker: the physical ones, as far as the quota goes, at least 1."""
+        """How many cores to plan for: the physical ones, within the quota, at least 1."""
         cores = self.physical if self.quota is None else min(self.physical, math.floor(self.quota))
         return max(1, cores)
 
@@ -106,11 +107,13 @@ def _logical(root: Path) -> int:
 
 def _affinity(root: Path) -> list[int]:
     found = re.search(r"^Cpus_allowed_list:\s*(\S+)", _text(root / "proc/self/status"), re.MULTILINE)
-    if found:
-        return _cpu_list(found[1])
+    if found and (cpus := _cpu_list(found[1])):
+        return cpus
     try:
+        if hasattr(os, "sched_getaffinity"):
+            return sorted(os.sched_getaffinity(0))
         return list(psutil.Process().cpu_affinity())
-    except AttributeError:  # macOS has no affinity
+    except (AttributeError, OSError, psutil.Error):  # macOS has no affinity
         return list(range(os.cpu_count() or 1))
 
 
@@ -120,10 +123,16 @@ def _physical_cores(root: Path, cpus: Sequence[int]) -> int:
     for cpu in cpus:
         listed = _text(root / f"sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list").strip()
         if not listed:
-            whole = psutil.cpu_count(logical=False) or len(cpus)
-            return max(1, min(whole, len(cpus)))
+            return max(1, min(_whole_machine_s_cores() or len(cpus), len(cpus)))
         siblings.add(listed)
     return len(siblings)
+
+
+def _whole_machine_s_cores() -> int | None:
+    try:
+        return psutil.cpu_count(logical=False)
+    except (OSError, psutil.Error):  # no /proc
+        return None
 
 
 def _nodes(root: Path, cpus: Sequence[int]) -> tuple[Node, ...]:
@@ -179,19 +188,25 @@ def _meminfo(root: Path) -> tuple[float, float]:
     found = dict(re.findall(r"^(MemAvailable|MemTotal):\s*(\d+) kB$", _text(root / "proc/meminfo"), re.MULTILINE))
     if len(found) == 2:
         return float(found["MemAvailable"]) * 1024, float(found["MemTotal"]) * 1024
-    memory = psutil.virtual_memory()
-    return float(memory.available), float(memory.total)
+    try:
+        memory = psutil.virtual_memory()
+        return float(memory.available), float(memory.total)
+    except (OSError, psutil.Error, ValueError):  # no /proc; a page that is not free may still be a cache's
+        page = os.sysconf("SC_PAGE_SIZE")
+        return float(page * os.sysconf("SC_AVPHYS_PAGES")), float(page * os.sysconf("SC_PHYS_PAGES"))
 
 
 # Files.
 
 
 def _cgroup_folders(root: Path, controller: str) -> list[Path]:
-    """The cgroup folder of this process and every one above it, v2 and v1: a limit anywhere on the way holds."""
+    """The folders of this process's control group and of those above it, version 2 and 1: the limits of all hold."""
     mounted = root / "sys/fs/cgroup"
     folders: list[Path] = []
     for line in _text(root / "proc/self/cgroup").splitlines():
-        _, controllers, path = line.split(":", 2)
+        _, controllers, path = [*line.split(":", 2), "", ""][:3]
+        if not path:  # not the kernel's words
+            continue
         if controllers == "":
             top = mounted
         elif controller in controllers.split(","):
@@ -204,7 +219,7 @@ def _cgroup_folders(root: Path, controller: str) -> list[Path]:
 
 
 def _text(path: Path) -> str:
-    """What the file holds; nothing where it cannot be read."""
+    """What the file holds; an empty string if it cannot be read."""
     try:
         return path.read_text()
     except (OSError, ValueError):
@@ -212,7 +227,7 @@ def _text(path: Path) -> str:
 
 
 def _numbers(path: Path) -> list[float]:
-    """The file's numbers; none for a missing file, and infinity for the word ``max``."""
+    """The numbers in the file, ``max`` being infinity; none if the file is missing or holds another word."""
     try:
         return [math.inf if word == "max" else float(word) for word in _text(path).split()]
     except ValueError:
@@ -220,11 +235,13 @@ def _numbers(path: Path) -> list[float]:
 
 
 def _cpu_list(text: str) -> list[int]:
-    """The kernel's ``0-3,8`` as ``[0, 1, 2, 3, 8]``."""
+    """The kernel's ``0-3,8`` as ``[0, 1, 2, 3, 8]``; nothing if that is not what the text is."""
     cpus: list[int] = []
     for part in filter(None, text.strip().split(",")):
-        first, _, last = part.partition("-")
-        cpus += range(int(first), int(last or first) + 1)
+        found = re.fullmatch(r"(\d+)(?:-(\d+))?", part)
+        if found is None:
+            return []
+        cpus += range(int(found[1]), int(found[2] or found[1]) + 1)
     return cpus
 
 
@@ -254,7 +271,10 @@ def _gpus() -> tuple[str, ...]:
 
 def _torch_has_cuda() -> bool:
     """Whether the installed torch is a CUDA (or ROCm) build, read from its version file."""
-    found = importlib.util.find_spec("torch")
+    try:
+        found = importlib.util.find_spec("torch")
+    except ValueError:  # what is imported under that name has no spec
+        return False
     if found is None or found.origin is None:
         return False
     try:

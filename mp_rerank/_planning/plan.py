@@ -1,9 +1,10 @@
-"""Which workers to start: cores and memory -> seats (device and threads), without importing torch.
+"""Which workers to start: from cores and memory to seats (a device and threads), without importing torch.
 
-Measured on CPUs, several workers of one thread beat one worker of several: a reranker's matrices are too small to be
-worth splitting. So the plan is one worker a physical core that this process may use, fewer where memory does not hold
-that many models (each worker then gets more threads), and one worker a GPU. On a machine of several NUMA nodes each
-worker on the CPU is kept on one of them. Where ``mp-rerank tune`` has measured what is fastest, that is the plan.
+On CPUs several workers of one thread are faster than one worker of several threads (measured): a reranker's matrices
+are too small to split. So the plan is one worker for each physical core that this process may use. Where memory does
+not hold so many models, there are fewer workers, of more threads each. GPUs get one worker each. On a machine of
+several NUMA nodes each worker on the CPU is kept on one node. If ``mp-rerank tune`` has measured what is fastest, that
+is the plan.
 """
 
 from __future__ import annotations
@@ -18,13 +19,13 @@ from mp_rerank.config import ModelSpec, PoolConfig
 
 __all__ = ["Plan", "Seat", "default_batch_tokens", "fitting_workers", "make_plan"]
 
-# A spawned worker's own memory apart from the weights: 330 MB measured for imports and a small model's buffers.
+# A spawned worker's own memory, without the weights: 330 MB measured for imports and a small model's buffers.
 WORKER_BYTES = 450 * 2**20
-# Loading holds the weights about twice for a moment, and so does prepacking; mapped ones are in memory once for all.
+# For a moment loading holds the weights about twice, and so does prepacking.
 WEIGHTS_FACTOR = 2
-# Left to the parent and everything else.
+# The part of the available memory to plan with; the rest is for the parent and everything else.
 MEMORY_SHARE = 0.8
-# Of a forward pass. What layers hand on should stay in a core's caches: as many bytes in 16 bits as in 32.
+# Tokens of a forward pass. The values between two layers should fit a core's caches, so 16 bits allow twice as many.
 CPU_BATCH_TOKENS = 1024
 CPU_BATCH_TOKENS_16_BITS = 2048
 GPU_BATCH_TOKENS = 16_384
@@ -32,7 +33,7 @@ GPU_BATCH_TOKENS = 16_384
 
 @dataclass(frozen=True)
 class Seat:
-    """A place for a worker, for as long as the pool lives.
+    """A place for a worker while the pool lives.
 
     Attributes:
         device: the worker's device.
@@ -47,12 +48,12 @@ class Seat:
 
 @dataclass(frozen=True)
 class Plan:
-    """The seats, and in words why there are so many.
+    """The seats, and the reasons for their number.
 
     Attributes:
         seats: one for each worker.
         reasons: sentences, in the order of the decisions.
-        batch_tokens: padded tokens of a forward pass, asked for or tuned; ``None``: what suits the device.
+        batch_tokens: padded tokens of a forward pass, as asked for or tuned; ``None``: the device's default.
     """
 
     seats: tuple[Seat, ...]
@@ -61,12 +62,10 @@ class Plan:
 
 
 def make_plan(config: PoolConfig, spec: ModelSpec, machine: Machine | None = None) -> Plan:
-    """Seats for ``config`` on ``machine`` (this one, where ``None``).
+    """Seats for ``config`` on ``machine`` (``None``: this one).
 
-    What the caller asks for comes first, then what was tuned for this model and machine, then the rule above.
-
-    Raises:
-        ValueError: a device was named that this machine plainly lacks.
+    What the caller asks for comes first, then what was tuned for this model and machine, then the rule at the top of
+    this module.
     """
     machine = machine or read_machine()
     reasons = [str(machine)]
@@ -110,7 +109,7 @@ def make_plan(config: PoolConfig, spec: ModelSpec, machine: Machine | None = Non
 
 
 def fitting_workers(machine: Machine, spec: ModelSpec) -> tuple[int, str]:
-    """How many workers on the CPU the memory that is available holds, at least 1; and the sum, in words."""
+    """How many workers on the CPU the available memory holds, at least 1; and what each takes, in words."""
     files = weight_files(spec)
     weights = sum(file.stat().st_size for file in files)
     size = f"{weights / 2**20:.0f} MiB of weights" if weights else "weights of unknown size"
@@ -123,7 +122,7 @@ def fitting_workers(machine: Machine, spec: ModelSpec) -> tuple[int, str]:
 
 
 def default_batch_tokens(spec: ModelSpec, device: str) -> int:
-    """Tokens of a forward pass of the model on ``device``, where nobody says how many."""
+    """Tokens of a forward pass of the model on ``device``, if neither the caller nor a tuning says how many."""
     if not device.startswith("cpu"):
         return GPU_BATCH_TOKENS
     half = spec.backend == "torch" and spec.dtype in ("bfloat16", "float16")
@@ -133,7 +132,7 @@ def default_batch_tokens(spec: ModelSpec, device: str) -> int:
 def _tuned(
     config: PoolConfig, spec: ModelSpec, devices: Sequence[str], machine: Machine, reasons: list[str]
 ) -> Tuned | None:
-    """What was tuned, if it is to be used and there is the memory for it."""
+    """What was tuned, unless it is not to be used or the memory for it is missing."""
     if not config.tuned:
         return None
     tuned = look_up(spec, devices, machine)
@@ -156,7 +155,7 @@ def _devices(config: PoolConfig, spec: ModelSpec, machine: Machine, reasons: lis
         if device == "auto":
             devices += usable or ["cpu"]
         elif device == "cuda":
-            # Without a way to count them, one is a fair guess; the worker proves it.
+            # If they cannot be counted, assume one; its worker will find out.
             devices += [gpu for gpu in machine.gpus if gpu.startswith("cuda")] or ["cuda:0"]
         else:
             devices.append(device)
@@ -176,10 +175,11 @@ def _workers_for_cpu(machine: Machine, spec: ModelSpec, reasons: list[str]) -> i
 
 
 def _on_nodes(seats: list[Seat], nodes: Sequence[Node], reasons: list[str]) -> list[Seat]:
-    """``seats``, those on the CPU each kept on one NUMA node, shared out by the nodes' cores.
+    """``seats``, with each one on the CPU kept on one NUMA node. The nodes get seats in proportion to their cores.
 
-    Not on one core: a neighbour on that core, of which a shared machine says nothing, would have the worker wait while
-    others are idle. The node is enough for what counts, that the weights are in the memory next to the cores.
+    A seat is kept on a node, not on one core: another program on that core, which a shared machine does not show, would
+    hold the worker up while other cores are idle. What counts is that the weights are in the memory next to the cores,
+    and for that the node is enough.
     """
     on_cpu = [number for number, seat in enumerate(seats) if seat.device.startswith("cpu")]
     if len(nodes) < 2 or not on_cpu:

@@ -1,7 +1,7 @@
-"""What ``mp-rerank tune`` measured, kept for the pools that come after it: one small file a model and machine.
+"""What ``mp-rerank tune`` measured, kept for later pools: one small file for each model and machine.
 
-An answer holds for the very thing it was measured with: the model and its weights, the devices, the machine as far as
-this process may use it, and the versions of torch and of this package. Any other asks for a file that is not there.
+An answer holds only for what it was measured with: the model and its weights, the devices, the part of the machine that
+this process may use, and the versions of torch and of this package. The file's name is made of all these.
 """
 
 from __future__ import annotations
@@ -19,24 +19,25 @@ from typing import Any
 
 from mp_rerank._planning.checkpoint import weight_files
 from mp_rerank._planning.machine import Machine
+from mp_rerank._text import one_line
 from mp_rerank.config import BUILTIN, ModelSpec
 
 __all__ = ["SWITCH", "Tuned", "keep", "look_up"]
 
 logger = logging.getLogger(__name__)
 
-# Set to 0, it has every pool go by its plan alone.
+# Set to 0 in the environment: no pool uses what was tuned.
 SWITCH = "MP_RERANK_TUNED"
 
 
 @dataclass(frozen=True)
 class Tuned:
-    """The fastest way that was found.
+    """The fastest setup that was found.
 
     Attributes:
         workers, threads, batch_tokens: as in ``PoolConfig``; ``threads`` are each worker's.
-        pairs_per_second: of the texts it was measured with.
-        times_the_default: as a multiple of what the pool did by its plan alone; 1 where nothing was better.
+        pairs_per_second: its speed on the texts it was measured with.
+        times_the_default: its speed as a multiple of the default plan's; 1 if nothing was faster.
         measured_on: the day, as ``2026-01-31``.
     """
 
@@ -67,16 +68,16 @@ def look_up(spec: ModelSpec, devices: Sequence[str], machine: Machine) -> Tuned 
             times_the_default=float(answer.times_the_default),
             measured_on=str(answer.measured_on),
         )
-    except Exception as error:  # whatever is the matter with a note, a pool can do without it
-        logger.debug("what was tuned cannot be read: %r", error)
+    except Exception as error:  # a pool can do without it, whatever is wrong with the file
+        logger.debug("what was tuned cannot be read: %s", one_line(repr(error)))
         return None
 
 
 def keep(answer: Tuned, spec: ModelSpec, devices: Sequence[str], machine: Machine) -> Path:
-    """Keep ``answer`` for ``look_up``, in place of an older one; the file it is in.
+    """Keep ``answer`` for ``look_up``, in place of an older one; the file that holds it.
 
     Raises:
-        OSError: it cannot be written.
+        OSError: it cannot be written, or there is no home folder to write it to.
     """
     path, key = _place(spec, devices, machine)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -87,12 +88,18 @@ def keep(answer: Tuned, spec: ModelSpec, devices: Sequence[str], machine: Machin
 
 
 def _place(spec: ModelSpec, devices: Sequence[str], machine: Machine) -> tuple[Path, dict[str, Any]]:
-    """The file for the answer, named for everything the answer depends on; and that."""
+    """The file for the answer, and everything the answer depends on, which the file is named after."""
     from platformdirs import user_cache_path
 
+    try:
+        folder = user_cache_path("mp_rerank", appauthor=False)
+    except RuntimeError:  # later platformdirs; earlier ones leave the "~" in the path
+        folder = Path("~")
+    if not folder.is_absolute():
+        raise FileNotFoundError("this user has no home folder; set XDG_CACHE_HOME")
     model = dataclasses.asdict(spec)
-    if spec.loader is None and spec.name != BUILTIN and Path(spec.path).is_dir():
-        model["name"] = str(Path(spec.path).resolve())
+    if spec.loader is None and spec.name != BUILTIN and spec.local:
+        model["name"] = os.path.realpath(spec.path)
     key = {
         "model": model,
         "weights": [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in weight_files(spec)],
@@ -105,7 +112,7 @@ def _place(spec: ModelSpec, devices: Sequence[str], machine: Machine) -> tuple[P
     }
     text = json.dumps(key, sort_keys=True, default=repr)
     name = hashlib.sha256(text.encode()).hexdigest()[:32]
-    return user_cache_path("mp_rerank", appauthor=False) / "tuned" / f"{name}.json", json.loads(text)
+    return folder / "tuned" / f"{name}.json", json.loads(text)
 
 
 def _version(package: str) -> str | None:

@@ -1,1 +1,1 @@
-"""Adapters for other people's frameworks: one module each, imported by its name and by nothing else here."""
+"""Adapters for other frameworks, one module each. Nothing else in this package imports them."""

@@ -9,12 +9,12 @@
 
     Pipeline.loads(text, allowed_modules=["mp_rerank.integrations.haystack"])
 
-Haystack 3 loads only what it is told to trust. This module is not on its list by itself, since ``model_options`` can
-name code to run (``loader``, ``trust_remote_code``): allow it for YAML you trust.
+Haystack 3 loads only the modules that it is told to trust. This module is not among them by default, since
+``model_options`` can name code to run (``loader``, ``trust_remote_code``): allow it for YAML that you trust.
 
-Scores follow Haystack's ``SentenceTransformersSimilarityRanker``: the sigmoid of the model's logit, in [0, 1], with
-``scale_score`` (its default), and the bare logit without. The pool therefore holds the model without its activation.
-Documents come back as copies with ``score`` set; of several with the same id, one.
+Scores are those of Haystack's ``SentenceTransformersSimilarityRanker``: with ``scale_score`` (the default) the sigmoid
+of the model's logit, in [0, 1], and without it the logit. So the pool holds the model without its activation. Documents
+come back as copies with ``score`` set; of several documents with the same id, one.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from typing import Any
 import numpy as np
 from haystack import Document, component, default_from_dict, default_to_dict
 
+from mp_rerank._checks import check_flag, check_optional_count
 from mp_rerank.config import BUILTIN, ModelSpec
 from mp_rerank.pool import RerankerPool
 from mp_rerank.results import RerankResult
@@ -39,15 +40,18 @@ class PoolRanker:
     """Ranks documents by their relevance to a query, in the process's shared pool for its model and device.
 
     Args:
-        model: ``"builtin"``, a hub name, or the path of a local folder.
+        model: ``"builtin"``, a hub name, or the path of a local folder. A relative path is looked up once, here.
         device: as for ``shared_pool``.
         top_k: how many documents to return; ``None``: all.
         query_prefix, document_prefix: put before the query and before each document's text.
-        meta_fields_to_embed: metadata put before the text, joined by ``embedding_separator``.
-        scale_score: whether scores are sigmoids or logits.
+        meta_fields_to_embed: names of the metadata to put before the text, joined by ``embedding_separator``.
+        scale_score: ``True``: scores are sigmoids; ``False``: logits.
         score_threshold: return only documents that score at least so much.
         model_options: other fields of ``ModelSpec``, but for ``activation``.
         pool_options: other keywords of ``shared_pool``.
+
+    Raises:
+        TypeError, ValueError: naming the argument and its value.
     """
 
     def __init__(
@@ -64,8 +68,11 @@ class PoolRanker:
         model_options: dict[str, Any] | None = None,
         pool_options: dict[str, Any] | None = None,
     ) -> None:
-        _check_top_k(top_k)
+        _check_run_options(top_k, scale_score, score_threshold)
+        if isinstance(meta_fields_to_embed, str):
+            raise TypeError(f"meta_fields_to_embed: a list of names is needed, not {meta_fields_to_embed!r}")
         self.model = model
+        self._resolved = {model: ModelSpec(model).name}
         self.device = device
         self.top_k = top_k
         self.query_prefix = query_prefix
@@ -80,11 +87,12 @@ class PoolRanker:
     @property
     def pool(self) -> RerankerPool:
         """The pool that scores."""
-        spec = ModelSpec(self.model, activation="identity", **self.model_options)
+        name = self._resolved.get(self.model, self.model)
+        spec = ModelSpec(name, activation="identity", **self.model_options)
         return shared_pool(spec, self.device, **self.pool_options)
 
     def warm_up(self) -> None:
-        """Start the pool, if nobody has; ``run`` would, too."""
+        """Start the pool. Without it, the first ``run`` does."""
         self.pool.start()
 
     async def warm_up_async(self) -> None:
@@ -92,7 +100,7 @@ class PoolRanker:
         await asyncio.to_thread(self.warm_up)
 
     def to_dict(self) -> dict[str, Any]:
-        """Its parameters, as Haystack keeps them in YAML."""
+        """The parameters, as Haystack keeps them in YAML."""
         data: dict[str, Any] = default_to_dict(
             self,
             model=self.model,
@@ -111,7 +119,7 @@ class PoolRanker:
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> PoolRanker:
-        """The component ``to_dict`` told of."""
+        """The component that ``to_dict`` described."""
         ranker: PoolRanker = default_from_dict(cls, data)
         return ranker
 
@@ -127,9 +135,9 @@ class PoolRanker:
         """The best documents, best first; ``None`` stands for the component's own setting.
 
         Raises:
-            ValueError: ``top_k`` is less than 1.
+            TypeError, ValueError: naming the argument and its value.
         """
-        _check_top_k(top_k)
+        _check_run_options(top_k, scale_score, score_threshold)
         kept, texts = self._texts(documents)
         results = self.pool.rerank(self.query_prefix + query, texts)
         return {"documents": self._ranked(kept, results, top_k, scale_score, score_threshold)}
@@ -144,7 +152,7 @@ class PoolRanker:
         score_threshold: float | None = None,
     ) -> dict[str, list[Document]]:
         """``run`` while the loop goes on; no thread waits."""
-        _check_top_k(top_k)
+        _check_run_options(top_k, scale_score, score_threshold)
         kept, texts = self._texts(documents)
         results = await self.pool.arerank(self.query_prefix + query, texts)
         return {"documents": self._ranked(kept, results, top_k, scale_score, score_threshold)}
@@ -177,6 +185,11 @@ class PoolRanker:
         return ranked[: self.top_k if top_k is None else top_k]
 
 
-def _check_top_k(top_k: int | None) -> None:
-    if top_k is not None and top_k < 1:
-        raise ValueError(f"top_k: at least 1 is needed, not {top_k}")
+def _check_run_options(top_k: int | None, scale_score: bool | None, score_threshold: float | None) -> None:
+    check_optional_count("top_k", top_k)
+    if scale_score is not None:
+        check_flag("scale_score", scale_score)
+    if score_threshold is not None and (
+        not isinstance(score_threshold, (int, float)) or isinstance(score_threshold, bool)
+    ):
+        raise TypeError(f"score_threshold: a number is needed, not {score_threshold!r}")

@@ -1,4 +1,4 @@
-"""LangChain: `PoolCrossEncoder` for its own ``CrossEncoderReranker``, and `PoolReranker`, a compressor that is async.
+"""LangChain: `PoolCrossEncoder` for LangChain's ``CrossEncoderReranker``, and `PoolReranker`, an async compressor.
 
     from mp_rerank.integrations.langchain import PoolReranker
 
@@ -8,9 +8,9 @@
     )
     documents = await retriever.ainvoke("how do birds fly?")
 
-Scores follow LangChain's ``HuggingFaceCrossEncoder``: they are ``CrossEncoder.predict``'s own, after the model's
-activation, and for a model of two labels the second's. `PoolReranker` leaves the score where LangChain's hosted
-rerankers do, in ``metadata["relevance_score"]`` of a copy.
+Scores are those of LangChain's ``HuggingFaceCrossEncoder``: the scores of ``CrossEncoder.predict``, after the model's
+activation; of a model with two labels, the second label's. `PoolReranker` returns copies of the documents with the
+score in ``metadata["relevance_score"]``, where LangChain's hosted rerankers put it.
 """
 
 from __future__ import annotations
@@ -42,11 +42,11 @@ class PoolCrossEncoder(BaseCrossEncoder):
 
 
 class PoolReranker(BaseDocumentCompressor):
-    """The best ``top_n`` documents (``None``: all), best first, as copies that keep id and metadata.
+    """Returns the best documents, best first, as copies that keep id and metadata.
 
     Attributes:
         pool: the pool that scores.
-        top_n: how many documents to return.
+        top_n: how many documents to return; ``None``: all.
         timeout: seconds after which a request fails with RequestTimeoutError; ``None``: never.
     """
 

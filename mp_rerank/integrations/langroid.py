@@ -1,4 +1,4 @@
-"""Langroid: every ``DocChatAgent`` reranks in a pool, all at once, with `install`; or some do, with `PoolRerankMixin`.
+"""Langroid: `install` lets every ``DocChatAgent`` rerank in a pool, at the same time; `PoolRerankMixin` some of them.
 
     from mp_rerank.integrations import langroid
 
@@ -6,15 +6,15 @@
 
     class MyAgent(langroid.PoolRerankMixin, DocChatAgent): ...      # or only these
 
-Langroid (0.69) keeps one ``CrossEncoder`` a model and device, behind a lock: agents wait for each other. ``install``
-replaces the function that looks into that cache, so that it gives the process's shared pool and a lock that holds up
-nobody.
+Langroid (0.69) has one ``CrossEncoder`` for each model and device, behind a lock: agents wait for each other.
+``install`` replaces the function that looks it up. The new one returns the process's shared pool, and a lock that does
+nothing.
 
-The configuration keeps its meaning: ``cross_encoder_reranking_model`` names the model (``"builtin"`` works too) and
-``cross_encoder_device`` the device, ``None`` being the best there is; only that ``None`` and ``"cuda"`` mean every
-visible GPU and not just the first. Langroid takes ``CrossEncoder.predict``'s scores, after the model's activation, and
-applies a sigmoid of its own before it sorts; it still does after ``install``. The mixin sorts by the scores themselves,
-which is the same order. Passages are given back as they are.
+The configuration keeps its meaning. ``cross_encoder_reranking_model`` names the model (``"builtin"`` works too), and
+``cross_encoder_device`` the device. ``None`` means the best device, with one difference: ``None`` and ``"cuda"`` mean
+every visible GPU, not only the first. Langroid takes the scores of ``CrossEncoder.predict``, after the model's
+activation, and applies a sigmoid of its own before it sorts, also after ``install``. The mixin sorts by the scores
+themselves, which is the same order. Passages are returned unchanged.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ _original = getattr(doc_chat_agent, "_get_cross_encoder_entry", None)
 
 
 def install(**options: Any) -> None:
-    """Give the process's shared pool to every ``DocChatAgent``. Called again, it replaces the options.
+    """Let every ``DocChatAgent`` use the process's shared pool. A second call replaces the options.
 
     Args:
         options: keywords of ``shared_pool``, for every model.
 
     Raises:
-        RuntimeError: this version of Langroid keeps its cross-encoders in some other way.
+        RuntimeError: this version of Langroid looks up its cross-encoders in another way.
     """
     entry_type = getattr(doc_chat_agent, "_CrossEncoderCacheEntry", None)
     parameters = [] if _original is None else list(inspect.signature(_original).parameters)
@@ -57,13 +57,13 @@ def install(**options: Any) -> None:
 
 
 def uninstall() -> None:
-    """Give Langroid its own cache back. Pools are left to those who use them."""
+    """Undo ``install``. The pools stay, for those who use them."""
     if _original is not None:
         doc_chat_agent._get_cross_encoder_entry = _original
 
 
 class PoolRerankMixin:
-    """For a subclass of ``DocChatAgent``, named before it; needs none of Langroid's private names.
+    """A base class to name before ``DocChatAgent``. It uses none of Langroid's private names.
 
     Attributes:
         pool_options: keywords of ``shared_pool``.

@@ -4,9 +4,9 @@
 
     engine = index.as_query_engine(similarity_top_k=50, node_postprocessors=[PoolRerank(top_n=5)])
 
-Scores follow LlamaIndex's ``SentenceTransformerRerank``: ``node.score`` is ``CrossEncoder.predict``'s own, after the
-model's activation, and what is scored is the node's text with the metadata meant for embedding. Unlike there, the nodes
-given are left as they were: the ones returned are copies.
+Scores are those of LlamaIndex's ``SentenceTransformerRerank``: ``node.score`` is the score of ``CrossEncoder.predict``,
+after the model's activation. The text that is scored is the node's text with its metadata for embedding. Unlike there,
+the given nodes are left as they were: the returned ones are copies.
 """
 
 from __future__ import annotations
@@ -33,17 +33,17 @@ dispatcher = get_dispatcher(__name__)
 class PoolRerank(BaseNodePostprocessor):
     """The best ``top_n`` nodes, best first.
 
-    Without ``pool``, it uses the process's shared pool for its model and device. It tells of each rerank twice, as
-    LlamaIndex's own rerankers do: by ``ReRankStartEvent`` and ``ReRankEndEvent``, and by ``CBEventType.RERANKING``.
+    Without ``pool``, it uses the process's shared pool for its model and device. It sends the events that LlamaIndex's
+    own rerankers send: ``ReRankStartEvent`` and ``ReRankEndEvent``, and ``CBEventType.RERANKING``.
 
     Args:
         top_n: how many nodes to return.
-        model: ``"builtin"``, a hub name, or the path of a local folder.
+        model: ``"builtin"``, a hub name, or the path of a local folder. A relative path is looked up once, here.
         device: as for ``shared_pool``.
         keep_retrieval_score: keep the score a node came with as its ``metadata["retrieval_score"]``.
         model_options: other fields of ``ModelSpec``.
         pool_options: other keywords of ``shared_pool``.
-        pool: a pool to use in place of the shared one; it is not serialized.
+        pool: a pool to use in place of the shared one; it is not serialized by ``to_dict``.
     """
 
     model: str = Field(default=BUILTIN, description="Cross-encoder name or path.")
@@ -53,12 +53,14 @@ class PoolRerank(BaseNodePostprocessor):
     model_options: dict[str, Any] = Field(default_factory=dict, description="Other fields of ModelSpec.")
     pool_options: dict[str, Any] = Field(default_factory=dict, description="Other options of the shared pool.")
     _pool: RerankerPool | None = PrivateAttr(default=None)
+    _resolved: dict[str, str] = PrivateAttr(default_factory=dict)
 
     def __init__(self, top_n: int = 2, *, pool: RerankerPool | None = None, **fields: Any) -> None:
         if pool is not None:
             fields.setdefault("model", pool.spec.name)
         super().__init__(top_n=top_n, **fields)
         self._pool = pool
+        self._resolved = {self.model: ModelSpec(self.model).name}
 
     @classmethod
     def class_name(cls) -> str:
@@ -70,7 +72,8 @@ class PoolRerank(BaseNodePostprocessor):
         """The pool that scores."""
         if self._pool is not None:
             return self._pool
-        return shared_pool(ModelSpec(self.model, **self.model_options), self.device, **self.pool_options)
+        name = self._resolved.get(self.model, self.model)
+        return shared_pool(ModelSpec(name, **self.model_options), self.device, **self.pool_options)
 
     def _postprocess_nodes(
         self, nodes: list[NodeWithScore], query_bundle: QueryBundle | None = None

@@ -5,9 +5,9 @@
     ranker = PoolRanker("cross-encoder/ms-marco-MiniLM-L6-v2")
     ranker.rank("how do birds fly?", documents).top_k(5)
 
-Scores follow ``TransformerRanker``: the bare logits, higher is better. The pool therefore holds the model without its
-activation. Documents given as ``Document`` keep ids and metadata and are not changed; ids or metadata given beside them
-go to copies.
+Scores are those of ``TransformerRanker``: the logits; higher is better. So the pool holds the model without its
+activation. A given ``Document`` keeps its id and metadata and is not changed: ``doc_ids`` and ``metadata`` are put into
+copies.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ class PoolRanker(BaseRanker):
     """Ranks in the process's shared pool for its model and device.
 
     Args:
-        model_name_or_path: ``"builtin"``, a hub name, the path of a local folder, or a ``ModelSpec`` (whose
-            ``activation`` then decides over the scores).
+        model_name_or_path: ``"builtin"``, a hub name, the path of a local folder, or a ``ModelSpec``, whose
+            ``activation`` is then applied.
         verbose: accepted; nothing is printed.
         device: as for ``shared_pool``.
         options: other keywords of ``shared_pool``.
@@ -75,7 +75,7 @@ class PoolRanker(BaseRanker):
         doc_ids: Sequence[str] | Sequence[int] | None = None,
         metadata: Sequence[dict[str, Any]] | None = None,
     ) -> RankedResults:
-        """All documents, best first, with ranks from 1. Without ids of their own they are numbered from 0."""
+        """All documents, best first, with ranks from 1. Documents without an id are numbered from 0."""
         documents = _documents(docs, doc_ids, metadata)
         return _ranked(query, documents, self.pool.rerank(query, [document.text for document in documents]))
 

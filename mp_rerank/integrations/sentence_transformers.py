@@ -5,8 +5,8 @@
     with RerankerPool("cross-encoder/ms-marco-MiniLM-L6-v2") as pool:
         metrics = CrossEncoderRerankingEvaluator(samples, name="dev")(PoolCrossEncoder(pool))
 
-Scores are ``CrossEncoder.predict``'s own: the logits after the model's activation (``ModelSpec.activation``, or what
-the model brings). It has what scoring needs and nothing of training. Works with sentence-transformers 5 and 6.
+Scores are those of ``CrossEncoder.predict``: the logits after the model's activation (``ModelSpec.activation``, or the
+model's own). It can score, and it cannot be trained. Works with sentence-transformers 5 and 6.
 """
 
 from __future__ import annotations
@@ -20,18 +20,15 @@ from mp_rerank.pool import RerankerPool
 
 __all__ = ["PoolCrossEncoder"]
 
-# What this class answers for in the pool's name, or what makes no difference to its scores.
-_IMMATERIAL = {"batch_size", "show_progress_bar", "chunk_size", "convert_to_numpy", "convert_to_tensor"}
-
 
 class PoolCrossEncoder:
     """``predict`` and ``rank`` of a ``CrossEncoder``, for any number of threads at once.
 
     Args:
-        pool: the pool that scores; closing it stays with whoever made it.
+        pool: the pool that scores. Its owner closes it.
 
     Attributes:
-        model_card_data: where evaluators leave their metrics.
+        model_card_data: where evaluators write their metrics.
     """
 
     def __init__(self, pool: RerankerPool) -> None:
@@ -51,30 +48,12 @@ class PoolCrossEncoder:
         """Tokens a pair is truncated to. Starts the pool if it has not started."""
         return self.pool.start().workers()[0].max_length
 
-    def predict(
-        self,
-        inputs: Sequence[Sequence[str]] | Sequence[str] | None = None,
-        *,
-        sentences: Sequence[Sequence[str]] | Sequence[str] | None = None,
-        apply_softmax: bool | None = False,
-        convert_to_numpy: bool = True,
-        convert_to_tensor: bool = False,
-        **options: Any,
-    ) -> Any:
-        """``CrossEncoder.predict``; beyond the first argument everything goes by keyword, as orders differ by version.
+    def predict(self, inputs: Any = None, **options: Any) -> Any:
+        """``CrossEncoder.predict``; see ``RerankerPool.predict``.
 
-        ``batch_size``, ``show_progress_bar`` and ``chunk_size`` are accepted and make no difference. What would change
-        the scores and a pool cannot do per call (``prompt``, ``prompt_name``, ``activation_fn``, ``device``, ``pool``)
-        must be ``None``; else it is a ``ValueError``.
+        All arguments but the first go by keyword, since their order differs between versions.
         """
-        _check(options)
-        return self.pool.predict(
-            inputs,
-            sentences=sentences,
-            apply_softmax=apply_softmax,
-            convert_to_numpy=convert_to_numpy,
-            convert_to_tensor=convert_to_tensor,
-        )
+        return self.pool.predict(inputs, **options)
 
     def rank(
         self,
@@ -84,17 +63,5 @@ class PoolCrossEncoder:
         return_documents: bool = False,
         **options: Any,
     ) -> list[dict[str, Any]]:
-        """``CrossEncoder.rank``: dicts of ``corpus_id``, ``score`` and, if asked for, ``text``, best first.
-
-        Scores are floats. ``options`` are as for ``predict``.
-        """
-        _check({name: value for name, value in options.items() if name != "apply_softmax"})  # of one label: nothing
-        return self.pool.rank(query, documents, top_k, return_documents)
-
-
-def _check(options: dict[str, Any]) -> None:
-    for name, value in options.items():
-        if value is not None and name not in _IMMATERIAL:
-            raise ValueError(
-                f"{name}: a pool has this from its model and not from call to call; it must be None, not {value!r}"
-            )
+        """``CrossEncoder.rank``: dicts of ``corpus_id``, ``score`` and, if asked for, ``text``, best first."""
+        return self.pool.rank(query, documents, top_k, return_documents, **options)

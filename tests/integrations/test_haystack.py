@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import math
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
 from fakes import score_of
 from frameworks import need
 
-from mp_rerank import RerankerPool, shared
+from mp_rerank import RerankerPool
 
 need("haystack")
 
@@ -45,13 +46,7 @@ connections: []
 TRUSTED = ["mp_rerank.integrations.haystack"]
 
 
-@pytest.fixture(autouse=True)
-def _registry(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    pools: dict[Any, RerankerPool] = {}
-    monkeypatch.setattr(shared, "_pools", pools)
-    yield
-    for pool in pools.values():
-        pool.close(drain=False)
+pytestmark = pytest.mark.usefixtures("own_registry")
 
 
 def documents_of(query: str) -> list[Document]:
@@ -164,3 +159,36 @@ def test_nothing_and_mistakes() -> None:
         PoolRanker(top_k=0)
     with pytest.raises(ValueError, match="top_k: at least 1"):
         ranker.run("query", [], top_k=-1)
+
+
+def test_a_relative_path_is_looked_up_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "tiny").mkdir()
+    (tmp_path / "tiny/config.json").write_text("{}")
+    monkeypatch.chdir(tmp_path)
+    ranker = PoolRanker("tiny", "cpu")
+    monkeypatch.chdir("/")
+    assert ranker.pool.spec.name == str(tmp_path / "tiny")
+    assert ranker.to_dict()["init_parameters"]["model"] == "tiny"
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "words"),
+    [
+        ({"scale_score": "false"}, TypeError, "scale_score: True or False is needed, not 'false'"),
+        ({"top_k": "5"}, TypeError, "top_k: a whole number is needed, not '5'"),
+        ({"top_k": 0}, ValueError, "top_k: at least 1 is needed, not 0"),
+        ({"score_threshold": "0.5"}, TypeError, "score_threshold: a number is needed, not '0.5'"),
+    ],
+)
+def test_a_bad_option_is_named(options: dict[str, Any], error: type[Exception], words: str) -> None:
+    with pytest.raises(error, match=words):
+        PoolRanker(**options)
+    with pytest.raises(error, match=words):
+        PoolRanker(**FAKE_PARAMETERS).run("query", [], **options)
+    with pytest.raises(TypeError, match="meta_fields_to_embed: a list of names is needed, not 'title'"):
+        PoolRanker(meta_fields_to_embed="title")  # type: ignore[arg-type]
+
+
+def test_a_copy_has_the_same_pool() -> None:
+    ranker = PoolRanker(**FAKE_PARAMETERS)
+    assert copy.deepcopy(ranker).pool is ranker.pool

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -118,3 +119,10 @@ def test_langchains_own_reranker_takes_the_pool_as_its_cross_encoder(make_pool: 
 def test_of_several_labels_the_second_is_relevance(make_pool: MakePool) -> None:
     with make_pool(ModelSpec("three", loader="fakes:load_three_labels")) as pool:
         assert PoolCrossEncoder(pool).score([("q", "a")]) == [score_of("a", "q")]
+
+
+def test_a_copy_has_the_same_pool(make_pool: MakePool) -> None:
+    pool = make_pool(isolation="thread")
+    for holder in (PoolReranker(pool=pool), PoolCrossEncoder(pool)):
+        assert copy.deepcopy(holder).pool is pool
+    assert PoolReranker(pool=pool).model_copy(deep=True).pool is pool

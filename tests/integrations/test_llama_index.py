@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
 from fakes import score_of
 from frameworks import need
 
-from mp_rerank import RerankerPool, shared
+from mp_rerank import RerankerPool
 
 need("llama_index.core")
 
@@ -145,9 +147,8 @@ def test_without_nodes_or_without_a_query(make_pool: MakePool) -> None:
         rerank.postprocess_nodes(nodes_of("query"))
 
 
-def test_it_is_rebuilt_from_its_description_and_shares_the_pool(monkeypatch: pytest.MonkeyPatch) -> None:
-    pools: dict[Any, RerankerPool] = {}
-    monkeypatch.setattr(shared, "_pools", pools)
+@pytest.mark.usefixtures("own_registry")
+def test_it_is_rebuilt_from_its_description_and_shares_the_pool() -> None:
     rerank = PoolRerank(
         top_n=4, model="fake", device="cpu", model_options={"loader": "fakes:load"}, pool_options={"workers": 1}
     )
@@ -155,4 +156,20 @@ def test_it_is_rebuilt_from_its_description_and_shares_the_pool(monkeypatch: pyt
     assert again.to_dict() == rerank.to_dict()
     assert again.pool is rerank.pool
     assert plain(again.postprocess_nodes(nodes_of("query"), query_str="query")) == expected("query", 4)
-    rerank.pool.close()
+    assert copy.deepcopy(rerank).pool is rerank.pool
+
+
+@pytest.mark.usefixtures("own_registry")
+def test_a_relative_path_is_looked_up_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "tiny").mkdir()
+    (tmp_path / "tiny/config.json").write_text("{}")
+    monkeypatch.chdir(tmp_path)
+    rerank = PoolRerank(model="tiny", device="cpu")
+    monkeypatch.chdir("/")
+    assert rerank.pool.spec.name == str(tmp_path / "tiny")
+    assert rerank.model == "tiny", "what to_dict keeps is what was given"
+
+
+def test_a_copy_has_the_same_pool(make_pool: MakePool) -> None:
+    rerank = PoolRerank(pool=make_pool(isolation="thread"))
+    assert copy.deepcopy(rerank).pool is rerank.pool

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import copy
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -14,8 +13,6 @@ from conftest import FAKE
 from fakes import score_of
 from frameworks import need
 
-from mp_rerank import RerankerPool, shared
-
 need("rerankers")
 
 from rerankers import Document, Reranker  # noqa: E402
@@ -24,14 +21,7 @@ from rerankers.results import RankedResults  # noqa: E402
 
 from mp_rerank.integrations.rerankers import PoolRanker  # noqa: E402
 
-
-@pytest.fixture(autouse=True)
-def _registry(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    pools: dict[Any, RerankerPool] = {}
-    monkeypatch.setattr(shared, "_pools", pools)
-    yield
-    for pool in pools.values():
-        pool.close(drain=False)
+pytestmark = pytest.mark.usefixtures("own_registry")
 
 
 @pytest.fixture
@@ -114,3 +104,7 @@ def test_scores_are_those_of_its_own_transformer_ranker(tmp_path: Path) -> None:
     probabilities = models.load(path, "cpu").predict([(documents[0], document) for document in documents])
     assert sorted(r.score for r in wanted) != pytest.approx(sorted(probabilities), abs=1e-2), "they are logits"
     assert ours.score("a", "b") == pytest.approx(own.rank("a", ["b"])[0].score, abs=1e-5)
+
+
+def test_a_copy_has_the_same_pool(ranker: BaseRanker) -> None:
+    assert copy.deepcopy(ranker).pool is ranker.pool

@@ -149,10 +149,20 @@ def test_it_takes_the_plain_models_keywords(make_pool: MakePool, path: str) -> N
             assert len(call(*first, **options)) == 1
 
 
-@pytest.mark.parametrize("name", ["prompt", "prompt_name", "activation_fn", "device", "pool"])
+def test_it_takes_what_was_a_keyword_in_other_versions(make_pool: MakePool, path: str) -> None:
+    with make_pool(path, isolation="thread") as pool:
+        pooled = PoolCrossEncoder(pool)
+        options = {"num_workers": 2, "chunk_size": 7, "activation_fct": None, "prompt": None}
+        assert pooled.predict([("query", "document")], **options) == pooled.predict([("query", "document")])
+        assert pooled.rank("query", ["document"], convert_to_tensor=True, apply_softmax=True, **options)
+        with pytest.raises(TypeError, match="colour: no version of CrossEncoder has such an argument"):
+            pooled.predict([("query", "document")], colour="red")
+
+
+@pytest.mark.parametrize("name", ["activation_fct", "prompt", "prompt_name", "activation_fn", "device", "pool"])
 def test_what_a_pool_cannot_do_per_call_is_an_error_that_names_it(make_pool: MakePool, path: str, name: str) -> None:
     pooled = PoolCrossEncoder(make_pool(path))
-    with pytest.raises(ValueError, match=f"{name}: .* must be None, not 'x'"):
+    with pytest.raises(ValueError, match=f"{name}: .* must be None, not str 'x'"):
         pooled.predict([("query", "document")], **{name: "x"})
-    with pytest.raises(ValueError, match=f"{name}: .* must be None, not 'x'"):
+    with pytest.raises(ValueError, match=f"{name}: .* must be None, not str 'x'"):
         pooled.rank("query", ["document"], **{name: "x"})

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import os
+import sys
+import types
+from dataclasses import replace
 from pathlib import Path
 
+import psutil
 import pytest
 
+from mp_rerank import ModelSpec, PoolConfig
 from mp_rerank._planning import machine
 from mp_rerank._planning.machine import Machine, Node, read_machine
+from mp_rerank._planning.plan import make_plan
 
 GIB = 2**30
 
@@ -110,6 +117,32 @@ def test_where_nothing_can_be_read_the_system_is_asked(tmp_path: Path) -> None:
     assert 1 <= found.cores <= found.physical <= found.affinity <= found.logical
     assert found.memory_available > 0
     assert found.nodes == ()
+
+
+def test_files_that_hold_something_else_are_as_good_as_missing(laid: Laid, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = laid.read()
+    laid.write("proc/self/cgroup", "nonsense\n0::\n")
+    laid.write("sys/fs/cgroup/memory.max", "a lot")
+    laid.write("sys/devices/system/node/node0/cpulist", "some\n")
+    assert laid.read() == replace(whole, nodes=whole.nodes[1:])
+    laid.write("proc/self/status", "Cpus_allowed_list:\tall\n")
+    laid.write("proc/meminfo", "MemTotal: many\n")
+    laid.write("sys/devices/system/cpu/online", "x-y\n")
+    assert laid.read().affinity == len(os.sched_getaffinity(0))
+    assert laid.read().memory_total > 0
+    monkeypatch.setitem(sys.modules, "torch", types.ModuleType("torch"))  # a stub, which has no __spec__
+    assert not machine._torch_has_cuda()
+
+
+def test_without_proc_the_c_library_is_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(psutil, "PROCFS_PATH", str(tmp_path / "proc"))
+    with pytest.raises((OSError, psutil.Error)):
+        psutil.virtual_memory()
+    found = read_machine(tmp_path)
+    assert 1 <= found.cores <= found.physical <= found.affinity <= found.logical
+    assert found.affinity == len(os.sched_getaffinity(0))
+    assert 0 < found.memory_available < found.memory_total
+    make_plan(PoolConfig(), ModelSpec(), found)
 
 
 def test_gpus_are_counted_without_torch(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,6 +13,7 @@ import pytest
 from conftest import FAKE
 
 from mp_rerank import ModelSpec, PoolConfig, RerankerPool
+from mp_rerank._planning import tuning_cache
 from mp_rerank._planning.checkpoint import weight_files, will_be_mapped
 from mp_rerank._planning.machine import Machine, Node
 from mp_rerank._planning.plan import Plan, Seat, fitting_workers, make_plan
@@ -235,3 +236,26 @@ def test_a_model_in_the_hub_s_cache_has_its_size_by_branch_and_by_commit(
         assert weight_files(elsewhere) == []
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "elsewhere"))
     assert weight_files(ModelSpec("some/model")) == []
+
+
+def test_a_user_without_a_home_folder_has_a_plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("HOME", "HF_HOME", "HF_HUB_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("MP_RERANK_TUNED", "1")
+    monkeypatch.setattr(pytest.importorskip("pwd"), "getpwuid", lambda uid: {}[uid])  # the user is not in the list
+    monkeypatch.chdir(tmp_path)
+    spec = ModelSpec("some/model")
+    with pytest.raises(RuntimeError):
+        Path("~").expanduser()
+    assert weight_files(spec) == []
+    assert make_plan(PoolConfig(devices="cpu"), spec, machine(cores=2)).seats == (Seat("cpu", 1),) * 2
+    answer = tuning_cache.Tuned(1, 1, 512, 1.0, 1.0, "2026-01-31")
+    with pytest.raises(OSError, match="no home folder; set XDG_CACHE_HOME"):
+        tuning_cache.keep(answer, spec, ["cpu"], machine())
+    assert list(tmp_path.iterdir()) == [], "no folder called ~"
+
+
+def test_links_in_the_hub_s_cache_whose_files_are_gone_do_not_count(tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors").symlink_to(tmp_path / "gone")
+    (tmp_path / "pytorch_model.bin").write_bytes(b"1")
+    assert weight_files(ModelSpec(str(tmp_path))) == [tmp_path / "pytorch_model.bin"]

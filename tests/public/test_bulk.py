@@ -20,7 +20,7 @@ from conftest import PATIENCE, Fifo
 from fakes import score_of
 from frameworks import need
 
-from mp_rerank import ModelSpec, RerankerPool, RerankResult, ScoringError, WorkerInfo, bulk
+from mp_rerank import ModelSpec, RerankerPool, RerankResult, ScoringError, WorkerCrashedError, WorkerInfo, bulk
 from mp_rerank.bulk import evaluate, model_tag, rerank_run
 
 MakePool = Callable[..., RerankerPool]
@@ -155,15 +155,105 @@ bulk.rerank_run(pool, **{ {name: str(path) for name, path in files.paths().items
     assert 3 <= done.found_queries < 5
 
 
-def test_what_was_written_before_an_error_is_kept(make_pool: MakePool, tmp_path: Path) -> None:
-    documents = {**DOCUMENTS, "bad": "!raise too odd"}
-    run = {**RUN, "q0": ["d0", "bad"]}  # the last query
-    files = Files(tmp_path, documents, run)
-    with pytest.raises(ScoringError, match="too odd"):
+def ranked(output: Path) -> dict[str, list[str]]:
+    """The documents of each query, best first, once it is sure that their scores say the same."""
+    found: dict[str, list[str]] = {}
+    scores: dict[str, list[float]] = {}
+    for line in output.read_text().splitlines():
+        query, _, key, rank, score, _ = line.split()
+        found.setdefault(query, []).append(key)
+        scores.setdefault(query, []).append(float(score))
+        assert int(rank) == len(found[query])
+    for query, values in scores.items():
+        assert values == sorted(values, reverse=True), query
+        assert len(set(values)) == len(values), query
+    return found
+
+
+BAD = {"raises": "!raise too\x1b odd", "kills": "!os._exit 9", "nothing": "!nan"}
+
+
+@pytest.mark.parametrize("top_n", [None, 3])
+@pytest.mark.parametrize("bad", [("raises",), ("nothing",), ("raises", "nothing", "kills")])
+def test_documents_that_cannot_be_scored_do_not_end_the_work(
+    make_pool: MakePool,
+    tmp_path: Path,
+    bad: tuple[str, ...],
+    top_n: int | None,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(bulk, "PAIRS_IN_FLIGHT_CPU", 1)
+    run = {**RUN, "q3": ["d0", *bad, "d1"], "q2": list(bad), "q0": ["d5", "d6", "d7", *bad]}
+    files = Files(tmp_path, {**DOCUMENTS, **BAD}, run)
+    options = {"workers": 1} if "kills" in bad else {"isolation": "thread"}
+    spec = ModelSpec("fake", loader="fakes:load_with_nan")
+    done = rerank_run(make_pool(spec, **options), **files.paths(), top_n=top_n)
+    assert [(f.query, f.document) for f in done.failures] == [(q, d) for q in ("q3", "q2", "q0") for d in bad]
+    assert done.pairs == sum(map(len, run.values())) - 3 * len(bad)
+    assert str(done).endswith(f"; {3 * len(bad)} pairs of 3 queries could not be scored")
+    causes = {f.document: f.cause for f in done.failures if f.query == "q3"}
+    assert causes == {
+        key: {"raises": "ValueError: too\\x1b odd", "kills": "it ended 3 workers", "nothing": "its score is nan"}[key]
+        for key in bad
+    }
+    if "kills" in bad:
+        assert [f.cause for f in done.failures if f.document == "kills"][1:] == [
+            "not tried: it ended 3 workers with query q3"
+        ] * 2
+    assert {r.getMessage() for r in caplog.records if r.name == "mp_rerank.bulk"} == {
+        f"query {f.query}, document {f.document}: not scored: {f.cause}" for f in done.failures
+    }
+    good = {query: [key for key in keys if key in DOCUMENTS] for query, keys in run.items()}
+    whole: dict[str, list[str]] = {query: [] for query in run}
+    for line in expected(run=good).splitlines():
+        whole[line.split()[0]].append(line.split()[2])
+    for query in ("q3", "q2", "q0"):
+        whole[query] += bad  # kept, and last
+    assert ranked(files.output) == {query: keys[:top_n] for query, keys in whole.items()}
+    if "kills" not in bad:
+        text = files.output.read_text()
+        files.output.write_text(text[: 2 * len(text) // 3])  # it is gone on with as ever
+        assert rerank_run(make_pool(spec, isolation="thread"), **files.paths(), top_n=top_n).found_queries
+        assert files.output.read_text() == text
+
+
+def test_a_model_that_scores_nothing_ends_the_work(make_pool: MakePool, tmp_path: Path) -> None:
+    files = Files(tmp_path, {key: f"!raise out of order {key}" for key in DOCUMENTS})
+    with pytest.raises(ScoringError, match=r"no document .* 3 queries in a row, the last q2: .* order d"):
         rerank_run(make_pool(isolation="thread"), **files.paths())
-    there = files.output.read_text()
-    assert expected(documents=documents, run=run).startswith(there)
-    assert {line.split()[0] for line in there.splitlines()} == {"q4", "q3", "q2", "q1"}
+    assert set(ranked(files.output)) == {"q4", "q3"}
+
+
+def test_no_worker_left_ends_the_work(make_pool: MakePool, files: Files) -> None:
+    pool = make_pool(ModelSpec("fake", loader="fakes:load_deadly"), workers=1, max_restarts=1)
+    with pytest.raises(WorkerCrashedError, match="2 workers in a row ended"):
+        rerank_run(pool, **files.paths())
+    assert files.output.read_text() == ""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="this system has no limit on the size of files")
+def test_a_full_disk_is_named_and_the_work_gone_on_with(pool: RerankerPool, files: Files) -> None:
+    import resource
+
+    whole = expected()
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(whole) // 2, before[1]))
+    try:
+        with pytest.raises(OSError, match=r"File too large: .*out\.run") as caught:
+            rerank_run(pool, **files.paths())
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert caught.value.filename == str(files.output)
+    assert files.output.read_text() == whole[: len(whole) // 2]
+    rerank_run(pool, **files.paths())
+    assert files.output.read_text() == whole
+
+
+def test_an_output_that_is_no_file_is_refused(pool: RerankerPool, files: Files) -> None:
+    for overwrite in (False, True):
+        with pytest.raises(ValueError, match="/dev/full: it is not a regular file"):
+            rerank_run(pool, **{**files.paths(), "output": Path("/dev/full")}, overwrite=overwrite)
 
 
 class Slow:
@@ -277,6 +367,10 @@ def test_mistakes_in_the_call_are_named(pool: RerankerPool, files: Files) -> Non
         rerank_run(pool, **files.paths(), top_n=0)
     with pytest.raises(ValueError, match="tag: one word"):
         rerank_run(pool, **files.paths(), tag="two words")
+    with pytest.raises(TypeError, match="overwrite: True or False is needed, not 'false'"):
+        rerank_run(pool, **files.paths(), overwrite="false")  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="top_n: a whole number is needed, not '3'"):
+        rerank_run(pool, **files.paths(), top_n="3")  # type: ignore[arg-type]
 
 
 def test_a_models_tag_is_one_word() -> None:

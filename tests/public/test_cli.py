@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
 import pytest
 from conftest import PATIENCE
 
-from mp_rerank import cli
+from mp_rerank import ModelSpec, RerankerPool, __version__, cli
+from mp_rerank.cli.documents import read_documents
 
+MakePool = Callable[..., RerankerPool]
 ROOT = Path(__file__).parents[2]
 BERLIN = ROOT / "examples" / "berlin.txt"
 COMMAND = [sys.executable, "-m", "mp_rerank.cli"]
@@ -51,6 +55,11 @@ def mp_rerank(*arguments: str, text: str | None = None) -> subprocess.CompletedP
         (["rank", "q", "--dtype", "int8"], "a", "(that is for backend='onnx' and backend='openvino')"),
         (["rank", "q", "--backend", "jax"], "a", "backend: one of torch, onnx, openvino is needed, not 'jax'"),
         (["plan", "--devices", "gpu"], None, "devices: unknown device 'gpu'"),
+        (["rank", "q", "--top-n", "1", "missing.txt"], None, "missing.txt: No such file or directory"),
+        (["rank", "--top-n", "1", "q", "--json", "missing.txt"], None, "missing.txt: No such file or directory"),
+        (["rank", "q", "missing\x1b[2J.txt"], None, "missing\\x1b[2J.txt: No such file or directory"),
+        (["rank", "q", "--format", "jsonl"], "[" * 100_000, "line 1: JSON that is nested too deep"),
+        (["tune", "--seconds", "nan"], None, "--seconds: more than 0 are needed, not nan"),
     ],
 )
 def test_a_mistake_is_one_line_and_exit_code_2(arguments: list[str], text: str | None, words: str) -> None:
@@ -62,6 +71,124 @@ def test_a_mistake_is_one_line_and_exit_code_2(arguments: list[str], text: str |
     assert done.stderr.count("\n") == 1
 
 
+ORDERS = [
+    ["QUERY", "FILE", "--top-n", "1"],
+    ["QUERY", "--top-n", "1", "FILE"],
+    ["--top-n", "1", "QUERY", "FILE"],
+    ["--top-n=1", "--json", "QUERY", "-v", "FILE", "--workers", "2"],
+    ["--top-n=1", "QUERY", "--", "FILE"],
+    ["--top-n=1", "--", "QUERY", "FILE"],
+]
+
+
+@pytest.mark.parametrize("order", ORDERS, ids=" ".join)
+def test_options_go_anywhere(order: list[str]) -> None:
+    arguments = cli._parse(["rank", *order])
+    assert (arguments.query, arguments.file, arguments.top_n) == ("QUERY", "FILE", 1)
+
+
+def test_what_a_command_does_not_know_is_a_usage_error() -> None:
+    for arguments in (["rank"], ["rank", "q", "f", "more"], ["rank", "q", "--topn", "1"], ["run"], ["nothing"], []):
+        done = mp_rerank(*arguments)
+        assert (done.returncode, done.stdout) == (2, "")
+        assert done.stderr.startswith("usage: mp-rerank")
+    assert mp_rerank("rank", "--help").stdout.startswith("usage: mp-rerank rank ")
+    assert mp_rerank("--version").stdout == f"mp-rerank {__version__}\n"
+
+
+STREAMS = [
+    (["rank", "q"], "<&-", 2, "standard input is closed: name a FILE"),
+    (["plan", "--devices=cpu"], ">/dev/full", 1, "standard output: No space left on device"),
+    (["plan", "--devices=cpu", "--json"], ">/dev/full", 1, "standard output: No space left on device"),
+    (["plan", "--help"], ">/dev/full", 1, "standard output: No space left on device"),
+    (["plan", "--devices=cpu"], ">&-", 1, "standard output is closed"),
+    (["rank", "q"], ">&-", 1, "standard output is closed"),
+    (["rank", "q"], "<&- >&-", 1, "standard output is closed"),
+    (["rank", "q", "missing.txt"], "2>&-", 2, ""),
+    (["plan", "--devices=cpu"], "<&- 2>&-", 0, ""),
+]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no full device")
+@pytest.mark.parametrize(("arguments", "redirections", "code", "words"), STREAMS)
+def test_a_stream_that_is_closed_or_full_is_one_line(
+    arguments: list[str], redirections: str, code: int, words: str
+) -> None:
+    done = subprocess.run(
+        ["sh", "-c", f'"$@" {redirections}', "sh", *COMMAND, *arguments],
+        env={**ENVIRONMENT, "PYTHONUNBUFFERED": ""},  # which would have argparse hide what becomes of --help
+        capture_output=True,
+        text=True,
+        timeout=2 * PATIENCE,
+    )
+    assert (done.returncode, done.stderr) == (code, f"mp-rerank: error: {words}\n" if words else "")
+
+
+@pytest.mark.real
+def test_workers_start_where_standard_output_is_closed(tmp_path: Path) -> None:
+    files = {"queries": "q\tbread\n", "corpus": "d\tBread is baked.\n", "run": "q Q0 d 1 1 bm25\n"}
+    options = [f"--output={tmp_path / 'out'}", "--devices=cpu", "--workers=1"]
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+        options.append(f"--{name}={tmp_path / name}")
+    done = subprocess.run(
+        ["sh", "-c", '"$@" >&-', "sh", *COMMAND, "run", *options],
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        timeout=2 * PATIENCE,
+    )
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "out").read_text().startswith("q Q0 d 1 ")
+
+
+def rank_with_fake(make_pool: MakePool, monkeypatch: pytest.MonkeyPatch, path: Path, *options: str) -> int:
+    spec = ModelSpec("fake", loader="fakes:load_with_nan")
+    monkeypatch.setattr(cli.rank, "pool_of", lambda arguments, _: make_pool(spec, isolation="thread"))
+    return cli.main(["rank", "q", *options, str(path)])
+
+
+def test_json_has_no_number_that_json_does_not_know_and_nothing_a_terminal_obeys(
+    make_pool: MakePool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    texts = ["!nan", "a\x1b[2J\x9b \ud83d é"]
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps({"text": t, "n": math.inf}) + "\n" for t in texts))
+    assert rank_with_fake(make_pool, monkeypatch, tmp_path / "in.jsonl", "--json") == 0
+    printed = capsys.readouterr().out
+    assert "\x1b" not in printed
+    assert "\x9b" not in printed
+    assert "é" in printed
+    first, last = json.loads(printed, parse_constant=pytest.fail)
+    assert (first["document"], first["record"]["n"]) == (texts[1], None)
+    assert (last["document"], last["relevance_score"]) == ("!nan", None)
+
+
+def test_a_table_has_a_line_for_each_document_and_nothing_a_terminal_obeys(
+    make_pool: MakePool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "in.txt").write_text("a\x1b[2Jb \u202e c\n!nan\n")
+    assert rank_with_fake(make_pool, monkeypatch, tmp_path / "in.txt") == 0
+    _, first, last = capsys.readouterr().out.splitlines()
+    assert first.endswith("  a\\x1b[2Jb \\u202e c")
+    assert last.split() == ["2", "nan", "!nan"]
+
+
+def test_a_run_with_documents_that_cannot_be_scored_says_so_and_ends_with_3(
+    make_pool: MakePool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(cli.run, "pool_of", lambda arguments, spec: make_pool(isolation="thread"))
+    files = {"queries": "q\tquery\n", "corpus": "d1\t!raise odd\nd2\ttext\n", "run": "q Q0 d1 1 2 t\nq Q0 d2 2 1 t\n"}
+    options = [f"--output={tmp_path / 'out'}", "--json"]
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+        options.append(f"--{name}={tmp_path / name}")
+    assert cli.main(["run", *options]) == 3
+    printed = capsys.readouterr()
+    assert "; 1 pairs of 1 queries could not be scored" in printed.err
+    assert json.loads(printed.out)["failures"] == [{"query": "q", "document": "d1", "cause": "ValueError: odd"}]
+    assert cli.main(["run", *options]) == 0, "nothing is left to do"
+
+
 def test_bytes_that_are_no_text_are_named_by_line(tmp_path: Path) -> None:
     (tmp_path / "latin1.txt").write_bytes("gut\nschön\n".encode("latin-1"))
     done = mp_rerank("rank", "q", str(tmp_path / "latin1.txt"))
@@ -71,7 +198,7 @@ def test_bytes_that_are_no_text_are_named_by_line(tmp_path: Path) -> None:
 
 def test_an_editor_s_byte_order_mark_is_no_part_of_a_document(tmp_path: Path) -> None:
     (tmp_path / "marked.jsonl").write_bytes(b'\xef\xbb\xbf{"text": "a"}\n"b"\n')
-    assert [document.text for document in cli._read(str(tmp_path / "marked.jsonl"))] == ["a", "b"]
+    assert [document.text for document in read_documents(str(tmp_path / "marked.jsonl"))] == ["a", "b"]
 
 
 def test_several_devices_are_one_argument() -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
+import os
 import pickle
 import sys
 import threading
@@ -16,6 +19,7 @@ from conftest import FAKE
 
 import mp_rerank
 from mp_rerank import ModelLoadError, ModelSpec, PoolConfig, RerankerPool, errors
+from mp_rerank._text import one_line, printable
 
 MakePool = Callable[..., RerankerPool]
 
@@ -36,7 +40,13 @@ MakePool = Callable[..., RerankerPool]
         ({"overload": "drop"}, ValueError, "overload: 'block', 'raise' or seconds"),
         ({"overload": -1.0}, ValueError, "overload: at least 0 seconds"),
         ({"hang_timeout": "long"}, TypeError, "hang_timeout: seconds are needed"),
-        ({"max_restarts": -1}, ValueError, "max_restarts: a whole number of at least 0"),
+        ({"max_restarts": -1}, ValueError, "max_restarts: at least 0 is needed, not -1"),
+        ({"max_restarts": True}, TypeError, "max_restarts: a whole number is needed, not True"),
+        ({"devices": 7}, TypeError, "devices: a device or a list of devices is needed, not 7"),
+        ({"devices": b"cpu"}, TypeError, "devices: a device or a list of devices is needed"),
+        ({"devices": ["cpu", None]}, ValueError, "devices: unknown device None"),
+        ({"tuned": "false"}, TypeError, "tuned: True or False is needed, not 'false'"),
+        ({"restart_backoff": float("nan")}, ValueError, "restart_backoff: at least 0 seconds"),
         ({"max_memory_per_worker": 0}, ValueError, "max_memory_per_worker: at least 1"),
         ({"pin": "node"}, TypeError, "pin: True or False is needed"),
         ({"coalesce": 1}, TypeError, "coalesce: True or False is needed, not 1"),
@@ -62,6 +72,120 @@ def test_a_folder_that_is_not_a_model_is_named(tmp_path: Path) -> None:
     ]:
         with pytest.raises(ValueError, match=words):
             RerankerPool(name)
+
+
+def test_every_option_that_switches_something_wants_a_bool() -> None:
+    """A word such as "false" is truthy."""
+    for options, make in ((ModelSpec, lambda given: ModelSpec("model", **given)), (PoolConfig, PoolConfig.of)):
+        flags = [item.name for item in dataclasses.fields(options) if isinstance(item.default, bool)]
+        assert flags
+        for flag in flags:
+            with pytest.raises(TypeError, match=f"{flag}: True or False is needed, not 'false'"):
+                make({flag: "false"})
+
+
+def test_no_device_named_is_every_device() -> None:
+    assert PoolConfig(devices=None) == PoolConfig()  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("seconds", [math.inf, 1e300, 10**400])
+def test_a_time_beyond_any_clock_is_no_limit(make_pool: MakePool, seconds: float) -> None:
+    names = ("start_timeout", "hang_timeout", "overload", "restart_backoff")
+    config = PoolConfig.of(dict.fromkeys(names, seconds))
+    assert (config.start_timeout, config.hang_timeout, config.overload) == (None, None, "block")
+    with make_pool(isolation="thread", **dict.fromkeys(names, seconds)) as pool:
+        assert pool.rerank("q", ["d"], timeout=seconds)
+        assert pool.submit_pairs([("q", "d")], timeout=seconds, on_timeout="partial").result().shape == (1,)
+
+
+def test_what_crossencoder_took_in_any_version_is_taken_where_it_changes_nothing(make_pool: MakePool) -> None:
+    with make_pool(isolation="thread") as pool:
+        plain = pool.predict([("q", "d")])
+        assert pool.predict([("q", "d")], num_workers=2, activation_fct=None, chunk_size=5, prompt=None) == plain
+        rest = {"num_workers": 2, "apply_softmax": True, "convert_to_numpy": False, "convert_to_tensor": True}
+        assert pool.rank("q", ["d"], **rest) == pool.rank("q", ["d"])
+
+
+class TestWorkingDirectory:
+    """A local model is the folder that its name meant when the spec was made."""
+
+    @pytest.fixture
+    def home(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+        (tmp_path / "models/tiny").mkdir(parents=True)
+        (tmp_path / "models/tiny/config.json").write_text("{}")
+        (tmp_path / "elsewhere").mkdir()
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setenv("HOME", str(tmp_path))
+        return tmp_path
+
+    @pytest.mark.parametrize(
+        "name",
+        [
+            "models/tiny",
+            "./models/tiny",
+            "models/tiny/",
+            "models/../models//tiny",
+            "~/models/tiny",
+            Path("models/tiny"),
+        ],
+    )
+    def test_a_folder_s_name_is_made_absolute(self, home: Path, name: str | Path) -> None:
+        spec = ModelSpec(name)  # type: ignore[arg-type]
+        assert spec == ModelSpec(str(home / "models/tiny"))
+        assert spec.name == spec.path == str(home / "models/tiny")
+        os.chdir(home / "elsewhere")
+        assert dataclasses.replace(spec, max_length=8).path == spec.path
+        assert spec.local
+        spec.check_exists()
+
+    def test_a_link_is_kept_and_dots_after_one_mean_what_the_system_says(self, home: Path) -> None:
+        (home / "elsewhere/deep").mkdir()
+        (home / "link").symlink_to("elsewhere/deep")
+        (home / "current").symlink_to("models/tiny")
+        assert ModelSpec("current").name == str(home / "current")
+        (home / "elsewhere/tiny").mkdir()
+        assert ModelSpec("link/../tiny").name == str(home / "elsewhere/tiny")
+
+    def test_a_name_that_is_no_folder_stays_a_hub_s(self, home: Path) -> None:
+        os.chdir(home / "elsewhere")
+        spec = ModelSpec("models/tiny")
+        assert spec.name == "models/tiny"
+        os.chdir(home)
+        assert not spec.local, "it was not, when it was named"
+        for odd in ("x" * 5000, "nul\0", "builtin"):
+            assert ModelSpec(odd).name == odd
+
+    def test_a_worker_that_is_replaced_loads_it_from_anywhere(self, home: Path, make_pool: MakePool) -> None:
+        spec = ModelSpec("models/tiny", loader="fakes:load_from_folder")
+        with make_pool(spec, workers=1, max_slices_per_worker=1) as pool:
+            pool.rerank("q", ["d"])
+            os.chdir("/")
+            for _ in range(3):
+                assert pool.rerank("q", ["d"])
+            pool.reload(spec)
+            assert pool.rerank("q", ["d"])
+
+    def test_a_working_directory_that_is_gone_is_named(self, home: Path) -> None:
+        os.chdir(home / "elsewhere")
+        (home / "elsewhere").rmdir()
+        with pytest.raises(ValueError, match=r"model: '\.' is relative to a working directory that does not exist any"):
+            ModelSpec(".")
+        assert ModelSpec(str(home / "models/tiny")).local
+        assert ModelSpec("org/model").name == "org/model"
+
+
+def test_what_a_model_says_cannot_command_a_terminal_or_forge_a_line_of_a_log(make_pool: MakePool) -> None:
+    with make_pool(isolation="thread") as pool, pytest.raises(errors.ScoringError) as caught:
+        pool.rerank("q", ["!raise one\x1b[2Jtwo\nthree \ud83d \u202e\u00fc"])
+    for text in (str(caught.value), caught.value.cause):
+        assert text.endswith("ValueError: one\\x1b[2Jtwo\\nthree \\ud83d \\u202e\u00fc")
+    assert "\n" in caught.value.details
+    assert "\x1b" not in caught.value.details
+
+
+def test_text_made_safe_is_one_line_or_several() -> None:
+    assert one_line("a\tb\r\n\x9b\u2028 é 柏 👩‍🔬 \\n") == "a\\tb\\r\\n\\x9b\\u2028 é 柏 👩‍🔬 \\n"
+    assert printable("a\tb\r\nc\x07") == "a\tb\\r\nc\\x07"
 
 
 def test_an_empty_or_odd_model_is_named() -> None:
@@ -91,6 +215,20 @@ def test_an_empty_or_odd_model_is_named() -> None:
         ({"activation": len}, TypeError, "activation: 'sigmoid', 'identity' or a dotted path"),
         ({"model_kwargs": {"hook": lambda: None}}, ValueError, "model_kwargs: it cannot be sent to a worker"),
         ({"config_kwargs": [1]}, TypeError, "config_kwargs: a mapping is needed"),
+        ({"trust_remote_code": "false"}, TypeError, "trust_remote_code: True or False is needed, not 'false'"),
+        ({"trust_remote_code": 1}, TypeError, "trust_remote_code: True or False is needed, not 1"),
+        ({"trust_remote_code": None}, TypeError, "trust_remote_code: True or False is needed, not None"),
+        (
+            {"model_kwargs": {"trust_remote_code": "false"}},
+            TypeError,
+            "model_kwargs['trust_remote_code']: True or False is needed, not 'false'",
+        ),
+        ({"revision": 7}, TypeError, "revision: a string is needed, not 7"),
+        ({"revision": ""}, ValueError, "revision: it is empty"),
+        ({"backend": ["torch"]}, ValueError, "backend: one of torch, onnx, openvino is needed, not ['torch']"),
+        ({"activation": "torch.nn."}, ValueError, "activation: 'sigmoid', 'identity' or a dotted path"),
+        ({"activation": "os.system('x')"}, ValueError, "activation: 'sigmoid', 'identity' or a dotted path"),
+        ({"max_length": "64"}, TypeError, "max_length: a whole number is needed, not '64'"),
         ({"weights": "both"}, ValueError, "weights: 'shared' or 'private' is needed"),
         ({"prepack": 1}, TypeError, "prepack: True or False is needed"),
         ({"unpad": None}, TypeError, "unpad: True or False is needed"),
@@ -154,7 +292,9 @@ def test_a_loader_may_be_the_function_itself() -> None:
         (lambda p: p.predict("text"), TypeError, "inputs: pairs of (query, document)"),
         (lambda p: p.predict([("q", "d")], activation_fn=abs), ValueError, "activation_fn: it is the pool's own"),
         (lambda p: p.rank("q", ["d"], device="cpu"), ValueError, "device: it is the pool's own"),
-        (lambda p: p.predict([("q", "d")], top_k=1), TypeError, "top_k: CrossEncoder has no such argument"),
+        (lambda p: p.predict([("q", "d")], activation_fct=abs), ValueError, "activation_fct: it is the pool's own"),
+        (lambda p: p.rank("q", ["d"], prompt="web"), ValueError, "prompt: it is the pool's own"),
+        (lambda p: p.predict([("q", "d")], top_k=1), TypeError, "top_k: no version of CrossEncoder has such an arg"),
     ],
 )
 def test_a_bad_argument_is_named_before_the_pool_is_started(

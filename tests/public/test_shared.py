@@ -3,37 +3,35 @@
 from __future__ import annotations
 
 import contextlib
+import copy
+import multiprocessing
 import os
+import pickle
 import signal
 import subprocess
 import sys
 import threading
+import time
 import traceback
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import pytest
 from conftest import FAKE, PATIENCE
 from fakes import scores_of
 
-from mp_rerank import ModelLoadError, ModelSpec, PoolClosedError, RerankerPool, shared, shared_pool
+from mp_rerank import ModelLoadError, ModelSpec, PoolClosedError, PoolConfig, RerankerPool, shared, shared_pool
 
 DOCUMENTS = [f"document {i}" for i in range(10)]
 SHARED_FAKE = 'shared_pool(ModelSpec("fake", loader="fakes:load"), "cpu", workers=1)'
 
 
-@pytest.fixture(autouse=True)
-def _registry(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """A registry of the test's own, whose pools end with it."""
-    pools: dict[Any, RerankerPool] = {}
-    monkeypatch.setattr(shared, "_pools", pools)
-    yield
-    for pool in pools.values():
-        pool.close(drain=False)
+pytestmark = pytest.mark.usefixtures("own_registry")
 
 
 def test_all_who_ask_get_the_same_pool() -> None:
@@ -44,16 +42,16 @@ def test_all_who_ask_get_the_same_pool() -> None:
     assert scores == sorted(scores_of("query", DOCUMENTS), reverse=True)
 
 
-def test_many_threads_asking_at_once_make_one(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_many_threads_asking_at_once_get_one(monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[RerankerPool] = []
-    start, making = threading.Barrier(32), threading.Barrier(2)
+    start, making = threading.Barrier(32), threading.Barrier(32)
 
-    class Counted(RerankerPool):
+    class Counted(shared._SharedPool):
         def __init__(self, *arguments: Any, **options: Any) -> None:
             made.append(self)
-            with contextlib.suppress(threading.BrokenBarrierError):
-                making.wait(0.2)  # two that are being made at the same time would meet here
             super().__init__(*arguments, **options)
+            with contextlib.suppress(threading.BrokenBarrierError):
+                making.wait(1.0)  # those that are being made at the same time meet here
 
     def agent(number: int) -> RerankerPool:
         start.wait(PATIENCE)
@@ -61,12 +59,87 @@ def test_many_threads_asking_at_once_make_one(monkeypatch: pytest.MonkeyPatch) -
         assert pool.rerank(f"query {number}", DOCUMENTS, top_n=3)
         return pool
 
-    monkeypatch.setattr(shared, "RerankerPool", Counted)
+    monkeypatch.setattr(shared, "_SharedPool", Counted)
     with ThreadPoolExecutor(32) as agents:
-        pools = set(agents.map(agent, range(32)))
-    assert pools == set(made)
-    assert len(made) == 1
-    assert [worker.generation for worker in made[0].workers()] == [1, 1]
+        [pool] = set(agents.map(agent, range(32)))
+    assert [worker.generation for worker in pool.workers()] == [1, 1]
+    assert len(made) > 1, "the threads were to be at it together"
+    assert all(other is pool or not other.workers() for other in made), "those that came too late never started"
+
+
+@pytest.fixture
+def planned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Looking at the machine takes no time."""
+    plan = shared.make_plan(PoolConfig(devices="cpu"), FAKE)
+    monkeypatch.setattr(shared, "make_plan", lambda config, spec: plan)
+
+
+@pytest.mark.usefixtures("planned")
+def test_many_threads_replacing_a_closed_one_at_once_get_one() -> None:
+    for _ in range(50):
+        shared_pool(FAKE, "cpu").close()
+        start = threading.Barrier(8)
+
+        def agent(_: int, start: threading.Barrier = start) -> RerankerPool:
+            start.wait(PATIENCE)
+            return shared_pool(FAKE, "cpu")
+
+        with ThreadPoolExecutor(8) as agents:
+            assert len(set(agents.map(agent, range(8)))) == 1
+    assert shared._places[next(iter(shared._places))].follower is None, "places of pools that are over are forgotten"
+
+
+@pytest.mark.usefixtures("planned")
+def test_it_may_be_asked_for_in_the_middle_of_asking_for_it() -> None:
+    """By a signal handler, or a finalizer: at whatever moment, it waits for nothing, and all get the same pool."""
+
+    def at_moment(moment: int) -> bool:
+        shared._places.clear()
+        left, found = moment, []
+
+        def look(frame: FrameType, event: str, argument: object) -> None:
+            nonlocal left
+            left -= 1
+            if left == 0:
+                sys.setprofile(None)
+                found.append(shared_pool(FAKE, "cpu"))
+
+        sys.setprofile(look)
+        try:
+            pool = shared_pool(FAKE, "cpu")
+        finally:
+            sys.setprofile(None)
+        assert all(one is pool for one in found), moment
+        assert shared_pool(FAKE, "cpu") is pool
+        return bool(found)
+
+    moment = 1
+    while at_moment(moment):
+        moment += 1
+    assert moment > 100
+
+
+@pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="this platform has no timers")
+def test_a_signal_handler_may_ask_while_the_machine_is_being_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    found: list[RerankerPool] = []
+    timers: list[bool] = []
+    looking = shared.make_plan
+
+    def slow(*arguments: Any) -> Any:
+        if not timers:
+            timers.append(True)
+            signal.setitimer(signal.ITIMER_REAL, 0.05)
+            time.sleep(0.3)  # as nvidia-smi
+        return looking(*arguments)
+
+    monkeypatch.setattr(shared, "make_plan", slow)
+    before = signal.signal(signal.SIGALRM, lambda number, frame: found.append(shared_pool(FAKE, "cpu")))
+    try:
+        found.append(shared_pool(FAKE, "cpu"))
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    assert len(found) == 2
+    assert found[0] is found[1]
 
 
 def test_no_device_and_the_device_it_comes_to_are_one(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -143,6 +216,55 @@ def test_one_that_could_not_start_is_replaced(tmp_path: Path) -> None:
     assert shared_pool(order, "cpu", workers=1).rerank("query", DOCUMENTS, top_n=1)
 
 
+def test_one_that_could_not_start_for_where_it_was_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(multiprocessing.process.current_process()._config, "daemon", True)  # type: ignore[attr-defined]
+    first = shared_pool(FAKE, "cpu", workers=1)
+    with pytest.raises(RuntimeError, match="daemonic"):
+        first.rerank("query", DOCUMENTS)
+    second = shared_pool(FAKE, "cpu", isolation="thread")
+    assert second is not first
+    assert second.rerank("query", DOCUMENTS, top_n=1)
+    assert shared_pool(FAKE, "cpu") is second
+
+
+def test_one_name_in_two_directories_is_two_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pools = []
+    for name in ("one", "two", "one"):
+        (tmp_path / name / "models/tiny").mkdir(parents=True, exist_ok=True)
+        (tmp_path / name / "models/tiny/config.json").write_text("{}")
+        monkeypatch.chdir(tmp_path / name)
+        pools.append(shared_pool("models/tiny", "cpu"))
+        assert shared_pool(tmp_path / name / "models/tiny", "cpu") is pools[-1]
+    assert pools[0] is pools[2] is not pools[1]
+
+
+def test_a_copy_is_the_pool_itself(make_pool: Callable[..., RerankerPool]) -> None:
+    for pool in (make_pool(), shared_pool(FAKE, "cpu")):
+        assert copy.copy(pool) is copy.deepcopy(pool) is pool
+        assert copy.deepcopy({"reranker": [pool]})["reranker"][0] is pool
+
+
+def test_pickling_says_what_to_do(make_pool: Callable[..., RerankerPool]) -> None:
+    for protocol in range(pickle.HIGHEST_PROTOCOL + 1):
+        with pytest.raises(TypeError, match=r"cannot be pickled: .* Pickle pool\.spec, .*shared_pool"):
+            pickle.dumps({"reranker": make_pool()}, protocol)
+
+
+def test_a_shared_pool_is_unpickled_as_the_shared_pool_there() -> None:
+    pool = shared_pool(FAKE, "cpu", workers=1, overload="raise")
+    kept = pickle.dumps(pool)
+    assert pickle.loads(kept) is pool
+    script = """
+        import pickle, sys
+        from mp_rerank import ModelSpec, shared_pool
+        pool = pickle.load(sys.stdin.buffer)
+        assert pool is shared_pool(ModelSpec("fake", loader="fakes:load"), "cpu", workers=1, overload="raise")
+        print(len(pool.rerank("query", ["a", "b"])))
+    """
+    done = _run(script, kept)
+    assert (done.returncode, done.stdout, done.stderr) == (0, b"2\n", b"")
+
+
 def test_one_reloaded_with_another_model_is_no_longer_the_first_models() -> None:
     first = shared_pool(FAKE, "cpu", workers=1)
     first.start()
@@ -176,8 +298,7 @@ def test_a_fork_gets_a_pool_of_its_own() -> None:
         assert pool.workers()[0].pid != parent.workers()[0].pid
         pool.close()
 
-    with shared._lock:  # as if another thread were asking at that moment
-        pid = _fork(child)
+    pid = _fork(child)
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
     assert shared_pool(FAKE, "cpu") is parent
     assert parent.rerank("query", DOCUMENTS) == before
@@ -234,13 +355,14 @@ def _fork(call: Callable[[], None]) -> int:
     os._exit(0)
 
 
-def _run(script: str) -> subprocess.CompletedProcess[str]:
+def _run(script: str, given: bytes | None = None) -> subprocess.CompletedProcess[Any]:
     lines = [line.removeprefix(" " * 8) for line in script.splitlines()]
     tests = Path(__file__).parents[1]
     return subprocess.run(
         [sys.executable, "-c", "\n".join(lines)],
         env={**os.environ, "PYTHONPATH": os.pathsep.join([str(tests.parent), str(tests)])},
         capture_output=True,
-        text=True,
+        input=given,
+        text=given is None,
         timeout=2 * PATIENCE,
     )
