@@ -23,7 +23,7 @@ from mp_rerank._engine.backends.base import find_backend, replace_network
 from mp_rerank._engine.compiled import compile_network
 from mp_rerank._engine.loading import load, module_of, prove, torch_dtype, truncation_length, warn_of_slow_dtype
 from mp_rerank._engine.parity import record_calls
-from mp_rerank._engine.pipeline import even_batches, find_pipeline, padded_batches
+from mp_rerank._engine.pipeline import even_batches, find_pipeline, padded_batches, without_surrogates
 from mp_rerank._engine.prepack import prepack
 from mp_rerank._engine.unpad import cls_only, unpad
 from mp_rerank._engine.weights import make_private, mapped_bytes
@@ -104,6 +104,7 @@ class Engine:
 
     def predict(self, pairs: list[Pair]) -> npt.NDArray[np.float32]:
         """Scores of ``pairs`` in their order: float32, shape (n,) or (n, num_labels)."""
+        pairs = [(without_surrogates(query), without_surrogates(document)) for query, document in pairs]
         scores: list[Any] = [None] * len(pairs)
         for batch, values in self._score_batches(pairs) if pairs else ():
             for i, value in zip(batch, values, strict=True):

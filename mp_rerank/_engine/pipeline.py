@@ -21,7 +21,7 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 from mp_rerank._engine.parity import Pairs, Scores, record_calls
 from mp_rerank._pairs import CANARY, tolerance
 
-__all__ = ["Pipeline", "Tokenized", "even_batches", "find_pipeline", "padded_batches"]
+__all__ = ["Pipeline", "Tokenized", "even_batches", "find_pipeline", "padded_batches", "without_surrogates"]
 
 logger = logging.getLogger(__name__)
 
@@ -149,6 +149,22 @@ def find_pipeline(
         logger.debug("%s scores by predict only: %s", type(model).__name__, error)
         return None
     return pipeline
+
+
+def without_surrogates(text: str) -> str:
+    """``text`` as valid Unicode, which is all that tokenizers take.
+
+    A Python string can hold surrogates: halves of a UTF-16 pair. JSON such as ``"\\ud83d"``, an emoji cut in two, makes
+    one. Two halves in their order become the character that they stand for; any other surrogate becomes U+FFFD, as in
+    other decoders of UTF-16 (Rust's ``from_utf16_lossy``, JavaScript's ``toWellFormed``).
+    """
+    if text.isascii():  # known to Python without a look at the text
+        return text
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+    return text
 
 
 def padded_batches(lengths: list[int], budget: int) -> Iterator[list[int]]:

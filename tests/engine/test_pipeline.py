@@ -13,11 +13,16 @@ from mp_rerank import ModelSpec
 torch = pytest.importorskip("torch")
 models = pytest.importorskip("models")
 from mp_rerank._engine.engine import Engine  # noqa: E402
-from mp_rerank._engine.pipeline import even_batches, padded_batches  # noqa: E402
+from mp_rerank._engine.pipeline import even_batches, padded_batches, without_surrogates  # noqa: E402
 
 pytestmark = pytest.mark.real
 
 PAIRS = [(query, document) for query in models.TEXT[:3] for document in (*models.TEXT, "", " ", "long " * 300)]
+
+
+@pytest.fixture(scope="module")
+def bert(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(models.build("bert", tmp_path_factory.mktemp("bert")))
 
 
 def engine(folder: str, loaded: Any = None, **options: Any) -> Engine:
@@ -114,6 +119,33 @@ def test_hooks_are_run(tmp_path: Path) -> None:
     seen.clear()
     slow.predict(PAIRS[:3])
     assert seen or not hasattr(type(hooked), "preprocess")  # older versions' predict passes by the module's forward
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("\ud83d", "\ufffd"),
+        ("half \ude42 an emoji", "half \ufffd an emoji"),
+        ("\ud83d\ude42 whole", "🙂 whole"),
+        ("\ude42\ud83d", "\ufffd\ufffd"),
+        ("\ud83d\ud83d\ude42", "\ufffd🙂"),
+        ("\ufeff🙂 \ud83dend", "\ufeff🙂 \ufffdend"),
+    ],
+)
+@pytest.mark.parametrize("way", ["pipeline", "predict"])
+def test_a_lone_surrogate_is_read_as_u_fffd(way: str, text: str, expected: str, bert: str) -> None:
+    assert without_surrogates(text) == expected
+    surrogates = engine(bert, models.load(bert, "cpu"))
+    if way == "predict":
+        surrogates._pipeline = None
+    pairs = [("query", expected), (expected, "document")]
+    plain = models.load(bert, "cpu").predict(pairs)
+    np.testing.assert_allclose(surrogates.predict([("query", text), (text, "document")]), plain, rtol=1e-5, atol=1e-5)
+
+
+def test_text_without_surrogates_is_left_as_it_is() -> None:
+    for text in ("", "ascii", "Köln", "東京 🙂", "\ufffd", "\0"):
+        assert without_surrogates(text) is text
 
 
 def test_even_batches_hold_about_equally_many_tokens_and_every_pair_once() -> None:
