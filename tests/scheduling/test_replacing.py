@@ -13,6 +13,7 @@ from conftest import FAKE, PATIENCE, Fifo, ranked, until
 from fakes import score_of
 
 from mp_rerank import ModelLoadError, ModelSpec, PoolClosedError, RerankerPool, RerankError, WorkerCrashedError
+from mp_rerank._scheduling.admission import Admission
 
 MakePool = Callable[..., RerankerPool]
 
@@ -164,15 +165,14 @@ def test_a_ranking_that_comes_as_the_model_gets_three_labels_is_refused_in_words
 ) -> None:
     """Checked as it was submitted, admitted after the reload."""
     with make_pool(workers=1) as pool:
-        admission = pool._dispatcher.admission  # type: ignore[union-attr]
-        admit = admission.admit
+        admit = Admission.admit
 
         def reload_first(*arguments: Any, **options: Any) -> bool:
             monkeypatch.undo()
             pool.reload(ModelSpec("three", loader="fakes:load_three_labels"))
             return admit(*arguments, **options)
 
-        monkeypatch.setattr(admission, "admit", reload_first)
+        monkeypatch.setattr(Admission, "admit", reload_first)
         error = pool.submit("query", documents(2)).exception(PATIENCE)
         assert isinstance(error, ValueError)
         assert "gives 3 scores a pair, and ranking needs one" in str(error)
