@@ -5,16 +5,22 @@ Each check returns the argument in the form the pool uses, or raises a ``TypeErr
 
 from __future__ import annotations
 
+import numbers
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Literal, SupportsIndex, TypedDict
+from typing import Any, Literal, NamedTuple, SupportsIndex, TypedDict
 
-from mp_rerank._checks import check_optional_count, is_for_ever, shown
+import numpy as np
+
+from mp_rerank._checks import check_optional_count, check_whole, is_for_ever, shown
 from mp_rerank._pairs import Pair
 
 __all__ = [
     "MAX_PRIORITY",
+    "TEXT_KEY",
+    "Document",
+    "Documents",
     "OnTimeout",
     "RequestKeywords",
     "RequestOptions",
@@ -22,13 +28,18 @@ __all__ = [
     "check_top_n",
     "deadline_of",
     "documents_of",
+    "items_of",
     "pairs_of",
     "text_of",
 ]
 
 MAX_PRIORITY = 8
+#: where a document that is a dict has its text, as hosted rerankers have it
+TEXT_KEY = "text"
 
 OnTimeout = Literal["raise", "partial"]
+#: a text, or a dict with a text under `TEXT_KEY`
+Document = str | Mapping[str, Any]
 
 # Of CrossEncoder.predict and rank, in all versions since 2: workers batch by tokens and show nothing, and for one score
 # a pair, which ranking needs, a softmax changes nothing.
@@ -55,20 +66,96 @@ def text_of(name: str, value: object, index: int | None = None) -> str:
     raise TypeError(f"{where}: a string is needed, not {shown(value)}")
 
 
-def documents_of(documents: Iterable[str]) -> list[str]:
-    """``documents`` as a list; its items are not checked here."""
-    if isinstance(documents, (str, bytes)) or not isinstance(documents, Iterable):
-        raise TypeError(f"documents: a sequence of strings is needed, not {shown(documents)}")
-    return list(documents)
+def items_of(name: str, value: object, needed: str) -> list[Any]:
+    """``value``, any iterable, as a list of its items, which are not checked here.
+
+    Refused is what would be taken apart in a way that nobody means: a text, a mapping and a table by their names, and a
+    set in an order that is another with every run.
+    """
+    if type(value) is list:
+        return list(value)
+    why = _refusal(value)
+    if why is not None:
+        raise TypeError(f"{name}: {needed}, not {shown(value)}{why}")
+    if isinstance(value, np.ndarray):
+        if value.ndim == 0:
+            raise TypeError(f"{name}: {needed}, not {shown(value)}: an array of no dimension holds no sequence")
+        items: list[Any] = value.tolist()  # numpy's scalars become Python's
+        return items
+    try:
+        iterator = iter(value)  # type: ignore[call-overload]
+    except TypeError:
+        raise TypeError(f"{name}: {needed}, not {shown(value)}") from None
+    return list(iterator)
+
+
+def _refusal(value: object) -> str | None:
+    """Why ``value``, an iterable, is refused, for the end of a message; ``None``: it is not."""
+    if isinstance(value, str):
+        return ""
+    if isinstance(value, (bytes, bytearray, memoryview)):
+        return ": decode it first"
+    if isinstance(value, Mapping):
+        return ": a mapping is gone through by its keys; pass its values()"
+    if isinstance(value, (set, frozenset)):
+        return ": a set has no order, and results name documents by their place; pass a list"
+    if hasattr(type(value), "columns"):  # a frame of pandas or polars, a table of pyarrow
+        return ": a table is gone through by its columns; pass one column, or rows as tuples"
+    return None
+
+
+class Documents(NamedTuple):
+    """A request's documents.
+
+    Attributes:
+        given: each as it is given back: a ``str``, or of the caller's subclass of it.
+        texts: each as it is scored: an exact ``str``.
+        records: for each the dict that it was in, or ``None``; ``None`` in all: no document was in one.
+    """
+
+    given: list[str]
+    texts: list[str]
+    records: list[Mapping[str, Any] | None] | None = None
+
+
+def documents_of(documents: Iterable[Document]) -> Documents:
+    """``documents``, checked one by one."""
+    items = items_of("documents", documents, "a sequence of strings is needed")
+    if set(map(type, items)) <= {str}:
+        return Documents(items, items)
+    given, texts = [], []
+    records: list[Mapping[str, Any] | None] = [None] * len(items)
+    for i, item in enumerate(items):
+        if isinstance(item, Mapping):
+            records[i] = item
+            item = _text_in(item, i)
+        texts.append(text_of("documents", item, i))
+        given.append(texts[-1] if isinstance(item, np.str_) else item)
+    return Documents(given, texts, None if all(record is None for record in records) else records)
+
+
+def _text_in(record: Mapping[str, Any], index: int) -> str:
+    """The text of a document that is a mapping."""
+    try:
+        text = record[TEXT_KEY]
+    except KeyError:
+        keys = ", ".join(repr(key) for key in list(record)[:8]) or "none"
+        raise TypeError(f"documents[{index}]: a dict needs its text under {TEXT_KEY!r}; its keys are {keys}") from None
+    if not isinstance(text, str):
+        raise TypeError(f"documents[{index}][{TEXT_KEY!r}]: a string is needed, not {shown(text)}")
+    return text
 
 
 def pairs_of(pairs: Iterable[Sequence[str]]) -> list[Pair]:
     """``pairs`` as a list of (query, document)."""
-    if isinstance(pairs, str) or not isinstance(pairs, Iterable):
-        raise TypeError(f"pairs: a sequence of (query, document) is needed, not {shown(pairs)}")
     texts = []
-    for i, pair in enumerate(pairs):
-        if isinstance(pair, str) or not isinstance(pair, Sequence) or len(pair) != 2:
+    for i, pair in enumerate(items_of("pairs", pairs, "a sequence of (query, document) is needed")):
+        if type(pair) is tuple and len(pair) == 2 and type(pair[0]) is str and type(pair[1]) is str:
+            texts.append(pair)
+            continue
+        if isinstance(pair, np.ndarray) and pair.ndim == 1:
+            pair = pair.tolist()
+        if isinstance(pair, (str, bytes)) or not isinstance(pair, Sequence) or len(pair) != 2:
             raise TypeError(f"pairs[{i}]: a (query, document) is needed, not {shown(pair)}")
         texts.append((text_of("pairs", pair[0], i), text_of("pairs", pair[1], i)))
     return texts
@@ -91,30 +178,31 @@ def check_predict_options(**options: object) -> None:
             )
 
 
-def check_top_n(top_n: int | None) -> None:
-    """Check that ``top_n`` is a number of documents, or ``None``."""
-    if top_n is not None and (not isinstance(top_n, int) or isinstance(top_n, bool)):
-        raise TypeError(f"top_n: a whole number or None is needed, not {top_n!r}")
-    check_optional_count("top_n", top_n, 0)
+def check_top_n(top_n: SupportsIndex | None) -> int | None:
+    """``top_n`` as an ``int``: it is a number of documents; or ``None``."""
+    if top_n is not None:
+        check_whole("top_n", top_n, "a whole number or None is needed")
+    return check_optional_count("top_n", top_n, 0)
 
 
-def check_priority(priority: SupportsIndex) -> None:
-    """Check that ``priority`` is a whole number within its range."""
-    if not isinstance(priority, int) or isinstance(priority, bool):
-        raise TypeError(f"priority: a whole number is needed, not {priority!r}")
-    if abs(priority) > MAX_PRIORITY:
+def check_priority(priority: SupportsIndex) -> int:
+    """``priority`` as an ``int``: it is a whole number within its range."""
+    number = check_whole("priority", priority)
+    if abs(number) > MAX_PRIORITY:
         raise ValueError(f"priority: from {-MAX_PRIORITY} to {MAX_PRIORITY} is needed, not {priority}")
+    return number
 
 
 def deadline_of(timeout: float | None) -> float | None:
     """When a request with this ``timeout`` expires, on the monotonic clock; ``None``: never."""
     if timeout is None:
         return None
-    if not isinstance(timeout, (int, float)) or isinstance(timeout, bool):
+    if not isinstance(timeout, numbers.Real) or isinstance(timeout, bool):
         raise TypeError(f"timeout: seconds or None are needed, not {timeout!r}")
     if not timeout > 0:
         raise ValueError(f"timeout: more than 0 seconds are needed, not {timeout}")
-    return None if is_for_ever(timeout) else time.monotonic() + timeout
+    seconds = timeout if isinstance(timeout, (int, float)) else float(timeout)
+    return None if is_for_ever(seconds) else time.monotonic() + seconds
 
 
 class RequestKeywords(TypedDict, total=False):
@@ -141,7 +229,7 @@ class RequestOptions:
 
     def __post_init__(self) -> None:
         deadline_of(self.timeout)
-        check_priority(self.priority)
+        object.__setattr__(self, "priority", check_priority(self.priority))
         if self.on_timeout not in ("raise", "partial"):
             raise ValueError(f"on_timeout: 'raise' or 'partial' is needed, not {self.on_timeout!r}")
 

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, cast
+from typing import Any, SupportsIndex
 
 import numpy as np
 
-from mp_rerank._arguments import check_predict_options
-from mp_rerank._checks import shown
+from mp_rerank._arguments import Document, check_predict_options, items_of
 from mp_rerank.results import RerankResult, Scores
 
 __all__ = ["CrossEncoderCalls"]
@@ -19,7 +18,9 @@ class CrossEncoderCalls(ABC):
     """``predict`` and ``rank`` in terms of a pool's own calls."""
 
     @abstractmethod
-    def rerank(self, query: str, documents: Iterable[str], *, top_n: int | None = None) -> list[RerankResult]:
+    def rerank(
+        self, query: str, documents: Iterable[Document], *, top_n: SupportsIndex | None = None
+    ) -> list[RerankResult]:
         """Rank and wait."""
 
     @abstractmethod
@@ -28,9 +29,9 @@ class CrossEncoderCalls(ABC):
 
     def predict(
         self,
-        inputs: Sequence[Sequence[str]] | Sequence[str] | None = None,
+        inputs: Iterable[Sequence[str]] | Iterable[str] | None = None,
         *,
-        sentences: Sequence[Sequence[str]] | Sequence[str] | None = None,
+        sentences: Iterable[Sequence[str]] | Iterable[str] | None = None,
         batch_size: int = 32,
         show_progress_bar: bool | None = None,
         activation_fn: Callable[..., Any] | None = None,
@@ -57,11 +58,9 @@ class CrossEncoderCalls(ABC):
         """
         del batch_size, show_progress_bar
         check_predict_options(activation_fn=activation_fn, **rest)
-        given = inputs if inputs is not None else sentences
-        if given is None or isinstance(given, str):
-            raise TypeError(f"inputs: pairs of (query, document) are needed, not {shown(given)}")
+        given = items_of("inputs", inputs if inputs is not None else sentences, "pairs of (query, document) are needed")
         single = len(given) > 0 and isinstance(given[0], str)
-        pairs = cast("Sequence[Sequence[str]]", [given] if single else given)
+        pairs = [given] if single else given
         scores = self._score_pairs(pairs)
         if apply_softmax and scores.ndim > 1:
             powers = np.exp(scores - scores.max(axis=1, keepdims=True))
@@ -78,8 +77,8 @@ class CrossEncoderCalls(ABC):
     def rank(
         self,
         query: str,
-        documents: Sequence[str],
-        top_k: int | None = None,
+        documents: Iterable[Document],
+        top_k: SupportsIndex | None = None,
         return_documents: bool = False,
         *,
         batch_size: int = 32,
@@ -89,6 +88,7 @@ class CrossEncoderCalls(ABC):
     ) -> list[dict[str, Any]]:
         """``CrossEncoder.rank``: dicts of ``corpus_id``, ``score`` and, if asked for, ``text``, best first.
 
+        As with ``CrossEncoder``, ``text`` is the document as it was given: of one given as a dict, the dict.
         ``batch_size``, ``show_progress_bar``, ``activation_fn`` and the rest are as for ``predict``.
         """
         del batch_size, show_progress_bar
@@ -97,5 +97,5 @@ class CrossEncoderCalls(ABC):
         results: list[dict[str, Any]] = [{"corpus_id": r.index, "score": r.relevance_score} for r in ranked]
         if return_documents:
             for result, r in zip(results, ranked, strict=True):
-                result["text"] = r.document
+                result["text"] = r.document if r.record is None else r.record
         return results

@@ -94,12 +94,13 @@ class ModelSpec:
         name: object = os.fspath(self.name) if isinstance(self.name, os.PathLike) else self.name
         if not isinstance(name, str) or not name:
             raise TypeError(f"model: a name, a path or a ModelSpec is needed, not {name!r}")
+        name = str.__str__(name)  # of numpy's, say: as it is printed, compared and sent to workers
         if name != BUILTIN:
             name = _local_folder(name) or name
         object.__setattr__(self, "name", name)
         if self.revision is not None:
             check_text("revision", self.revision)
-        check_optional_count("max_length", self.max_length)
+        object.__setattr__(self, "max_length", check_optional_count("max_length", self.max_length))
         for flag in ("prepack", "unpad", "trust_remote_code", "compile"):
             check_flag(flag, getattr(self, flag))
         self._check_backend()
@@ -239,13 +240,16 @@ class PoolConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "devices", _devices(self.devices))
+        checked: dict[str, Any] = {}
         for name in ("workers", "threads_per_worker", "batch_tokens", "slice_tokens", "max_slices_per_worker"):
-            check_optional_count(name, getattr(self, name))
-        check_optional_count("max_memory_per_worker", self.max_memory_per_worker)
+            checked[name] = check_optional_count(name, getattr(self, name))
+        checked["max_memory_per_worker"] = check_optional_count("max_memory_per_worker", self.max_memory_per_worker)
         for name in ("max_pending_pairs", "max_pending_tokens", "max_attempts"):
-            check_count(name, getattr(self, name))
+            checked[name] = check_count(name, getattr(self, name))
         for name in ("max_restarts", "score_cache"):
-            check_count(name, getattr(self, name), least=0)
+            checked[name] = check_count(name, getattr(self, name), least=0)
+        for name, number in checked.items():
+            object.__setattr__(self, name, number)
         for name in ("pin", "tuned", "coalesce"):
             check_flag(name, getattr(self, name))
         self._check_kind_of_worker()
@@ -268,16 +272,14 @@ class PoolConfig:
             if self.overload not in ("block", "raise"):
                 raise ValueError(f"overload: 'block', 'raise' or seconds are needed, not {self.overload!r}")
         else:
-            check_seconds("overload", self.overload)
-            if is_for_ever(self.overload):
-                object.__setattr__(self, "overload", "block")
+            wait = check_seconds("overload", self.overload)
+            object.__setattr__(self, "overload", "block" if is_for_ever(wait) else wait)
         for name in ("start_timeout", "hang_timeout"):
             if getattr(self, name) is not None:
-                check_seconds(name, getattr(self, name))
-                if is_for_ever(getattr(self, name)):
-                    object.__setattr__(self, name, None)
-        check_seconds("restart_backoff", self.restart_backoff)
-        object.__setattr__(self, "restart_backoff", min(self.restart_backoff, threading.TIMEOUT_MAX))
+                limit = check_seconds(name, getattr(self, name))
+                object.__setattr__(self, name, None if is_for_ever(limit) else limit)
+        backoff = check_seconds("restart_backoff", self.restart_backoff)
+        object.__setattr__(self, "restart_backoff", min(backoff, threading.TIMEOUT_MAX))
 
     @classmethod
     def of(cls, options: Mapping[str, Any]) -> PoolConfig:
@@ -332,7 +334,7 @@ def _devices(devices: object) -> tuple[str, ...]:
     for device in named:
         if not isinstance(device, str) or not DEVICE.fullmatch(device):
             raise ValueError(f"devices: unknown device {device!r}; 'auto', 'cpu', 'cuda', 'cuda:0', 'mps', … are known")
-    return tuple(named)
+    return tuple(str.__str__(device) for device in named)
 
 
 def _importable(loader: str | Callable[..., Any]) -> str:

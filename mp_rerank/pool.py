@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mp_rerank._arguments import (
+    Document,
     RequestKeywords,
     RequestOptions,
     check_top_n,
@@ -65,13 +66,15 @@ class _Asked:
     deadline: float | None
 
     @classmethod
-    def ranking_of(cls, query: str, documents: Iterable[str], top_n: int | None, keywords: RequestKeywords) -> _Asked:
+    def ranking_of(
+        cls, query: str, documents: Iterable[Document], top_n: SupportsIndex | None, keywords: RequestKeywords
+    ) -> _Asked:
         options = RequestOptions.of(keywords)
         text = text_of("query", query)
         kept = documents_of(documents)
-        check_top_n(top_n)
-        pairs = [(text, text_of("documents", document, i)) for i, document in enumerate(kept)]
-        return cls(pairs, partial(rank, kept, top_n), True, options, deadline_of(options.timeout))
+        finish = partial(rank, kept.given, check_top_n(top_n), records=kept.records)
+        pairs = [(text, document) for document in kept.texts]
+        return cls(pairs, finish, True, options, deadline_of(options.timeout))
 
     @classmethod
     def scores_of(cls, pairs: Iterable[Sequence[str]], keywords: RequestKeywords) -> _Asked:
@@ -104,7 +107,7 @@ class RerankerPool(CrossEncoderCalls):
 
     def __init__(
         self,
-        model: str | ModelSpec = BUILTIN,
+        model: str | os.PathLike[str] | ModelSpec = BUILTIN,
         *,
         devices: str | Sequence[str] = "auto",
         workers: int | None = None,
@@ -184,7 +187,7 @@ class RerankerPool(CrossEncoderCalls):
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
         self.close(drain=kind is None)
 
-    def reload(self, model: str | ModelSpec) -> None:
+    def reload(self, model: str | os.PathLike[str] | ModelSpec) -> None:
         """Replace the model without a pause: load it in new workers, switch to them, let the old ones finish and leave.
 
         Returns once new requests go to the new model. A request is scored wholly by one of the two. Until the old
@@ -203,13 +206,19 @@ class RerankerPool(CrossEncoderCalls):
     # Work.
 
     def submit(
-        self, query: str, documents: Iterable[str], *, top_n: int | None = None, **options: Unpack[RequestKeywords]
+        self,
+        query: str,
+        documents: Iterable[Document],
+        *,
+        top_n: SupportsIndex | None = None,
+        **options: Unpack[RequestKeywords],
     ) -> Future[list[RerankResult]]:
         """Rank ``documents`` by relevance to ``query``.
 
         Args:
             query: the query.
-            documents: the documents, any number of them; not one string.
+            documents: the documents, any number of them, from any iterable in an order: texts, and dicts with a text
+                under ``"text"``, whose result has the dict as its ``record``.
             top_n: how many of the best to return; ``None``: all.
             timeout: seconds from now until the request expires; what is not scored then is dropped. ``None``: never.
             priority: from -8 to 8; each step doubles the request's share of the workers, and none starves the others.
@@ -244,14 +253,24 @@ class RerankerPool(CrossEncoderCalls):
         return self._submit(_Asked.scores_of(pairs, options))
 
     def rerank(
-        self, query: str, documents: Iterable[str], *, top_n: int | None = None, **options: Unpack[RequestKeywords]
+        self,
+        query: str,
+        documents: Iterable[Document],
+        *,
+        top_n: SupportsIndex | None = None,
+        **options: Unpack[RequestKeywords],
     ) -> list[RerankResult]:
         """``submit(...).result()``: rank and wait. Interrupted, it cancels the request."""
         results: list[RerankResult] = self._result(_Asked.ranking_of(query, documents, top_n, options))
         return results
 
     async def arerank(
-        self, query: str, documents: Iterable[str], *, top_n: int | None = None, **options: Unpack[RequestKeywords]
+        self,
+        query: str,
+        documents: Iterable[Document],
+        *,
+        top_n: SupportsIndex | None = None,
+        **options: Unpack[RequestKeywords],
     ) -> list[RerankResult]:
         """``submit`` for asyncio: the loop goes on meanwhile, even while the pool starts or is full.
 
@@ -420,8 +439,8 @@ class RerankerPool(CrossEncoderCalls):
         )
 
 
-def _spec(model: str | ModelSpec) -> ModelSpec:
-    spec = model if isinstance(model, ModelSpec) else ModelSpec(model)
+def _spec(model: str | os.PathLike[str] | ModelSpec) -> ModelSpec:
+    spec = model if isinstance(model, ModelSpec) else ModelSpec(model)  # type: ignore[arg-type]  # a path becomes a str
     spec.check_exists()
     return spec
 

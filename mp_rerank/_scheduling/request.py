@@ -5,7 +5,7 @@ from __future__ import annotations
 import enum
 import itertools
 from collections import deque
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from concurrent.futures import InvalidStateError
 from typing import Any
 
@@ -192,14 +192,20 @@ def estimate_lengths(pairs: Sequence[Pair], max_length: int | None) -> list[int]
 
 
 def rank(
-    documents: Sequence[str], top_n: int | None, scores: Scores, scored: npt.NDArray[np.bool_]
+    documents: Sequence[str],
+    top_n: int | None,
+    scores: Scores,
+    scored: npt.NDArray[np.bool_],
+    records: Sequence[Mapping[str, Any] | None] | None = None,
 ) -> list[RerankResult]:
     """What ``finish`` makes of a ranking's scores: the best ``top_n`` documents, and behind them what has no score."""
     order = np.argsort(-scores, kind="stable")[:top_n]  # NaN, and so what is unscored, comes last
-    values = scores.tolist()
-    if scored.all():
+    values: list[float | None] = scores.tolist()
+    if not scored.all():
+        values = [value if there else None for value, there in zip(values, scored.tolist(), strict=True)]
+    if records is None:
         return [RerankResult(i, values[i], documents[i]) for i in order.tolist()]
-    return [RerankResult(i, values[i] if scored[i] else None, documents[i]) for i in order.tolist()]
+    return [RerankResult(i, values[i], documents[i], records[i]) for i in order.tolist()]
 
 
 def all_scores(scores: Scores, scored: npt.NDArray[np.bool_]) -> Scores:
