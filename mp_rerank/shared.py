@@ -6,6 +6,9 @@ the same object.
 
 What sharing means:
 
+* One model with two activations is two models, each with a pool of its own: frameworks differ in whether they want
+  logits or scores, and work side by side. Their requests do not share workers, so give them the same activation where
+  either will do.
 * The first caller decides the settings. A later caller gets the same pool if its settings agree: settings of the model
   (``ModelSpec``) must be equal, since they change scores; settings of the pool are compared only if the caller gives
   them. A disagreement is a ``ValueError`` that names the setting. To choose ``workers`` and the like, ask first.
@@ -31,9 +34,9 @@ from mp_rerank.pool import RerankerPool
 
 __all__ = ["shared_pool"]
 
-# What is asked for: the process, the model (name, revision and loader) and the devices. Two keys may lead to one pool:
-# the devices as they are named, and as they turn out. A fork has another process number, and so finds none of its
-# parent's pools; those stay referenced in it, and are left alone.
+# What is asked for: the process, the model (name, revision, loader and activation) and the devices. Two keys may lead
+# to one pool: the devices as they are named, and as they turn out. A fork has another process number, and so finds none
+# of its parent's pools; those stay referenced in it, and are left alone.
 _Key = tuple[int, tuple[Any, ...], tuple[str, ...]]
 
 
@@ -46,8 +49,8 @@ def shared_pool(
     handler or finalizer.
 
     Args:
-        model: ``"builtin"``, a hub name, the path of a local folder, or a ``ModelSpec``. Name, revision and loader say
-            which model it is; the other fields are settings.
+        model: ``"builtin"``, a hub name, the path of a local folder, or a ``ModelSpec``. Name, revision, loader and
+            activation say which model it is; the other fields are settings.
         device: a device (``torch.device`` will do), several of them, or ``None`` or ``"auto"``: every GPU, else the
             CPU. Devices are compared as they turn out: without a GPU, ``None`` and ``"cpu"`` share a pool.
         options: the other keywords of ``RerankerPool``.
@@ -148,7 +151,7 @@ def _serves(pool: _SharedPool, key: _Key) -> bool:
 
 def _identity(spec: ModelSpec) -> tuple[Any, ...]:
     """Which model it is: a local folder by its absolute path, which is the spec's own doing."""
-    return (spec.name, spec.revision, spec.loader)
+    return (spec.name, spec.revision, spec.loader, spec.activation)
 
 
 def _names(device: object) -> tuple[str, ...]:

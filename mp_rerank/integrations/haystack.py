@@ -25,6 +25,7 @@ from typing import Any
 
 import numpy as np
 from haystack import Document, component, default_from_dict, default_to_dict
+from haystack.utils import ComponentDevice
 
 from mp_rerank._checks import check_flag, check_optional_count
 from mp_rerank.config import BUILTIN, ModelSpec
@@ -41,7 +42,8 @@ class PoolRanker:
 
     Args:
         model: ``"builtin"``, a hub name, or the path of a local folder. A relative path is looked up once, here.
-        device: as for ``shared_pool``.
+        device: as for ``shared_pool``; or a ``ComponentDevice``, also as the dict that YAML has of one. A device map
+            splits one model over devices, which no pool does.
         top_k: how many documents to return; ``None``: all.
         query_prefix, document_prefix: put before the query and before each document's text.
         meta_fields_to_embed: names of the metadata to put before the text, joined by ``embedding_separator``.
@@ -57,7 +59,7 @@ class PoolRanker:
     def __init__(
         self,
         model: str = BUILTIN,
-        device: str | None = None,
+        device: str | ComponentDevice | dict[str, Any] | None = None,
         top_k: int | None = 10,
         query_prefix: str = "",
         document_prefix: str = "",
@@ -73,7 +75,7 @@ class PoolRanker:
             raise TypeError(f"meta_fields_to_embed: a list of names is needed, not {meta_fields_to_embed!r}")
         self.model = model
         self._resolved = {model: ModelSpec(model).name}
-        self.device = device
+        self.device = _device_name(device)
         self.top_k = top_k
         self.query_prefix = query_prefix
         self.document_prefix = document_prefix
@@ -183,6 +185,18 @@ class PoolRanker:
             if threshold is None or score >= threshold
         ]
         return ranked[: self.top_k if top_k is None else top_k]
+
+
+def _device_name(device: str | ComponentDevice | dict[str, Any] | None) -> str | None:
+    if isinstance(device, dict):
+        device = ComponentDevice.from_dict(device)
+    if not isinstance(device, ComponentDevice):
+        return None if device is None else str(device)
+    try:
+        name: str = device.to_torch_str()
+    except ValueError as error:
+        raise ValueError(f"device: one device is needed, not {device!r}: {error}") from error
+    return name
 
 
 def _check_run_options(top_k: int | None, scale_score: bool | None, score_threshold: float | None) -> None:

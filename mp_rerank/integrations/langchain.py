@@ -3,10 +3,12 @@
     from mp_rerank.integrations.langchain import PoolReranker
 
     retriever = ContextualCompressionRetriever(
-        base_compressor=PoolReranker(pool=shared_pool("cross-encoder/ms-marco-MiniLM-L6-v2"), top_n=5),
+        base_compressor=PoolReranker(model="cross-encoder/ms-marco-MiniLM-L6-v2", top_n=5),
         base_retriever=vectorstore.as_retriever(search_kwargs={"k": 50}),
     )
     documents = await retriever.ainvoke("how do birds fly?")
+
+Both take a model, and use the process's shared pool for it, or a pool.
 
 Scores are those of LangChain's ``HuggingFaceCrossEncoder``: the scores of ``CrossEncoder.predict``, after the model's
 activation; of a model with two labels, the second label's. `PoolReranker` returns copies of the documents with the
@@ -15,24 +17,73 @@ score in ``metadata["relevance_score"]``, where LangChain's hosted rerankers put
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
+from typing import Any
 
 from langchain_core.callbacks import Callbacks
 from langchain_core.cross_encoders import BaseCrossEncoder
 from langchain_core.documents import BaseDocumentCompressor, Document
-from pydantic import ConfigDict
+from pydantic import ConfigDict, PrivateAttr
 
+from mp_rerank.config import BUILTIN, ModelSpec
 from mp_rerank.pool import RerankerPool
 from mp_rerank.results import RerankResult
+from mp_rerank.shared import shared_pool
 
 __all__ = ["PoolCrossEncoder", "PoolReranker"]
 
+Model = str | os.PathLike[str] | ModelSpec
+
+
+class _Source:
+    """Where a pool comes from: it was given, or it is the shared one of a model."""
+
+    def __init__(self, pool: RerankerPool | None, model: Model | None, device: str | None, options: dict[str, Any]):
+        if pool is not None and not isinstance(pool, RerankerPool):
+            raise TypeError(f"pool: a RerankerPool is needed, not {pool!r}; a model's name goes by model=")
+        if pool is not None and not (model is None and device is None and not options):
+            raise ValueError("pool: it has its model, device and options; give the one or the others")
+        self._pool = pool
+        named = BUILTIN if model is None else model
+        # A relative path is looked up once, here.
+        self._spec = named if isinstance(named, ModelSpec) else ModelSpec(named)  # type: ignore[arg-type]
+        self._device = device
+        self._options = options
+
+    @property
+    def pool(self) -> RerankerPool:
+        return shared_pool(self._spec, self._device, **self._options) if self._pool is None else self._pool
+
 
 class PoolCrossEncoder(BaseCrossEncoder):
-    """The pool as LangChain's cross-encoder, for ``CrossEncoderReranker(model=...)`` and the like."""
+    """The pool as LangChain's cross-encoder, for ``CrossEncoderReranker(model=...)`` and the like.
 
-    def __init__(self, pool: RerankerPool) -> None:
-        self.pool = pool
+    Args:
+        pool: the pool that scores; ``None``: the process's shared one.
+        model_name: of the shared one, as LangChain's ``HuggingFaceCrossEncoder`` calls it: ``"builtin"``, a hub name,
+            the path of a local folder, or a ``ModelSpec``.
+        device: as for ``shared_pool``.
+        options: other keywords of ``shared_pool``.
+
+    Raises:
+        TypeError, ValueError: naming the argument.
+    """
+
+    def __init__(
+        self,
+        pool: RerankerPool | None = None,
+        *,
+        model_name: Model | None = None,
+        device: str | None = None,
+        **options: Any,
+    ) -> None:
+        self._source = _Source(pool, model_name, device, options)
+
+    @property
+    def pool(self) -> RerankerPool:
+        """The pool that scores."""
+        return self._source.pool
 
     def score(self, text_pairs: list[tuple[str, str]]) -> list[float]:
         """The score of each pair; of two labels ("not relevant", "relevant") the second."""
@@ -44,17 +95,42 @@ class PoolCrossEncoder(BaseCrossEncoder):
 class PoolReranker(BaseDocumentCompressor):
     """Returns the best documents, best first, as copies that keep id and metadata.
 
-    Attributes:
-        pool: the pool that scores.
+    Args:
+        pool: the pool that scores; ``None``: the process's shared one.
+        model: of the shared one: ``"builtin"`` (the default), a hub name, the path of a local folder, or a
+            ``ModelSpec``.
+        device: as for ``shared_pool``.
+        pool_options: other keywords of ``shared_pool``.
         top_n: how many documents to return; ``None``: all.
         timeout: seconds after which a request fails with RequestTimeoutError; ``None``: never.
+
+    Raises:
+        TypeError, ValueError: naming the argument.
     """
 
-    pool: RerankerPool
     top_n: int | None = 3
     timeout: float | None = None
+    _source: _Source = PrivateAttr()
 
     model_config = ConfigDict(arbitrary_types_allowed=True, extra="forbid")
+
+    def __init__(
+        self,
+        *,
+        pool: RerankerPool | None = None,
+        model: Model | None = None,
+        device: str | None = None,
+        pool_options: dict[str, Any] | None = None,
+        **fields: Any,
+    ) -> None:
+        source = _Source(pool, model, device, pool_options or {})
+        super().__init__(**fields)
+        self._source = source
+
+    @property
+    def pool(self) -> RerankerPool:
+        """The pool that scores."""
+        return self._source.pool
 
     def compress_documents(
         self, documents: Sequence[Document], query: str, callbacks: Callbacks | None = None

@@ -20,6 +20,7 @@ need("haystack")
 from haystack import Document, Pipeline  # noqa: E402
 from haystack.components.retrievers import InMemoryBM25Retriever  # noqa: E402
 from haystack.document_stores.in_memory import InMemoryDocumentStore  # noqa: E402
+from haystack.utils import ComponentDevice, Device, DeviceMap  # noqa: E402
 
 from mp_rerank.integrations.haystack import PoolRanker  # noqa: E402
 
@@ -112,6 +113,19 @@ def test_yaml_and_back_keeps_every_parameter() -> None:
     assert isinstance(again, PoolRanker)
     assert again.to_dict() == ranker.to_dict()
     assert again.pool is ranker.pool
+
+
+def test_a_component_device_is_its_name_also_from_yaml() -> None:
+    given = {**FAKE_PARAMETERS, "device": ComponentDevice.from_str("cuda:1")}
+    ranker = PoolRanker(**given)
+    assert ranker.device == "cuda:1"
+    assert ranker.pool.config.devices == ("cuda:1",)
+    assert PoolRanker(**{**given, "device": given["device"].to_dict()}).pool is ranker.pool
+    assert PoolRanker.from_dict(ranker.to_dict()).pool is ranker.pool
+    assert PoolRanker(**{**given, "device": None}).device is None
+    split = ComponentDevice.from_multiple(DeviceMap({"a": Device.gpu(0), "b": Device.cpu()}))
+    with pytest.raises(ValueError, match="device: one device is needed, not ComponentDevice"):
+        PoolRanker(**{**given, "device": split})
 
 
 def test_warming_up_starts_the_pool_and_does_so_once() -> None:

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import dataclasses
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
-from conftest import PATIENCE, Fifo
+from conftest import FAKE, PATIENCE, Fifo
 from fakes import score_of
 from frameworks import need
 
-from mp_rerank import ModelSpec, RequestTimeoutError, RerankerPool
+from mp_rerank import ModelSpec, RequestTimeoutError, RerankerPool, shared_pool
 
 need("langchain_core")
 need("langchain_classic.retrievers.document_compressors")
@@ -126,3 +127,42 @@ def test_a_copy_has_the_same_pool(make_pool: MakePool) -> None:
     for holder in (PoolReranker(pool=pool), PoolCrossEncoder(pool)):
         assert copy.deepcopy(holder).pool is pool
     assert PoolReranker(pool=pool).model_copy(deep=True).pool is pool
+
+
+@pytest.mark.usefixtures("own_registry")
+def test_a_model_s_name_stands_for_its_shared_pool() -> None:
+    options: dict[str, Any] = {"workers": 1}
+    reranker = PoolReranker(model=FAKE, device="cpu", pool_options=options, top_n=4)
+    assert reranker.pool is shared_pool(FAKE, "cpu")
+    assert plain(reranker.compress_documents(documents_of("query"), "query")) == expected("query", 4)
+    encoder = PoolCrossEncoder(model_name=FAKE, device="cpu", workers=1)
+    assert encoder.pool is reranker.pool
+    for again in (copy.deepcopy(reranker), reranker.model_copy(deep=True), copy.deepcopy(encoder)):
+        assert again.pool is reranker.pool
+    reranker.pool.close()
+    assert plain(reranker.compress_documents(documents_of("query"), "query")) == expected("query", 4)
+    assert PoolReranker().pool.spec == ModelSpec()
+
+
+@pytest.mark.usefixtures("own_registry")
+def test_two_activations_work_side_by_side() -> None:
+    rerankers = [
+        PoolReranker(model=spec, device="cpu", pool_options={"workers": 1}, top_n=3)
+        for spec in (FAKE, dataclasses.replace(FAKE, activation="identity"))
+    ]
+    for reranker in rerankers:
+        assert plain(reranker.compress_documents(documents_of("query"), "query")) == expected("query", 3)
+    assert rerankers[0].pool is not rerankers[1].pool
+
+
+def test_what_cannot_be_a_pool_is_named(make_pool: MakePool) -> None:
+    for make in (PoolReranker, PoolCrossEncoder):
+        with pytest.raises(TypeError, match="pool: a RerankerPool is needed, not 'builtin'; a model's name goes by"):
+            make(pool="builtin")
+    pool = make_pool()
+    with pytest.raises(ValueError, match="pool: it has its model, device and options"):
+        PoolReranker(pool=pool, model="builtin")
+    with pytest.raises(ValueError, match="pool: it has its model, device and options"):
+        PoolCrossEncoder(pool, device="cpu")
+    with pytest.raises(ValueError, match="top_k"):
+        PoolReranker(pool=pool, top_k=3)

@@ -159,6 +159,19 @@ def test_other_models_and_other_devices_have_pools_of_their_own() -> None:
     assert shared_pool(replace(FAKE, loader="fakes:load_salted"), "cpu") is not pool
 
 
+def test_one_model_with_two_activations_has_two_pools_side_by_side() -> None:
+    own, logits = (
+        shared_pool(FAKE, "cpu", workers=1),
+        shared_pool(replace(FAKE, activation="identity"), "cpu", workers=1),
+    )
+    assert own is not logits
+    assert shared_pool(replace(FAKE, activation="torch.nn.Identity"), "cpu") is logits
+    assert shared_pool(FAKE, "cpu") is own
+    assert own.rerank("query", DOCUMENTS) == logits.rerank("query", DOCUMENTS)
+    logits.close()
+    assert shared_pool(FAKE, "cpu") is own
+
+
 class Device:
     """As torch.device does, it has its name as its text."""
 
