@@ -27,14 +27,27 @@ if TYPE_CHECKING:
         ScoringError,
         WorkerCrashedError,
     )
+    from mp_rerank.model_pools import ModelPools
     from mp_rerank.pool import RerankerPool
-    from mp_rerank.results import PoolMemory, PoolStats, RerankResult, WorkerExit, WorkerInfo, WorkerMemory
+    from mp_rerank.results import (
+        KeptModel,
+        ModelPoolsStats,
+        PoolMemory,
+        PoolStats,
+        RerankResult,
+        WorkerExit,
+        WorkerInfo,
+        WorkerMemory,
+    )
     from mp_rerank.shared import shared_pool
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "KeptModel",
     "ModelLoadError",
+    "ModelPools",
+    "ModelPoolsStats",
     "ModelSpec",
     "PoolClosedError",
     "PoolConfig",
@@ -53,7 +66,7 @@ __all__ = [
     "shared_pool",
 ]
 
-_MODULES = ("errors", "config", "results", "pool", "shared")
+_MODULES = ("errors", "config", "results", "pool", "model_pools", "shared")
 
 
 def __getattr__(name: str) -> Any:

@@ -9,7 +9,17 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["PoolMemory", "PoolStats", "RerankResult", "Scores", "WorkerExit", "WorkerInfo", "WorkerMemory"]
+__all__ = [
+    "KeptModel",
+    "ModelPoolsStats",
+    "PoolMemory",
+    "PoolStats",
+    "RerankResult",
+    "Scores",
+    "WorkerExit",
+    "WorkerInfo",
+    "WorkerMemory",
+]
 
 #: of n pairs: shape (n,), or (n, num_labels) where the model gives several
 Scores = npt.NDArray[np.float32]
@@ -202,3 +212,49 @@ class PoolMemory:
 
     parent: WorkerMemory
     workers: tuple[WorkerMemory, ...]
+
+
+@dataclass(frozen=True)
+class KeptModel:
+    """One model of ``ModelPools``, while it is kept.
+
+    Attributes:
+        model: its name or path.
+        state: ``planning``; ``waiting`` for room; ``starting``; ``ready``; or ``leaving``: it is being retired.
+        memory: bytes that its workers take; pages that several share are counted once.
+        measured: whether ``memory`` is measured, or else estimated.
+        workers: how many there are, or are to be; 0 while they are being planned.
+        requests: those it has.
+        waiting: those that wait for it to be loaded.
+        idle_seconds: since it had a request last; 0 while it has one.
+    """
+
+    model: str
+    state: str
+    memory: int
+    measured: bool
+    workers: int
+    requests: int
+    waiting: int
+    idle_seconds: float
+
+
+@dataclass(frozen=True)
+class ModelPoolsStats:
+    """What ``ModelPools`` keep at the moment of asking, and counters since they were made.
+
+    Attributes:
+        memory_limit: the bound, in bytes.
+        memory: bytes of all workers there are, as in ``KeptModel``.
+        models: those that are kept.
+        started: how often a model was loaded.
+        retired: how often one was told to leave.
+        failed: how often one could not be loaded.
+    """
+
+    memory_limit: int
+    memory: int
+    models: tuple[KeptModel, ...]
+    started: int
+    retired: int
+    failed: int

@@ -30,6 +30,7 @@ from typing import Any
 
 from mp_rerank._planning.plan import make_plan
 from mp_rerank.config import BUILTIN, ModelSpec, PoolConfig
+from mp_rerank.model_pools import ModelPools
 from mp_rerank.pool import RerankerPool
 
 __all__ = ["shared_pool"]
@@ -41,7 +42,11 @@ _Key = tuple[int, tuple[Any, ...], tuple[str, ...]]
 
 
 def shared_pool(
-    model: str | os.PathLike[str] | ModelSpec = BUILTIN, device: str | Sequence[str] | None = None, **options: Any
+    model: str | os.PathLike[str] | ModelSpec = BUILTIN,
+    device: str | Sequence[str] | None = None,
+    *,
+    pools: ModelPools | None = None,
+    **options: Any,
 ) -> RerankerPool:
     """The pool of this process for ``model`` on ``device``. The first caller makes it; all others get the same.
 
@@ -53,6 +58,9 @@ def shared_pool(
             activation say which model it is; the other fields are settings.
         device: a device (``torch.device`` will do), several of them, or ``None`` or ``"auto"``: every GPU, else the
             CPU. Devices are compared as they turn out: without a GPU, ``None`` and ``"cpu"`` share a pool.
+        pools: where the pool is to come from, in place of this process's own shared ones: a bound on the memory of all
+            its models. It is then as ``ModelPools.pool`` says, and a device and options are in place of those of
+            ``pools``.
         options: the other keywords of ``RerankerPool``.
 
     Raises:
@@ -61,6 +69,8 @@ def shared_pool(
     """
     if "devices" in options:
         raise TypeError("devices: shared_pool names them device, one or a sequence")
+    if pools is not None:
+        return pools.pool(model, **({} if device is None else {"devices": _names(device)}), **options)
     named = _names(device)
     spec = model if isinstance(model, ModelSpec) else ModelSpec(model)  # type: ignore[arg-type]  # a path becomes a str
     config = PoolConfig.of({**options, "devices": named})

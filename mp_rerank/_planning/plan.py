@@ -17,7 +17,7 @@ from mp_rerank._planning.machine import Machine, Node, read_machine
 from mp_rerank._planning.tuning_cache import Tuned, look_up
 from mp_rerank.config import ModelSpec, PoolConfig
 
-__all__ = ["Plan", "Seat", "default_batch_tokens", "fitting_workers", "make_plan"]
+__all__ = ["Plan", "Seat", "default_batch_tokens", "estimate_memory", "fitting_workers", "make_plan"]
 
 # A spawned worker's own memory, without the weights: 330 MB measured for imports and a small model's buffers.
 WORKER_BYTES = 450 * 2**20
@@ -110,15 +110,28 @@ def make_plan(config: PoolConfig, spec: ModelSpec, machine: Machine | None = Non
 
 def fitting_workers(machine: Machine, spec: ModelSpec) -> tuple[int, str]:
     """How many workers on the CPU the available memory holds, at least 1; and what each takes, in words."""
+    each, for_all, size = _bytes_of_workers(spec)
+    fitting = max(1, int(machine.memory_available * MEMORY_SHARE - for_all) // each)
+    return fitting, f"{each / 2**20:.0f} MiB each, with {size}"
+
+
+def estimate_memory(spec: ModelSpec, workers: int) -> int:
+    """Bytes that so many workers of the model take while they load, and less later; weights they share counted once.
+
+    Too little for a model that is not on this disk yet: nobody knows its size.
+    """
+    each, for_all, _ = _bytes_of_workers(spec)
+    return each * workers + for_all
+
+
+def _bytes_of_workers(spec: ModelSpec) -> tuple[int, int, str]:
+    """Bytes of each worker on the CPU; bytes of what all share; and the size of the weights, in words."""
     files = weight_files(spec)
     weights = sum(file.stat().st_size for file in files)
     size = f"{weights / 2**20:.0f} MiB of weights" if weights else "weights of unknown size"
-    each, for_all = WORKER_BYTES + WEIGHTS_FACTOR * weights, 0
     if will_be_mapped(spec, files):
-        each, for_all = WORKER_BYTES + (weights if spec.prepack else 0), weights
-        size += " that they share"
-    fitting = max(1, int(machine.memory_available * MEMORY_SHARE - for_all) // each)
-    return fitting, f"{each / 2**20:.0f} MiB each, with {size}"
+        return WORKER_BYTES + (weights if spec.prepack else 0), weights, f"{size} that they share"
+    return WORKER_BYTES + WEIGHTS_FACTOR * weights, 0, size
 
 
 def default_batch_tokens(spec: ModelSpec, device: str) -> int:

@@ -108,6 +108,7 @@ class Dispatcher:
         plan: the seats, once they are known.
         started: given once every worker is ready; the error if one cannot be.
         facts: what the workers of the present model say of it, once ``started`` is given.
+        ended: given once the loop has ended, and with it the workers.
     """
 
     def __init__(self, spec: ModelSpec, config: PoolConfig) -> None:
@@ -115,6 +116,7 @@ class Dispatcher:
         self.plan: Plan | None = None
         self.started: Answer[None] = Answer()
         self.facts: WorkerFacts | None = None
+        self.ended: Answer[None] = Answer()
         self._spec = spec
         self._admission = Admission(config.max_pending_pairs, config.max_pending_tokens, config.overload)
         self._inbox: queue.SimpleQueue[_Message] = queue.SimpleQueue()
@@ -136,6 +138,14 @@ class Dispatcher:
         return f"{self._deployment or 'planning'}; {self._admission}"
 
     # What other threads call.
+
+    @property
+    def broken(self) -> bool:
+        """Whether it scores nothing any more: it is closing or has ended, or no seat is left."""
+        deployment = self._deployment
+        return (
+            self._closing is not None or self._finished or (deployment is not None and deployment.failure is not None)
+        )
 
     def begin(self) -> None:
         """Start the thread, which starts the workers; does nothing once it runs. Never waits for another caller.
@@ -473,6 +483,7 @@ class Dispatcher:
             self._incoming[1].fail(error)
         self._finished = True
         self._turn_away()
+        self.ended.give(None)
 
     def _turn_away_line(self) -> None:
         for request in self._admission.clear():

@@ -14,7 +14,7 @@ from conftest import FAKE, PATIENCE, Fifo
 from fakes import score_of
 from frameworks import need
 
-from mp_rerank import ModelSpec, RequestTimeoutError, RerankerPool, shared_pool
+from mp_rerank import ModelPools, ModelSpec, RequestTimeoutError, RerankerPool, shared_pool
 
 need("langchain_core")
 need("langchain_classic.retrievers.document_compressors")
@@ -153,6 +153,16 @@ def test_two_activations_work_side_by_side() -> None:
     for reranker in rerankers:
         assert plain(reranker.compress_documents(documents_of("query"), "query")) == expected("query", 3)
     assert rerankers[0].pool is not rerankers[1].pool
+
+
+def test_models_of_several_adapters_stay_within_one_bound() -> None:
+    with ModelPools("8GiB", devices="cpu", isolation="thread") as pools:
+        for spec in (FAKE, dataclasses.replace(FAKE, name="other")):
+            reranker = PoolReranker(model=spec, pool_options={"pools": pools}, top_n=3)
+            assert plain(reranker.compress_documents(documents_of("query"), "query")) == expected("query", 3)
+            found = PoolReranker(pool=pools.pool(spec), top_n=3).compress_documents(documents_of("query"), "query")
+            assert plain(found) == expected("query", 3)
+        assert {kept.model for kept in pools.stats().models} == {"fake", "other"}
 
 
 def test_what_cannot_be_a_pool_is_named(make_pool: MakePool) -> None:

@@ -16,7 +16,7 @@ from mp_rerank import ModelSpec, PoolConfig, RerankerPool
 from mp_rerank._planning import tuning_cache
 from mp_rerank._planning.checkpoint import weight_files, will_be_mapped
 from mp_rerank._planning.machine import Machine, Node
-from mp_rerank._planning.plan import Plan, Seat, fitting_workers, make_plan
+from mp_rerank._planning.plan import WORKER_BYTES, Plan, Seat, estimate_memory, fitting_workers, make_plan
 from mp_rerank._workers.child import set_threads
 
 MakePool = Callable[..., RerankerPool]
@@ -195,6 +195,16 @@ def test_weights_that_workers_share_are_in_memory_once(tmp_path: Path) -> None:
     assert fitting(prepack=False) == 17
     assert fitting(weights="private") == fitting(dtype="bfloat16") == fitting(weights="private", prepack=False) == 2
     assert "that they share" in fitting_workers(on, spec)[1]
+
+
+def test_memory_is_estimated_with_shared_weights_once(tmp_path: Path) -> None:
+    safetensors(tmp_path / "model.safetensors", ["F32"], 2 * GIB)
+    spec = ModelSpec(str(tmp_path))
+    for fields, more in (({}, 2), ({"prepack": False}, 0), ({"weights": "private"}, 4)):
+        one, two = (estimate_memory(replace(spec, **fields), workers) for workers in (1, 2))  # type: ignore[arg-type]
+        assert two - one == WORKER_BYTES + more * GIB
+        assert one - (two - one) == (0 if "weights" in fields else 2 * GIB)
+    assert estimate_memory(ModelSpec("org/not-here"), 3) == 3 * WORKER_BYTES, "nobody knows its size"
 
 
 @pytest.mark.parametrize(
