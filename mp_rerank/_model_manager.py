@@ -148,10 +148,9 @@ class Leased:
         self.started = started
         self._asked = asked
 
-    @property
-    def facts(self) -> Any:
-        dispatcher = self._dispatcher
-        return dispatcher.facts
+    def __getattr__(self, name: str) -> Any:
+        """Whatever else a dispatcher has, once there is a lease."""
+        return getattr(self._dispatcher, name)
 
     @property
     def _dispatcher(self) -> Dispatcher:

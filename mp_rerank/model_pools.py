@@ -23,7 +23,7 @@ import time
 import weakref
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from typing import Any, NoReturn
+from typing import Any, NoReturn, SupportsIndex
 
 from mp_rerank._checks import memory_size
 from mp_rerank._model_manager import Acquire, Lease, Leased, Manager, Retire, key_of
@@ -104,6 +104,18 @@ class ModelPools:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
         self.close(drain=kind is None)
+
+    def __copy__(self) -> ModelPools:
+        return self
+
+    def __deepcopy__(self, memo: object) -> ModelPools:
+        """Themselves: frameworks copy what holds them, and their workers are there once."""
+        return self
+
+    def __reduce_ex__(self, protocol: SupportsIndex) -> Any:
+        raise TypeError(
+            "ModelPools cannot be pickled: their workers belong to this process. Make them in the other one"
+        )
 
 
 class _Handle(RerankerPool):

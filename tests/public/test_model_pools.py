@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import gc
 import os
+import pickle
 import random
 import signal
 import sys
@@ -180,6 +182,25 @@ def test_idle_ones_go_before_those_that_work(make_pools: MakePools, fifo: Fifo) 
     assert states(pools) == {"A": "ready", "C": "ready"}
     fifo.release()
     working.result(PATIENCE)
+
+
+def test_nobody_leaves_in_vain_for_one_that_waits_for_another_to_start(
+    make_pools: MakePools, sizes: dict[str, int], fifo: Fifo
+) -> None:
+    pools = make_pools(2 * SIZE)
+    gated = ModelSpec(fifo.order, loader="fakes:load_obeying")
+    sizes["large"] = 2 * SIZE
+    pools.pool(A).start()
+    with ThreadPoolExecutor(2) as agents:
+        starting = agents.submit(pools.pool(gated).start)
+        fifo.wait_until_read()
+        large = agents.submit(pools.pool(replace(FAKE, name="large")).start)
+        until(lambda: states(pools).get("large") == "waiting")
+        assert states(pools)["A"] == "ready"
+        fifo.release()
+        starting.result(PATIENCE)
+        large.result(PATIENCE)
+    assert states(pools) == {"large": "ready"}
 
 
 def test_many_threads_with_more_models_than_there_is_room_for(make_pools: MakePools) -> None:
@@ -403,6 +424,36 @@ def test_a_handle_that_is_closed_lets_others_finish(make_pools: MakePools, fifo:
         closing.result(PATIENCE)
         assert len(working.result(PATIENCE)) == 1
         assert late.result(PATIENCE) == ranked("query", DOCUMENTS)
+
+
+@pytest.mark.parametrize("drain", [True, False])
+def test_a_handle_that_is_closed_while_its_model_is_loaded(make_pools: MakePools, fifo: Fifo, drain: bool) -> None:
+    pools = make_pools(SIZE, workers=1)
+    pool = pools.pool(ModelSpec(fifo.order, loader="fakes:load_obeying"))
+    with ThreadPoolExecutor(2) as agents:
+        asked = agents.submit(pool.rerank, "query", DOCUMENTS)
+        fifo.wait_until_read()
+        closing = agents.submit(pool.close, drain=drain)
+        if drain:
+            until(lambda: pools._manager._retirements != [])
+            fifo.release()
+            assert asked.result(PATIENCE) == ranked("query", DOCUMENTS), "it had asked before"
+        else:
+            with pytest.raises(PoolClosedError):
+                asked.result(PATIENCE)
+            fifo.release()
+        closing.result(PATIENCE)
+    assert pools.stats().models == ()
+
+
+def test_copies_are_the_same_and_none_is_pickled(make_pools: MakePools) -> None:
+    pools = make_pools(SIZE)
+    assert copy.copy(pools) is copy.deepcopy({"pools": pools})["pools"] is pools
+    pool = pools.pool(A)
+    assert copy.deepcopy(pool) is pool
+    for whole in (pools, pool):
+        with pytest.raises(TypeError, match="cannot be pickled"):
+            pickle.dumps(whole)
 
 
 def test_a_handle_closed_for_so_long_fails_what_is_left(make_pools: MakePools, fifo: Fifo) -> None:
