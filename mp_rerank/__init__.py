@@ -28,7 +28,7 @@ if TYPE_CHECKING:
         WorkerCrashedError,
     )
     from mp_rerank.pool import RerankerPool
-    from mp_rerank.results import PoolMemory, PoolStats, RerankResult, WorkerInfo, WorkerMemory
+    from mp_rerank.results import PoolMemory, PoolStats, RerankResult, WorkerExit, WorkerInfo, WorkerMemory
     from mp_rerank.shared import shared_pool
 
 __version__ = "0.1.0"
@@ -47,6 +47,7 @@ __all__ = [
     "RerankerPool",
     "ScoringError",
     "WorkerCrashedError",
+    "WorkerExit",
     "WorkerInfo",
     "WorkerMemory",
     "shared_pool",

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Sequence
-from typing import Literal, SupportsIndex
+from dataclasses import dataclass, fields
+from typing import Literal, SupportsIndex, TypedDict
 
 from mp_rerank._checks import check_optional_count, is_for_ever, shown
 from mp_rerank._pairs import Pair
@@ -15,9 +16,9 @@ from mp_rerank._pairs import Pair
 __all__ = [
     "MAX_PRIORITY",
     "OnTimeout",
-    "check_on_timeout",
+    "RequestKeywords",
+    "RequestOptions",
     "check_predict_options",
-    "check_priority",
     "check_top_n",
     "deadline_of",
     "documents_of",
@@ -106,12 +107,6 @@ def check_priority(priority: SupportsIndex) -> None:
         raise ValueError(f"priority: from {-MAX_PRIORITY} to {MAX_PRIORITY} is needed, not {priority}")
 
 
-def check_on_timeout(on_timeout: OnTimeout) -> None:
-    """Check that ``on_timeout`` is one of its two words."""
-    if on_timeout not in ("raise", "partial"):
-        raise ValueError(f"on_timeout: 'raise' or 'partial' is needed, not {on_timeout!r}")
-
-
 def deadline_of(timeout: float | None) -> float | None:
     """When a request with this ``timeout`` expires, on the monotonic clock; ``None``: never."""
     if timeout is None:
@@ -121,3 +116,41 @@ def deadline_of(timeout: float | None) -> float | None:
     if not timeout > 0:
         raise ValueError(f"timeout: more than 0 seconds are needed, not {timeout}")
     return None if is_for_ever(timeout) else time.monotonic() + timeout
+
+
+class RequestKeywords(TypedDict, total=False):
+    """`RequestOptions` as keyword arguments, for type checkers and editors."""
+
+    timeout: float | None
+    priority: int
+    on_timeout: OnTimeout
+
+
+@dataclass(frozen=True)
+class RequestOptions:
+    """What a request may say beside its texts: keyword arguments of ``submit``, ``rerank`` and their kin.
+
+    Attributes:
+        timeout: seconds from now until the request expires; what is not scored then is dropped. ``None``: never.
+        priority: from -8 to 8; each step doubles the request's share of the workers, and none starves the others.
+        on_timeout: ``"raise"`` RequestTimeoutError, or ``"partial"``: what is scored by then.
+    """
+
+    timeout: float | None = None
+    priority: int = 0
+    on_timeout: OnTimeout = "raise"
+
+    def __post_init__(self) -> None:
+        deadline_of(self.timeout)
+        check_priority(self.priority)
+        if self.on_timeout not in ("raise", "partial"):
+            raise ValueError(f"on_timeout: 'raise' or 'partial' is needed, not {self.on_timeout!r}")
+
+    @classmethod
+    def of(cls, keywords: RequestKeywords) -> RequestOptions:
+        """The options that ``keywords`` say; an unknown one is a ``TypeError``."""
+        known = [item.name for item in fields(cls)]
+        unknown = sorted(set(keywords) - set(known))
+        if unknown:
+            raise TypeError(f"a request has no option {', '.join(unknown)}; it has {', '.join(known)}")
+        return cls(**keywords)

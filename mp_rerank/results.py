@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["PoolMemory", "PoolStats", "RerankResult", "Scores", "WorkerInfo", "WorkerMemory"]
+__all__ = ["PoolMemory", "PoolStats", "RerankResult", "Scores", "WorkerExit", "WorkerInfo", "WorkerMemory"]
 
 #: of n pairs: shape (n,), or (n, num_labels) where the model gives several
 Scores = npt.NDArray[np.float32]
@@ -27,6 +28,42 @@ class RerankResult:
     index: int
     relevance_score: float | None
     document: str
+
+
+ExitReason = Literal[
+    "crashed",
+    "hung",
+    "unkillable",
+    "idle_death",
+    "device_lost",
+    "recycled_slices",
+    "recycled_memory",
+    "reloaded",
+    "load_failed",
+    "launch_failed",
+]
+
+
+@dataclass(frozen=True)
+class WorkerExit:
+    """How and when a worker ended.
+
+    Attributes:
+        reason: ``"crashed"``: it died with work to do: a slice, or its model to load. ``"hung"``: killed after
+            ``hang_timeout`` or ``start_timeout``. ``"unkillable"``: hung, and did not end when it was killed.
+            ``"idle_death"``: it died with nothing to do, as by the system for its memory. ``"device_lost"``: its
+            process could not use its GPU any more. ``"recycled_slices"``, ``"recycled_memory"``: replaced after
+            ``max_slices_per_worker`` or ``max_memory_per_worker``. ``"reloaded"``: another model took its place.
+            ``"load_failed"``: it could not load the model. ``"launch_failed"``: the system would start no process.
+        exit_code: of its process; negative for a signal; ``None`` where it was told to leave, or where nobody knows.
+        signal: the signal's name, such as ``"SIGKILL"``; empty without one.
+        at: when, in seconds since the epoch.
+    """
+
+    reason: ExitReason
+    exit_code: int | None
+    signal: str
+    at: float
 
 
 @dataclass(frozen=True)
@@ -50,6 +87,7 @@ class WorkerInfo:
         max_length: tokens a pair is truncated to; ``None`` where the model does not say.
         canary: the scores of the canary pairs; equal on every worker of a pool.
         tokens_per_second: estimated tokens scored per second, as last measured in this worker.
+        last_exit: how the worker before it on this seat ended; ``None`` while it is the first.
     """
 
     slot: int
@@ -66,6 +104,7 @@ class WorkerInfo:
     max_length: int | None = None
     canary: tuple[float, ...] = ()
     tokens_per_second: float = 0.0
+    last_exit: WorkerExit | None = None
 
 
 @dataclass
@@ -93,6 +132,7 @@ class PoolStats:
         restarts: workers started to replace another (after a crash, a recycling or a reload).
         recycled: workers replaced on reaching ``max_slices_per_worker`` or ``max_memory_per_worker``.
         reloads: models swapped in by ``reload``.
+        exits: workers that ended, by the reason of their `WorkerExit`; not those that ended with the pool.
     """
 
     submitted: int = 0
@@ -114,6 +154,7 @@ class PoolStats:
     restarts: int = 0
     recycled: int = 0
     reloads: int = 0
+    exits: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,6 @@
-"""Models for tests: importable by a worker, no torch, and obedient. A document that starts with ``!`` is an order.
+"""Fake models, for tests and benchmarks: a worker can import them, and they need no torch.
+
+``FakeModel`` scores by hash, and obeys: a document that starts with ``!`` is an order.
 
 !raise TEXT        raise ValueError(TEXT)
 !lose-device       raise what torch raises once a kernel has failed
@@ -33,6 +35,7 @@ from pathlib import Path
 import numpy as np
 
 from mp_rerank._pairs import CANARY, estimate_pair, estimate_text
+from mp_rerank._workers.child import import_engine
 
 
 def score_of(query: str, document: str) -> float:
@@ -176,8 +179,8 @@ def load_miscounting(spec: object, device: str) -> object:
 class Paced(FakeModel):
     """Takes its time: so many seconds a token."""
 
-    def __init__(self, seconds_per_token: float) -> None:
-        super().__init__()
+    def __init__(self, seconds_per_token: float, salt: str = "") -> None:
+        super().__init__(salt)
         self.seconds_per_token = seconds_per_token
 
     def predict(self, pairs: list[tuple[str, str]]) -> list[float]:
@@ -186,8 +189,9 @@ class Paced(FakeModel):
 
 
 def load_paced(spec: object, device: str) -> Paced:
-    """``spec.name`` is the seconds a token."""
-    return Paced(float(spec.name))  # type: ignore[attr-defined]
+    """``spec.name`` is the seconds a token; with ``SALT:`` before them, another model for each salt."""
+    salt, _, seconds = spec.name.rpartition(":")  # type: ignore[attr-defined]
+    return Paced(float(seconds), salt)
 
 
 class Counting(FakeModel):
@@ -244,3 +248,38 @@ class DyingInAnswer(FakeModel):
 
             Connection._send = send_half  # type: ignore[attr-defined,method-assign]
         return super().predict(pairs)
+
+
+class Empty:
+    """Scores each pair 0: at once, after so many seconds a call, or once there is no file ``gate``."""
+
+    def __init__(self, seconds: float = 0.0, gate: str = "") -> None:
+        self.seconds = seconds
+        self.gate = gate
+
+    def predict(self, pairs: list[tuple[str, str]]) -> list[float]:
+        while self.gate and os.path.exists(self.gate):
+            time.sleep(0.001)
+        if self.seconds:
+            time.sleep(self.seconds)
+        return [0.0] * len(pairs)
+
+
+def load_empty(spec: object, device: str) -> Empty:
+    return Empty()
+
+
+def load_sleeping(spec: object, device: str) -> Empty:
+    """``spec.name`` is the seconds a call."""
+    return Empty(seconds=float(spec.name))  # type: ignore[attr-defined]
+
+
+def load_gated(spec: object, device: str) -> Empty:
+    """``spec.name`` is the path of a file: while it exists, nothing is scored."""
+    return Empty(gate=spec.name)  # type: ignore[attr-defined]
+
+
+def load_imports(spec: object, device: str) -> Empty:
+    """Imports what a real model's worker imports, and loads no model."""
+    import_engine()
+    return Empty()

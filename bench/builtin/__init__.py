@@ -1,15 +1,15 @@
-"""How the built-in model was made: `python -m bench builtin STEP ...`, the steps in their order.
+"""The making of the built-in model: `python -m bench builtin STEP ...`, in these steps.
 
-    collect   sets and documentation        -> passages.jsonl
-    queries   passages                      -> queries.jsonl
-    teach     BM25 + bi-encoder on those    -> lists.jsonl, calibration.json
-    contrast  answers about something else -> more passages, queries and lists
-    train     a three-layer cross-encoder   -> checkpoint/
-    average   with the weights before       -> a model, by the development sets
-    export    float16 weights, calibrated   -> the folder that is shipped
+    collect   sets and documentation          -> passages.jsonl
+    queries   passages                        -> queries.jsonl
+    teach     BM25 and bi-encoder on those    -> lists.jsonl, calibration.json
+    contrast  passages with swapped names     -> more passages, queries and lists
+    train     a cross-encoder of three layers -> checkpoint/
+    average   weights of two trainings        -> a model, chosen by the development sets
+    export    float16 weights, calibrated     -> the folder that is shipped
 
-Every step but `average`, which takes two models, reads and writes one `--work` folder; each is seeded where it draws
-anything, and can be run again by itself.
+Every step but `average`, which takes two models, reads and writes one `--work` folder. Random choices are seeded, and
+each step can be run again by itself.
 """
 
 import importlib

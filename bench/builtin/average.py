@@ -1,11 +1,12 @@
-"""Step 6: how much of the weights from before the last training to put back.
+"""Step 6: average the model's weights with those from before its last training.
 
     python -m bench builtin average --model W/third --before W/second --data DEV --out W/average
 
-What a training on some texts takes from others, a mean of the weights before and after it gives back in part (Wortsman
-et al., Robust fine-tuning of zero-shot models, 2022). How much is for the development sets to say, which no training
-has seen and nothing else is measured on: of SHARES, none at all among them, the one with the highest mean of nDCG@10
-on BM25's top 100. One that gets the README's first example wrong is out, whatever it has.
+A training on some texts makes a model worse on others. An average of the weights before and after the training brings
+back a part (Wortsman et al., Robust fine-tuning of zero-shot models, 2022). The development sets decide how large the
+share of the earlier weights is; they are used for no training and for no published figure. Of SHARES, which include 0,
+the step chooses the one with the highest mean of nDCG@10 on BM25's 100 best documents, among those that get the
+README's first example right.
 """
 
 import argparse
@@ -16,23 +17,24 @@ from pathlib import Path
 from tokenizers import Tokenizer
 from transformers import BertForSequenceClassification
 
+from bench import ROOT
 from bench.builtin.export import write_files
-from bench.datasets import DEVELOPMENT
-from bench.quality import candidates, cross_encoder, ndcg
-from bench.retrieval import fast_dtype
+from bench.inputs.datasets import DEVELOPMENT
+from bench.quality.ndcg import candidates, cross_encoder, ndcg
+from bench.quality.retrieval import fast_dtype
 from mp_rerank import ModelSpec, RerankerPool
 
-#: of the weights from before the training
+#: shares of the weights from before the training
 SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
 #: the README's first example
 QUESTION = "How many people live in Berlin?"
-EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "berlin.txt"
+EXAMPLE = ROOT / "examples" / "berlin.txt"
 
 
 def average(
     after: BertForSequenceClassification, before: BertForSequenceClassification, share: float
 ) -> BertForSequenceClassification:
-    """A model of weights that are, to that share, those of `before`; neither model is changed."""
+    """A model with averaged weights, of which `share` is the part of `before`; neither model is changed."""
     model = BertForSequenceClassification(after.config).eval()
     earlier = before.state_dict()
     model.load_state_dict({name: value.lerp(earlier[name], share) for name, value in after.state_dict().items()})

@@ -1,9 +1,10 @@
-"""Step 1: the passages to train on, from the training sets and from documentation.
+"""Step 1: collect the passages to train on, from the training sets and from documentation.
 
     python -m bench builtin collect --work W --data DIR --docs NAME=DIR[,DIR...] ...
 
-Passages that compete with each other share a pool: abstracts, sentences of abstracts, paragraphs and sentences of
-XQuAD and SQuAD (XQuAD's last articles apart, for validation), and one pool for every `--docs NAME`.
+Each passage is in a pool, and a query searches one pool. The pools are: abstracts; sentences of abstracts; paragraphs
+and sentences of XQuAD and SQuAD (without XQuAD's last articles, which are for validation); and one for each `--docs
+NAME`.
 """
 
 import argparse
@@ -12,11 +13,11 @@ import random
 from collections.abc import Iterator
 from pathlib import Path
 
-from bench import datasets
 from bench.builtin.prose import paragraphs
 from bench.builtin.records import Passage, sentences, windows, write
+from bench.inputs import datasets
 
-#: of one file of documentation, so that a few long ones do not fill a pool
+#: passages of one file of documentation, so that a few long files do not fill a pool
 PER_FILE = 15
 #: XQuAD articles from this one on are for validation only
 VALIDATION_ARTICLE = 40

@@ -1,15 +1,15 @@
-"""Step 4: passages that answer the question about something else.
+"""Step 4: add passages that answer the question, but about something else.
 
     python -m bench builtin contrast --work W
 
-Candidates of a question are seldom about the same thing under another name, so a student learns the shape of an answer
-and not whose answer it is. Each of people's own questions that shares a name or a year with the passage that answers it
-gets an impostor: the passage with that name replaced by another of its kind (near it by the bi-encoder's cosine). An
-impostor is not relevant, and otherwise in the middle of its list. For every other such question there is a mirrored
-list too, in which the question has the new name as well: there the impostor is the answer and the true passage is not,
-so that nothing but the question tells which of the two is made up.
+A question's candidates are seldom about the same thing under another name. So a student learns what an answer looks
+like, and not whom it is about. This step takes each question by a person that shares a name or a year with the passage
+that answers it, and makes an impostor: the passage with another name of the same kind, near to the first by the
+bi-encoder's cosine. In the question's list the impostor is not relevant. For every other such question there is also a
+mirrored list, whose question has the new name: there the impostor is the answer, and the true passage is not relevant.
+So only the question tells which of the two passages is right.
 
-Questions kept for validation get a list of these two passages alone, of the kind `impostor`.
+A question for validation gets a list of these two passages alone, of the kind `impostor`.
 """
 
 import argparse
@@ -21,17 +21,17 @@ from pathlib import Path
 import numpy as np
 
 from bench.builtin.records import Passage, Query, RankedList, read, write
-from bench.retrieval import BiEncoder
+from bench.quality.retrieval import BiEncoder
 
 IMPOSTORS = "impostors"
 #: a word with a capital that is not a sentence's first, or a year
 NAME = re.compile(r"(?<=[\w,;:)] )(?:[A-Z]\w{2,}|[12]\d{3})\b")
-#: a name is replaced by one of those that are this near to it: the nearest are often the same name in another form
+#: the ranks, by nearness, of the names that may replace a name: the nearest ones are often other forms of it
 NEAREST, FARTHEST = 3, 40
 
 
 class Names:
-    """The names of many texts, and for each those that could stand in its place."""
+    """The names of many texts, and for each name others that can replace it."""
 
     def __init__(self, texts: list[str], encoder: BiEncoder) -> None:
         self._names = sorted({name for text in texts for name in NAME.findall(text)})
@@ -52,7 +52,7 @@ def swap(text: str, names: dict[str, str]) -> str:
 
 
 def replacements(question: str, answer: str, names: Names, generator: random.Random) -> dict[str, str]:
-    """New names for some that the two share: for one, or for all of them; none where they share none."""
+    """New names for one of the names that both texts share, or for all of them; none if they share none."""
     shared = [name for name in dict.fromkeys(NAME.findall(question)) if re.search(rf"\b{name}\b", answer)]
     if len(shared) > 1 and generator.random() < 0.5:
         shared = [generator.choice(shared)]
@@ -60,7 +60,7 @@ def replacements(question: str, answer: str, names: Names, generator: random.Ran
 
 
 def with_impostor(item: RankedList, impostor: int) -> RankedList:
-    """The list and one more candidate, which is not relevant and otherwise an ordinary one of them."""
+    """The list with one more candidate, which is not relevant and has an average candidate's scores."""
     return RankedList(
         query=item.query,
         docs=[*item.docs, impostor],
@@ -73,7 +73,7 @@ def with_impostor(item: RankedList, impostor: int) -> RankedList:
 
 
 def mirrored(item: RankedList, query: int, answer: int, impostor: int, strangers: set[int]) -> RankedList:
-    """The list of the question with the new names: the two have changed places, and only `strangers` may stay."""
+    """The list of the question with the new names: answer and impostor swapped, and of the others only `strangers`."""
     known = item.docs.index(answer)
     kept = [place for place, doc in enumerate(item.docs) if doc in strangers or place == known]
     whole = with_impostor(item, answer)
@@ -91,12 +91,12 @@ def mirrored(item: RankedList, query: int, answer: int, impostor: int, strangers
 
 
 def only_the_two(query: int, answer: int, impostor: int) -> RankedList:
-    """The answer and its impostor, of which the teacher knows nothing."""
+    """The list of the answer and its impostor, without the teacher's scores."""
     return RankedList(query, [answer, impostor], [0.0] * 2, [0.0] * 2, [0.0] * 2, [True, False], 1)
 
 
 def main(argv: list[str]) -> int:
-    """Add to `passages.jsonl`, `queries.jsonl` and `lists.jsonl`; twice does no more than once."""
+    """Add to `passages.jsonl`, `queries.jsonl` and `lists.jsonl`; a second run adds nothing."""
     parser = argparse.ArgumentParser(prog="python -m bench builtin contrast", description=__doc__.splitlines()[0])
     parser.add_argument("--work", type=Path, required=True, help="the folder of intermediate files")
     parser.add_argument("--seed", type=int, default=0)

@@ -1,10 +1,11 @@
-"""Step 7: the files that are shipped.
+"""Step 7: write the files that are shipped.
 
     python -m bench builtin export --work W --out DIR
 
-The scores are calibrated on the validation lists (Platt: one factor and one offset, folded into the last layer). The
-weights are stored as float16 while the configuration says float32: half the bytes, loaded as full precision. The
-tokenizer is written in the plain files that old and new versions of `transformers` read. The card is left alone.
+Scores are calibrated on the validation lists (Platt scaling: one factor and one offset, which become part of the last
+layer). Weights are stored in float16, half as many bytes; the configuration says float32, so that they are loaded in
+float32. The tokenizer is written as plain files, which old and new versions of `transformers` read. The model card is
+not changed.
 """
 
 import argparse
@@ -28,7 +29,7 @@ CUTS = (0.1, 0.3, 0.5)
 
 
 def flatten(source: Source, lists: list[RankedList], scores: list[np.ndarray]) -> dict[str, np.ndarray]:
-    """The pairs of all lists: what the model says, whether it is relevant, and the kind of query."""
+    """The pairs of all lists: the model's logit, whether the passage is relevant, and the kind of query."""
     return {
         "logits": np.concatenate(scores),
         "relevant": np.array([flag for item in lists for flag in item.relevant]),
@@ -37,7 +38,7 @@ def flatten(source: Source, lists: list[RankedList], scores: list[np.ndarray]) -
 
 
 def calibrate(model: BertForSequenceClassification, pairs: dict[str, np.ndarray]) -> tuple[float, float]:
-    """Scale and shift the last layer, so that the sigmoid of a score is the share of such pairs that are relevant."""
+    """Scale and shift the last layer, so that the sigmoid of a logit is the probability that the pair is relevant."""
     fit = LogisticRegression(C=100.0).fit(pairs["logits"][:, None], pairs["relevant"])
     factor, offset = float(fit.coef_[0, 0]), float(fit.intercept_[0])
     with torch.no_grad():
@@ -110,7 +111,7 @@ def write_files(model: BertForSequenceClassification, tokenizer: Tokenizer, fold
 
 
 def main(argv: list[str]) -> int:
-    """Calibrate and write; each file replaces its forerunner in one step."""
+    """Calibrate and write; each new file replaces the old one in one step."""
     parser = argparse.ArgumentParser(prog="python -m bench builtin export", description=__doc__.splitlines()[0])
     parser.add_argument("--work", type=Path, required=True, help="the folder of intermediate files")
     parser.add_argument("--out", type=Path, required=True, help="the model's folder")
@@ -129,7 +130,7 @@ def main(argv: list[str]) -> int:
     said = [score(model, source, item, special) for item in source.rivals]
     factor, offset = calibrate(model, pairs)
     print(f"calibration: {factor:.3f} x logit {offset:+.3f}\n\n{distribution(pairs, factor, offset)}\n")
-    if said:  # once there has been `contrast`
+    if said:  # only after `contrast`
         print(f"answers and impostors:\n\n{distribution(flatten(source, source.rivals, said), factor, offset)}\n")
 
     options.out.mkdir(parents=True, exist_ok=True)

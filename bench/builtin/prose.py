@@ -1,4 +1,4 @@
-"""Prose out of documentation: (heading, paragraph) pairs from the formats that documentation comes in."""
+"""Prose from documentation: (heading, paragraph) pairs, from files in several formats."""
 
 import ast
 import gzip

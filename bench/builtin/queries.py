@@ -1,11 +1,11 @@
-"""Step 2: queries for the passages.
+"""Step 2: write queries for the passages.
 
     python -m bench builtin queries --work W --data DIR
 
-People's own come from SciFact's training claims, PubMedQA, XQuAD and SQuAD. The others are made from a passage and
-stand for how people search: a title, a sentence, a sentence with words missing, several sentences that describe what is
-wanted, a few key terms, "what is" and "how to", and questions for a number, a year, a name or a place, made from a
-sentence by leaving that answer out.
+Queries by people come from SciFact's training claims, PubMedQA, XQuAD and SQuAD. The others are made from passages, in
+the forms in which people search: a title; a sentence; a sentence with words missing; several sentences, as a long
+description; a few key terms; "what is" and "how to" questions; and questions for a number, a year, a name or a place,
+made from a sentence without that answer.
 """
 
 import argparse
@@ -16,9 +16,9 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-from bench import datasets
 from bench.builtin.collect import answered
 from bench.builtin.records import Passage, Query, read, sentences, write
+from bench.inputs import datasets
 
 _WORD = re.compile(r"[A-Za-z][A-Za-z0-9'-]*|\d[\d.,]*")
 _STOP = frozenset(
@@ -41,12 +41,12 @@ _DEFINITION = re.compile(
     r"^(?:The |An? )?([A-Za-z][\w-]*(?: [\w-]+){0,3}?) (?:is|are|refers to|means) (?:an?|the|used)\b"
 )
 
-#: a made query, or nothing where the passage does not lend itself to this kind
+#: makes a query of one kind from a passage, or none if the passage does not suit the kind
 Maker = Callable[[Passage, random.Random], str | None]
 
 
 class Rarity:
-    """How rare a word is among all passages: what a key term is chosen by."""
+    """How rare words are among all passages, for the choice of key terms."""
 
     def __init__(self, passages: list[Passage]) -> None:
         counts = collections.Counter(word for item in passages for word in set(_WORD.findall(item.text.lower())))
@@ -65,12 +65,12 @@ class Rarity:
 
 
 def title(passage: Passage, generator: random.Random) -> str | None:
-    """The heading, where it says something."""
+    """The heading, if it has a meaning of its own."""
     return passage.title if 2 <= len(passage.title.split()) <= 25 else None
 
 
 def sentence(passage: Passage, generator: random.Random) -> str | None:
-    """One of the passage's sentences, as it stands."""
+    """One of the passage's sentences, unchanged."""
     fit = [item for item in sentences(passage.text) if 5 <= len(item.split()) <= 30]
     return generator.choice(fit) if fit else None
 
@@ -86,7 +86,7 @@ def thinned(passage: Passage, generator: random.Random) -> str | None:
 
 
 def description(passage: Passage, generator: random.Random) -> str | None:
-    """Several sentences in a row, 25 to 150 words, some of them missing: someone describes at length what is wanted."""
+    """Several sentences in a row, 25 to 150 words with some missing, as a long description of what is searched."""
     parts = sentences(passage.text)
     if len(parts) < 2:
         return None
@@ -128,7 +128,7 @@ def cloze_question(passage: Passage, generator: random.Random) -> str | None:
 
 
 def definition(passage: Passage, generator: random.Random) -> str | None:
-    """A question for X, from a sentence that says what X is."""
+    """A "what is" question, from a sentence that says what something is."""
     for item in sentences(passage.text):
         found = _DEFINITION.match(item)
         if found and found[1].split()[0].lower() not in _STOP:
@@ -138,7 +138,7 @@ def definition(passage: Passage, generator: random.Random) -> str | None:
 
 
 def how_to(passage: Passage, generator: random.Random) -> str | None:
-    """A question for the way, from a heading or a sentence that begins with what is done."""
+    """A "how to" question, from a heading or a sentence that begins with an action."""
     for item in (passage.title, *sentences(passage.text)[:2]):
         words = item.strip(" .").split()
         if 3 <= len(words) <= 16 and re.fullmatch(r"[A-Z][a-z]{2,}(?:ing|es|s|e|t|d)", words[0]):
@@ -154,7 +154,7 @@ def how_to(passage: Passage, generator: random.Random) -> str | None:
 
 
 def makers(rarity: Rarity) -> list[tuple[str, Maker, float]]:
-    """(kind, maker, share): every kind of query with how often it is tried first."""
+    """Every kind of query as (kind, maker, share); the share says how often it is tried first."""
 
     def key_terms(passage: Passage, generator: random.Random) -> str | None:
         terms = rarity.key_terms(passage.text, generator.randint(2, 7), generator)
@@ -236,7 +236,7 @@ def made(passages: list[Passage], count: int, generator: random.Random, labels: 
 
 
 def _draw(items: list[int], weights: list[float], generator: random.Random) -> int:
-    """One item by rejection: `random.choices` would add up all the weights for every draw."""
+    """One random item by rejection sampling: `random.choices` would sum all weights for every draw."""
     top = max(weights)
     while True:
         place = generator.randrange(len(items))

@@ -1,4 +1,4 @@
-"""What the steps hand to each other: small records, kept one JSON object a line."""
+"""The records that the steps read and write: small objects, one JSON object a line."""
 
 import json
 import re
@@ -12,7 +12,7 @@ _SENTENCE_END = re.compile(r"(?<=[.!?])[\"')\]]?\s+(?=[A-Z0-9\"'(\[])")
 
 @dataclass
 class Passage:
-    """A text that can be found. `pool` names the collection it competes in."""
+    """A text to be found. `pool` names the collection that it is part of."""
 
     pool: str
     text: str
@@ -36,7 +36,7 @@ class Query:
 
 @dataclass
 class RankedList:
-    """A query with candidates and what the teacher thinks of each of them.
+    """A query with its candidates and the teacher's scores of them.
 
     `bm25` and `cosine` are z-scores among the query's 100 candidates, `similarity` is the cosine itself. `impostor` is
     the place of the candidate that answers the question about something else, -1 where there is none.
@@ -68,7 +68,7 @@ def read(path: Path, kind: type[Record]) -> list[Record]:
 
 
 def sentences(text: str) -> list[str]:
-    """A plain splitter: good enough to make passages and queries from."""
+    """The sentences of a text, split by simple rules."""
     return [part.strip() for part in _SENTENCE_END.split(text) if part.strip()]
 
 

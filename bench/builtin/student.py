@@ -1,4 +1,4 @@
-"""The student before training: the lower layers of the bi-encoder, with fewer words in its vocabulary."""
+"""The student before training: the lower layers of the bi-encoder, with a smaller vocabulary."""
 
 import collections
 import json
@@ -42,7 +42,7 @@ def choose_vocabulary(tokenizer: Tokenizer, texts: Iterable[str], size: int) -> 
 
 
 def prune_tokenizer(source: Path, vocabulary: list[str]) -> Tokenizer:
-    """The source's tokenizer over fewer tokens: what is left out falls apart into pieces that are there."""
+    """The source's tokenizer with fewer tokens: a word that is left out is split into tokens that remain."""
     state = json.loads((source / "tokenizer.json").read_text(encoding="utf-8"))
     ids = {token: number for number, token in enumerate(vocabulary)}
     state["model"]["vocab"] = ids

@@ -1,14 +1,14 @@
-"""Step 3: what the teacher says.
+"""Step 3: score the queries' passages with the teacher.
 
     python -m bench builtin teach --work W
 
-The teacher is the sum of two z-scores, taken for each query over BM25's 100 best passages of its pool: the
-bi-encoder's cosine and BM25. A list for the student keeps the passages known to be relevant, the teacher's best, near
-misses of BM25, those nearest by cosine in the whole pool (they may share no word with the query), and some at random. A
-made query loses the passage it was made from every other time, a description always, so that the student must also rank
-passages that nobody wrote the query for.
+The teacher is the sum of two z-scores, of the bi-encoder's cosine and of BM25, over BM25's 100 best passages of a
+query's pool. A student's list has the relevant passages, the teacher's best ones, some of BM25's best, some at random,
+and the nearest by cosine in the whole pool, which may share no word with the query. Every second made query loses the
+passage that it was made from, and a made description always does, so that the student must also rank passages that no
+query was made from.
 
-What the labelled queries say about (BM25, cosine) becomes a probability by logistic regression: `calibration.json`.
+A logistic regression on the labelled queries turns (BM25, cosine) into a probability: `calibration.json`.
 """
 
 import argparse
@@ -21,10 +21,10 @@ import numpy as np
 from sklearn.linear_model import LogisticRegression
 
 from bench.builtin.records import Passage, Query, RankedList, read, write
-from bench.retrieval import BM25, BiEncoder
+from bench.quality.retrieval import BM25, BiEncoder
 
 DEPTH = 100
-#: of a list: the teacher's best, BM25's best, the nearest by cosine, at random among the candidates, and from the pool
+#: passages of a list: the teacher's best, BM25's best, the nearest by cosine, random candidates, random from the pool
 BEST, LEXICAL, NEAREST, OTHERS, STRANGERS = 6, 4, 4, 7, 2
 
 
@@ -41,7 +41,7 @@ def choose(
     pool: list[int],
     generator: random.Random,
 ) -> list[int]:
-    """The passages of one list, in no order that tells anything."""
+    """The passages of one list, in random order."""
     skip = set() if query.labelled or (query.kind != "description" and generator.random() < 0.5) else {*query.relevant}
     ranked = [int(found[i]) for i in np.argsort(-teacher)]
     candidates = [int(i) for i in found]
@@ -57,7 +57,7 @@ def choose(
 
 
 def features(lists: list[RankedList]) -> np.ndarray:
-    """One row a candidate: what the probability is estimated from."""
+    """The features of the probability, a row for each candidate."""
     return np.array([row for item in lists for row in zip(item.bm25, item.cosine, item.similarity, strict=True)])
 
 

@@ -1,18 +1,20 @@
-"""Step 5: the student learns to order, and to say how sure it is.
+"""Step 5: train the student to order passages and to give a calibrated score.
 
     python -m bench builtin train --work W --minutes 80
 
-Four terms, for every list of candidates of one query:
+The loss has four terms, for each list of candidates of one query:
 
-- order: the student's softmax over the list against the teacher's (z-summed BM25 and cosine; a known answer is raised);
-- distances: the student's scores, less their mean, against the teacher's, less theirs;
-- probability: binary cross-entropy of each score against the label, or against the teacher's calibrated guess;
-- matching: the query's tokens, one layer before the last, must tell whether the passage has the same token, and how
-  near its nearest one is. Two small heads read that off and are thrown away afterwards. It points a model whose layers
-  never saw two texts at matching them.
+- order: the student's softmax over the list against the teacher's (the sum of the z-scores of BM25 and cosine, raised
+  for a known answer);
+- distances: the student's scores less their mean, against the teacher's less theirs;
+- probability: binary cross-entropy of each score against the label, or, without a label, against the teacher's
+  calibrated probability;
+- matching: the vectors of the query's tokens, one layer before the last, must tell whether the passage has the same
+  token, and how near its nearest token is. Two small heads predict this, and are dropped after training. The lower
+  layers come from a bi-encoder and have never seen two texts at once; this term teaches them to match tokens.
 
-The schedule follows whichever is further, `--steps` or `--minutes`, so that a shared machine does not cut the training
-off at a high learning rate. `--steps` alone is reproducible.
+The learning rate follows the larger of the two progresses, by `--steps` and by `--minutes`, so that on a busy machine
+training does not end at a high learning rate. Only with `--steps` alone is the result reproducible.
 """
 
 import argparse
@@ -34,21 +36,21 @@ from transformers.masking_utils import AttentionMaskInterface, eager_mask
 from bench.builtin.contrast import IMPOSTORS
 from bench.builtin.records import Passage, Query, RankedList, read
 from bench.builtin.student import build, choose_vocabulary, prune_tokenizer
-from bench.retrieval import bi_encoder_path, half_precision
+from bench.quality.retrieval import bi_encoder_path, half_precision
 
 MAX_QUERY, MAX_PAIR = 192, 320
-#: where the pairs of a list are cut: short for speed, sometimes long so that long ones are not strange. A query beyond
-#: SHORT_QUERY tokens lengthens the pair instead of leaving less of the passage.
+#: the lengths at which the pairs of a list are cut: short for speed, and sometimes long, so that the student knows long
+#: pairs. A query's tokens beyond SHORT_QUERY are added to the length, so that the passage keeps its own.
 CUTS, SHORT_QUERY = (96, 112, 128, 160, 256), 40
-#: how much a known answer is raised above what the teacher thinks of it, in z-scores
+#: how much a known answer's teacher score is raised, in z-scores
 LABELLED_BONUS, MADE_BONUS = 3.0, 0.7
-#: how many of the lists come from people's own questions, and how often one of these comes up among them
+#: how many of the lists come from people's questions, and how often each of those is used
 LABELLED_SHARE, REPEAT = 0.45, {"claim": 4, "pubmedqa": 2, "conclusion": 2}
 
 
 @dataclass
 class Example:
-    """One list, as the student sees it."""
+    """One list as the student's input."""
 
     query: list[int]
     docs: list[list[int]]
@@ -72,7 +74,7 @@ class Source:
         pairs = list(zip(self.lists, asked, strict=True))
         self.training = [item for item, query in pairs if not query.validation]
         self.validation = [item for item, query in pairs if query.validation and query.kind != "impostor"]
-        #: an answer and its impostor each
+        #: lists of an answer and its impostor
         self.rivals = [item for item, query in pairs if query.validation and query.kind == "impostor"]
 
     @staticmethod
@@ -80,7 +82,7 @@ class Source:
         return tokenizer.encode_batch(texts, add_special_tokens=False)
 
     def example(self, item: RankedList, generator: random.Random, cuts: Sequence[int] = CUTS) -> Example:
-        """The list with the teacher's word on each candidate, and small changes that make texts less uniform."""
+        """The list with the teacher's scores, and with small random changes of its texts."""
         query = self.queries[item.query]
         question = self._questions[item.query][:MAX_QUERY]
         if question[-1:] == [self._mark] and generator.random() < 0.3:
@@ -124,7 +126,7 @@ class Batch:
 
 
 def collate(examples: Sequence[tuple[Example, Sequence[int]]], cls: int, sep: int) -> Batch:
-    """The chosen candidates of each example, in one rectangle."""
+    """The chosen candidates of each example, padded to equal numbers."""
     rows, types, owner, target, probability = [], [], [], [], []
     for number, (example, chosen) in enumerate(examples):
         head = [cls, *example.query, sep]
@@ -148,7 +150,7 @@ def collate(examples: Sequence[tuple[Example, Sequence[int]]], cls: int, sep: in
 
 
 def endless(items: list[RankedList], generator: random.Random) -> Iterator[RankedList]:
-    """Pass after pass, each in a new order."""
+    """The items pass after pass, each time in a new order."""
     while True:
         yield from generator.sample(items, len(items))
 
@@ -201,13 +203,13 @@ def attention(
     """
     with torch.autocast("cpu", enabled=False):
         weights = torch.matmul(query * scaling, key.transpose(2, 3))
-        if attention_mask is not None:  # where all are of one length there is none
+        if attention_mask is not None:  # None where all pairs have one length
             weights = weights + attention_mask.to(query.dtype)
         return torch.matmul(weights.softmax(-1), value).transpose(1, 2).contiguous(), None
 
 
 class Matching(torch.nn.Module):
-    """The two heads that ask a query's token: is it in the passage, and how near is the nearest one there?"""
+    """The two heads of the matching term: is a query's token in the passage, and how near is the nearest token?"""
 
     def __init__(self, embeddings: torch.Tensor) -> None:
         super().__init__()
@@ -224,7 +226,7 @@ class Matching(torch.nn.Module):
         exact = same.any(2).float()
         with torch.no_grad():
             vectors = self.fixed[batch.ids]
-            near = vectors[:, :width] @ vectors.transpose(1, 2)  # in what the forward pass is in
+            near = vectors[:, :width] @ vectors.transpose(1, 2)  # in the dtype of the forward pass
             near = near.float().masked_fill(~second[:, None, :], -1.0).amax(2)
         said = self.heads(hidden[:, :width]).float()
         loss = functional.binary_cross_entropy_with_logits(said[..., 0], exact, reduction="none")
@@ -233,7 +235,7 @@ class Matching(torch.nn.Module):
 
 
 def ranking_loss(scores: torch.Tensor, batch: Batch) -> torch.Tensor:
-    """Order, distances and probability, as the module's docstring has them."""
+    """The terms order, distances and probability of the module's docstring."""
     lists = int(batch.owner[-1]) + 1
     same = batch.owner[None, :] == torch.arange(lists)[:, None]
     said = scores[None, :].expand(lists, -1).masked_fill(~same, -1e4)
@@ -337,7 +339,7 @@ def main(argv: list[str]) -> int:
         lists, rivals = source.validation[:limit], source.rivals[:limit]
         found = evaluate(source, lists, [score(model, source, item, special) for item in lists])
         before = [(answer > other).item() for answer, other in (score(model, source, item, special) for item in rivals)]
-        if before:  # once there has been `contrast`
+        if before:  # only after `contrast`
             found["answers before impostors"] = {"lists": len(before), "share": round(float(np.mean(before)), 3)}
         return found
 

@@ -10,7 +10,6 @@ scored or broken. The first of the broken ones was running and is the suspect; t
 from __future__ import annotations
 
 import copy
-import logging
 import math
 import signal
 import time
@@ -25,19 +24,19 @@ from mp_rerank._pairs import Score, tolerance
 from mp_rerank._planning.plan import Seat, default_batch_tokens
 from mp_rerank._scheduling.queue import RequestQueue, Slice, Suspect
 from mp_rerank._scheduling.request import Request
-from mp_rerank._workers.child import WorkerFacts
+from mp_rerank._workers.child import EXIT_DEVICE_LOST, WorkerFacts
 from mp_rerank._workers.handle import WorkerHandle
-from mp_rerank._workers.logs import GuardedLogger
+from mp_rerank._workers.logs import POOL_LOGGER, QueuedLogger
 from mp_rerank._workers.slot import Described, Exited, Report, SliceEnded, Slot, SlotState
 from mp_rerank.config import ModelSpec, PoolConfig
 from mp_rerank.errors import ModelLoadError, RequestTimeoutError, RerankError, ScoringError, WorkerCrashedError
-from mp_rerank.results import PoolStats, WorkerInfo
+from mp_rerank.results import ExitReason, PoolStats, WorkerExit, WorkerInfo
 
 __all__ = ["Deployment", "Outcome"]
 
 Outcome = Literal["completed", "failed", "cancelled", "timed_out"]
 
-logger = GuardedLogger(logging.getLogger(__name__), {})
+logger = QueuedLogger(POOL_LOGGER)
 
 # A slice of unequal pairs is padded to the longest: a little less than a batch fits one.
 BATCHES_A_SLICE = 0.9
@@ -52,6 +51,9 @@ MAX_BACKOFF_SECONDS = 30.0
 # A worker told to leave is killed after so many seconds (it has nothing to lose), and the slices of one that has ended
 # are given up as lost (they have come back by then, unless a fork of this process holds the worker's pipes open).
 GRACE_SECONDS = 5.0
+# A worker that has not ended so long after it was killed (a system call that cannot be interrupted, a frozen control
+# group) is not waited for any more. Freeing the memory of a large model takes seconds.
+KILL_GRACE_SECONDS = 20.0
 
 
 class Deployment:
@@ -134,6 +136,7 @@ class Deployment:
     def handle(self, report: Report, now: float) -> None:
         """Act on what a slot reported."""
         slot = report.slot
+        self._expire(now)  # what is scored after its deadline comes too late
         if isinstance(report, SliceEnded):
             if report.generation == slot.generation:
                 self._slice_ended(slot, report, now)
@@ -146,19 +149,20 @@ class Deployment:
 
     def tick(self, now: float) -> None:
         """Do what is due: deadlines, restarts, workers that hang or do not leave."""
-        for request in self.queue.expire(now):
-            self._time_out(request)
+        self._expire(now)
         for slot in self.slots:
             if slot.restart_at is not None and slot.restart_at <= now:
                 self._launch(slot, now)
             limit = self._limit(slot)
             if limit is not None and now >= limit:
-                if slot.ended_at is None:
-                    self._kill_hung(slot, now)
-                else:
+                if slot.ended_at is not None:
                     slot.lost += slot.outstanding
                     slot.outstanding.clear()
                     self._settle(slot, now)
+                elif slot.killed_at is not None:
+                    self._abandon(slot)
+                else:
+                    self._kill_hung(slot, now)
         self._leaving = [(leaving, limit) for leaving, limit in self._leaving if leaving.alive]
         for i, (leaving, limit) in enumerate(self._leaving):
             if now >= limit:
@@ -197,9 +201,16 @@ class Deployment:
             self.queue.drop(request)
             self._fail(request, copy.copy(error))
 
-    def close(self, now: float, *, kill: bool) -> None:
-        """End the workers, at once or after what they run; ``join`` waits for it."""
+    def close(self, now: float, *, kill: bool, successor: Deployment | None = None) -> None:
+        """End the workers, at once or after what they run; ``join`` waits for it.
+
+        Args:
+            successor: the deployment that a reload has put in this one's place, on the same seats.
+        """
         for slot in self.slots:
+            if successor is not None and slot.worker is not None:
+                self._note_exit(slot, "reloaded")
+                successor.slots[slot.index].last_exit = slot.last_exit
             kill_it = kill or slot.loading  # whoever is loading has nothing to finish
             slot.state = SlotState.CLOSED
             slot.restart_at = None
@@ -234,17 +245,23 @@ class Deployment:
         if slot.generation:
             slot.state = SlotState.RESTARTING
             self._counts.restarts += 1
+            assert slot.last_exit is not None
+            logger.info(
+                "worker %d on %s: starting generation %d; the one before ended: %s",
+                *(slot.index, slot.seat.device, slot.generation + 1, slot.last_exit.reason),
+            )
         # A hub that has given the model once is not asked again: it may be down by then.
         offline = not self.spec.local and self.facts is not None
         try:
             slot.launch(self.spec, self.config, self._batch_tokens(slot), offline=offline, now=now)
         except Exception as error:  # no more processes, no more threads, a fork server that died meanwhile
             logger.warning("worker %d on %s could not be launched: %s", slot.index, slot.seat.device, error)
+            self._note_exit(slot, "launch_failed")
             self._count_crash(slot, f"could not be launched: {error}", now)
 
     def _described(self, slot: Slot[Slice], outcome: WorkerFacts | BaseException, now: float) -> None:
         if isinstance(outcome, BrokenExecutor):
-            self._make_sure_it_ends(slot)
+            self._make_sure_it_ends(slot, now)
             return
         if isinstance(outcome, WorkerFacts):
             difference = self._differs(slot, outcome)
@@ -268,6 +285,7 @@ class Deployment:
                 device=slot.seat.device,
                 cause=repr(outcome),
             )
+        self._note_exit(slot, "load_failed")
         self._end_worker(slot, now)
         if self._started:
             logger.warning("worker %d: %s", slot.index, outcome)
@@ -305,7 +323,7 @@ class Deployment:
         slot.outstanding.remove(slice_)
         if isinstance(outcome, BrokenExecutor):
             slot.lost.append(slice_)
-            self._make_sure_it_ends(slot)
+            self._make_sure_it_ends(slot, now)
             self._settle(slot, now)
             return
         if isinstance(outcome, BaseException):
@@ -328,10 +346,14 @@ class Deployment:
                 self._counts.split_requests += request.slices > 1
                 request.resolve()
                 self._on_done(request, "completed")
-        if slot.state is SlotState.READY and self._worn(slot):
-            slot.state = SlotState.DRAINING
+        if slot.state is SlotState.READY:
+            slot.worn_out = self._worn(slot)
+            if slot.worn_out is not None:
+                slot.state = SlotState.DRAINING
         if slot.state is SlotState.DRAINING and not slot.outstanding:
             self._counts.recycled += 1
+            assert slot.worn_out is not None
+            self._note_exit(slot, slot.worn_out)
             self._end_worker(slot, now)
             self._launch(slot, now)
         self._settle(slot, now)
@@ -356,6 +378,10 @@ class Deployment:
             ),
         )
 
+    def _expire(self, now: float) -> None:
+        for request in self.queue.expire(now):
+            self._time_out(request)
+
     def _time_out(self, request: Request) -> None:
         if request.partial:
             request.resolve()
@@ -377,26 +403,31 @@ class Deployment:
 
     # Recycling, hanging, dying.
 
-    def _worn(self, slot: Slot[Slice]) -> bool:
-        """Whether the slot's worker has done its share, and no other is away: they are replaced one at a time."""
+    def _worn(self, slot: Slot[Slice]) -> ExitReason | None:
+        """Why the slot's worker is to be replaced now, if it is: one at a time, so no other may be away."""
         slices, memory = self.config.max_slices_per_worker, self.config.max_memory_per_worker
         if slices is None and memory is None:
-            return False
+            return None
         if any(other.state not in (SlotState.READY, SlotState.FAILED) for other in self.slots):
-            return False
+            return None
         if slices is not None and slot.scored_slices >= slices:
-            return True
+            return "recycled_slices"
         assert slot.worker is not None
-        return memory is not None and (slot.worker.resident_bytes() or 0) > memory
+        too_large = memory is not None and (slot.worker.resident_bytes() or 0) > memory
+        return "recycled_memory" if too_large else None
 
     def _limit(self, slot: Slot[Slice]) -> float | None:
-        """When the slot's worker counts as hung; of one that has ended, when its slices count as lost."""
+        """When the slot's worker counts as hung; of one that was killed, as unkillable; of one that has ended, when
+        its slices count as lost.
+        """
         if slot.worker is None:
             return None  # let go, with whatever it was at
         if slot.ended_at is not None:
             return slot.ended_at + GRACE_SECONDS if slot.outstanding else None
-        if not slot.worker.killable or slot.hung:
+        if not slot.worker.killable:
             return None
+        if slot.killed_at is not None:
+            return slot.killed_at + KILL_GRACE_SECONDS
         if slot.loading:
             return None if self.config.start_timeout is None else slot.since + self.config.start_timeout
         if not slot.outstanding or self.config.hang_timeout is None:
@@ -410,21 +441,52 @@ class Deployment:
             "worker %d on %s has been %s for %.1f s: killed", slot.index, slot.seat.device, doing, now - slot.since
         )
         slot.hung = True
-        assert slot.worker is not None
-        slot.worker.kill()
+        self._make_sure_it_ends(slot, now)
 
     def _exited(self, slot: Slot[Slice], report: Exited, now: float) -> None:
+        slot.idle_death = slot.state is SlotState.READY and not slot.outstanding and not slot.lost
         slot.ended_at = now
         slot.exit_code = report.exit_code
-        self._make_sure_it_ends(slot)
+        self._make_sure_it_ends(slot, now)
         self._settle(slot, now)
 
-    def _make_sure_it_ends(self, slot: Slot[Slice]) -> None:
-        """Give the slot's worker nothing more, and end it: it has ended, or its executor has given it up."""
+    def _make_sure_it_ends(self, slot: Slot[Slice], now: float) -> None:
+        """Give the slot's worker nothing more, and end it: it hangs, has ended, or its executor has given it up."""
         if slot.state in (SlotState.READY, SlotState.DRAINING):
             slot.state = SlotState.RESTARTING
         if slot.worker is not None:
             slot.worker.kill()
+            if slot.killed_at is None:
+                slot.killed_at = now
+
+    def _abandon(self, slot: Slot[Slice]) -> None:
+        """Give up a worker that does not end although it was killed, and its seat. Nobody is to blame."""
+        assert slot.worker is not None
+        for slice_ in reversed([*slot.lost, *slot.outstanding]):
+            self.queue.put_back(slice_)
+        slot.lost.clear()
+        slot.outstanding.clear()
+        pid = slot.worker.pid
+        slot.worker.abandon()
+        slot.worker = None
+        self._note_exit(slot, "unkillable")
+        words = (
+            f"worker {slot.index} on {slot.seat.device} (process {pid}) was killed {KILL_GRACE_SECONDS:g} s ago and "
+            "has not ended: the system does not end it (it may be in a system call that cannot be interrupted, or in "
+            "a frozen control group)"
+        )
+        self._give_up(slot, WorkerCrashedError(words, device=slot.seat.device))
+
+    def _note_exit(self, slot: Slot[Slice], reason: ExitReason) -> None:
+        """Keep, count and log how the slot's worker ended."""
+        name = _signal_name(slot.exit_code)
+        slot.last_exit = WorkerExit(reason, slot.exit_code, name, time.time())
+        self._counts.exits[reason] = self._counts.exits.get(reason, 0) + 1
+        how = "" if slot.exit_code is None else f", {_exit_in_words(slot.exit_code)}"
+        logger.info(
+            "worker %d on %s, generation %d, ended: %s%s",
+            *(slot.index, slot.seat.device, slot.generation, reason, how),
+        )
 
     def _settle(self, slot: Slot[Slice], now: float) -> None:
         """Act on a death, once its process has ended and its slices are back."""
@@ -434,6 +496,7 @@ class Deployment:
         how = "hung and was killed" if slot.hung else f"died with {_exit_in_words(slot.exit_code)}"
         logger.warning("worker %d on %s %s", slot.index, slot.seat.device, how)
         self._counts.crashes += 1
+        self._note_exit(slot, _reason_of_death(slot))
         lost, slot.lost = slot.lost, []
         for slice_ in reversed(lost[1:]):
             self.queue.put_back(slice_)
@@ -507,12 +570,26 @@ def _kept_scores(count: int) -> MutableMapping[Hashable, Score] | None:
     return LRUCache(count)
 
 
+def _reason_of_death(slot: Slot[Slice]) -> ExitReason:
+    if slot.hung:
+        return "hung"
+    if slot.exit_code == EXIT_DEVICE_LOST:
+        return "device_lost"
+    return "idle_death" if slot.idle_death else "crashed"
+
+
 def _exit_in_words(exit_code: int | None) -> str:
     if exit_code is None:
         return "an unknown exit code"
-    if exit_code < 0:
-        try:
-            return f"{signal.Signals(-exit_code).name} (exit code {exit_code})"
-        except ValueError:
-            pass
-    return f"exit code {exit_code}"
+    name = _signal_name(exit_code)
+    return f"{name} (exit code {exit_code})" if name else f"exit code {exit_code}"
+
+
+def _signal_name(exit_code: int | None) -> str:
+    """The signal that ended a process with this exit code; empty if none did."""
+    if exit_code is None or exit_code >= 0:
+        return ""
+    try:
+        return signal.Signals(-exit_code).name
+    except ValueError:
+        return f"signal {-exit_code}"

@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from mp_rerank._pairs import Pair, Score
-from mp_rerank._scheduling.futures import PoolFuture
-from mp_rerank.results import Scores
+from mp_rerank._pairs import Pair, Score, estimate_pair, estimate_text
+from mp_rerank._scheduling.futures import Answer, PoolFuture
+from mp_rerank.results import RerankResult, Scores
 
-__all__ = ["PairState", "PendingPair", "Request"]
+__all__ = ["PairState", "PendingPair", "Request", "all_scores", "estimate_lengths", "rank"]
 
 _numbers = itertools.count()
 
@@ -73,6 +73,10 @@ class Request:
         partial: whether it then gets what is scored, rather than ``RequestTimeoutError``.
         num_labels: scores a pair that the model gives, as far as is known while there are none.
         ranking: whether ``finish`` needs that to be one.
+
+    Attributes:
+        future: gets the result.
+        admitted: given once there is room for it; the error if there is none in time.
     """
 
     def __init__(
@@ -102,6 +106,7 @@ class Request:
         self.num_labels = num_labels
         self.ranking = ranking
         self.future = PoolFuture()
+        self.admitted = Answer[None]()
 
         # Longest first: what goes out together is then of like length, and the short ones fill the gaps at the end.
         self.order = sorted(range(len(pairs)), key=tokens.__getitem__, reverse=True)
@@ -131,23 +136,20 @@ class Request:
     def resolve(self) -> None:
         """Give the future its result: everything, or what is there."""
         scores, scored = self._scores()
-        if not self._claim():
-            return
         try:
             result = self.finish(scores, scored)
         except BaseException as error:
-            self.future.set_exception(error)
+            self._settle(error=error)
         else:
-            self.future.set_result(result)
+            self._settle(result)
 
     def fail(self, error: BaseException) -> None:
         """Give the future ``error``, unless its owner has cancelled it."""
-        if self._claim():
-            self.future.set_exception(error)
+        self._settle(error=error)
 
     def cancel(self) -> None:
-        """Acknowledge that the future's owner has cancelled it."""
-        self._claim()
+        """Note that the future's owner has cancelled it."""
+        self._settle()
 
     def _scores(self) -> tuple[Scores, npt.NDArray[np.bool_]]:
         """What ``finish`` takes."""
@@ -163,11 +165,43 @@ class Request:
         rows = [nothing if score is None else score for score in scores]
         return np.array(rows, dtype=np.float32), np.array(scored, dtype=np.bool_)
 
-    def _claim(self) -> bool:
-        """Whether the future waits for an outcome, which nobody but the caller of this will give it."""
+    def _settle(self, result: Any = None, error: BaseException | None = None) -> None:
         self.done = True
         self.wanted = []  # a future that somebody keeps keeps this request, and need not keep what it shared
+        if not self.future.claim():
+            return
         try:
-            return self.future.set_running_or_notify_cancel()
-        except (InvalidStateError, RuntimeError):  # its owner has set it: his loss
-            return False
+            if error is not None:
+                self.future.set_exception(error)
+            else:
+                self.future.set_result(result)
+        except InvalidStateError:  # its owner has set it: his loss
+            pass
+
+
+def estimate_lengths(pairs: Sequence[Pair], max_length: int | None) -> list[int]:
+    """Estimated tokens of each pair, truncated to ``max_length``. Most requests have one query: it is measured once."""
+    queries: dict[str, int] = {}
+    lengths = []
+    for query, document in pairs:
+        tokens = queries.get(query)
+        if tokens is None:
+            tokens = queries[query] = estimate_text(query)
+        lengths.append(estimate_pair(tokens, document, max_length))
+    return lengths
+
+
+def rank(
+    documents: Sequence[str], top_n: int | None, scores: Scores, scored: npt.NDArray[np.bool_]
+) -> list[RerankResult]:
+    """What ``finish`` makes of a ranking's scores: the best ``top_n`` documents, and behind them what has no score."""
+    order = np.argsort(-scores, kind="stable")[:top_n]  # NaN, and so what is unscored, comes last
+    values = scores.tolist()
+    if scored.all():
+        return [RerankResult(i, values[i], documents[i]) for i in order.tolist()]
+    return [RerankResult(i, values[i] if scored[i] else None, documents[i]) for i in order.tolist()]
+
+
+def all_scores(scores: Scores, scored: npt.NDArray[np.bool_]) -> Scores:
+    """What ``finish`` makes of the scores where they are the result: NaN is where there is none."""
+    return scores

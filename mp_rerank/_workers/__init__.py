@@ -6,7 +6,8 @@ In the parent:
     process.py      a worker in a process: spawned, or forked by the server
     thread.py       a worker on a thread of this process
     forkserver.py   the process that has done the imports and forks workers
-    logs.py         a worker's words on their way to the parent's ``logging``
+    logs.py         what is logged, and a worker's words on their way to the parent's ``logging``
+    memory.py       memory of a process
 
 In the worker:
     child.py        what a worker runs: initialize, describe, score

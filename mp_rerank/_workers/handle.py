@@ -49,6 +49,9 @@ class WorkerHandle(Protocol):
     def retire(self) -> None:
         """Take no more work, finish the running slice, end. Returns at once."""
 
+    def abandon(self) -> None:
+        """It was killed and does not end: nothing of this process is to wait for it, not even as that exits."""
+
     def join(self, timeout: float) -> None:
         """Wait until it has ended, at most ``timeout`` seconds."""
 

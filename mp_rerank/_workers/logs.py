@@ -1,8 +1,13 @@
-"""A worker's words reach the parent's ``logging``; nothing a worker does reaches the terminal.
+"""What is logged: by the pool, to the logger ``mp_rerank.pool``; by its workers, to ``mp_rerank.worker``.
 
-One pipe for each worker process: a shared queue's lock could die with a worker and silence the others. The child turns
-log records, warnings and prints into small JSON messages; the parent hands them to the logger ``mp_rerank.worker`` with
-the worker's name as the record's ``processName``, and in front of the message.
+Handlers and filters are the caller's code: they may block, raise, or call the pool. So they run on a thread of their
+own, ``mp_rerank-log``, which starts with the first record and ends when there are none. Records wait for it in a queue
+of `MAX_QUEUED`; what comes while that is full is dropped, and counted in the log.
+
+A worker process writes nothing to the terminal. It turns log records, warnings and prints into small JSON messages and
+sends them down a pipe of its own (a shared queue's lock could die with a worker and silence the others). In the parent
+the logger ``mp_rerank.worker`` gets them, with the worker's name as the record's ``processName`` and in front of the
+message.
 """
 
 from __future__ import annotations
@@ -10,25 +15,132 @@ from __future__ import annotations
 import json
 import logging
 import os
+import queue
 import sys
+import threading
 from multiprocessing.connection import Connection
+from types import FrameType
 from typing import Any
 
-__all__ = ["WORKER_LOGGER", "GuardedLogger", "redirect_output", "repeat_log"]
+__all__ = ["POOL_LOGGER", "WORKER_LOGGER", "QueuedLogger", "flush", "redirect_output", "repeat_log"]
 
+POOL_LOGGER = "mp_rerank.pool"
 WORKER_LOGGER = "mp_rerank.worker"
 
+# Records that may wait for a slow handler.
+MAX_QUEUED = 10_000
+# How long the thread waits for another record before it ends.
+IDLE_SECONDS = 0.5
 
-class GuardedLogger(logging.LoggerAdapter):  # type: ignore[type-arg]  # Python 3.10 has it without
-    """A logger for a thread that others depend on: what a handler or filter of the caller's raises ends there."""
 
-    def log(self, level: int, msg: object, *args: object, **options: Any) -> None:
-        """As ``Logger.log``, naming the same caller."""
-        options.setdefault("stacklevel", 2 if sys.version_info >= (3, 11) else 3)  # 3.10 counts logging's own frames
+class QueuedLogger:
+    """A logger for threads that others depend on: a record is queued, and handled on a thread of its own."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def debug(self, msg: str, *args: object) -> None:
+        """Log at DEBUG."""
+        self._log(logging.DEBUG, msg, args, sys._getframe(1))
+
+    def info(self, msg: str, *args: object) -> None:
+        """Log at INFO."""
+        self._log(logging.INFO, msg, args, sys._getframe(1))
+
+    def warning(self, msg: str, *args: object) -> None:
+        """Log at WARNING."""
+        self._log(logging.WARNING, msg, args, sys._getframe(1))
+
+    def error(self, msg: str, *args: object) -> None:
+        """Log at ERROR."""
+        self._log(logging.ERROR, msg, args, sys._getframe(1))
+
+    def exception(self, msg: str, *args: object) -> None:
+        """Log at ERROR, with the traceback of the exception that is being handled."""
+        self._log(logging.ERROR, msg, args, sys._getframe(1), sys.exc_info())
+
+    def _log(self, level: int, msg: str, args: tuple[object, ...], caller: FrameType, exc_info: Any = None) -> None:
+        logger = logging.getLogger(self.name)
+        if not logger.isEnabledFor(level):
+            return
+        text = msg % args if args else msg  # now: the arguments go on changing
+        code = caller.f_code
+        record = logger.makeRecord(
+            logger.name, level, code.co_filename, caller.f_lineno, text, (), exc_info, func=code.co_name
+        )
+        _queue(record)
+
+
+# The thread that calls handlers. No lock is held while they run: `_handling` only says whether there is such a thread.
+_records: queue.SimpleQueue[logging.LogRecord | threading.Lock] = queue.SimpleQueue()
+_handling = threading.Lock()
+_dropped = 0
+
+
+def flush(timeout: float) -> None:
+    """Wait until what was logged so far has been handled, ``timeout`` seconds at most: a handler may block."""
+    if _records.empty() and not _handling.locked():
+        return
+    gate = threading.Lock()
+    gate.acquire()
+    _records.put(gate)
+    _start_handling()
+    gate.acquire(timeout=timeout)
+
+
+def _queue(record: logging.LogRecord) -> None:
+    global _dropped
+    if _records.qsize() >= MAX_QUEUED:
+        _dropped += 1
+        return
+    _records.put(record)
+    _start_handling()
+
+
+def _start_handling() -> None:
+    if _handling.locked():
+        return
+    try:
+        threading.Thread(target=_handle_queued, name="mp_rerank-log", daemon=True).start()
+    except RuntimeError:  # the system has no thread left, or the interpreter is leaving
+        pass
+
+
+def _handle_queued() -> None:
+    while not _records.empty() and _handling.acquire(blocking=False):
         try:
-            super().log(level, msg, *args, **options)
-        except Exception:  # there is nobody to tell
+            while True:
+                _handle(_records.get(timeout=IDLE_SECONDS))
+        except queue.Empty:
             pass
+        finally:
+            _handling.release()
+
+
+def _handle(record: logging.LogRecord | threading.Lock) -> None:
+    global _dropped
+    if not isinstance(record, logging.LogRecord):
+        record.release()
+        return
+    try:
+        logger = logging.getLogger(record.name)
+        if _dropped:
+            dropped, _dropped = _dropped, 0
+            logger.warning("%d log records were dropped: a handler was too slow for them", dropped)
+        logger.handle(record)
+    except BaseException:  # SystemExit too: there is nobody to tell
+        pass
+
+
+def _forget_thread() -> None:
+    """In a fork of this process: it has no such thread, and nothing to say of its parent's pools."""
+    global _records, _handling
+    _records = queue.SimpleQueue()
+    _handling = threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_thread)
 
 
 class _Sender(logging.Handler):
@@ -93,8 +205,5 @@ def repeat_log(connection: Connection, name: str) -> bool:
     if logger.isEnabledFor(level):
         record = logger.makeRecord(logger.name, level, source, 0, "%s: %s: %s", (name, source, text), None)
         record.processName = name
-        try:
-            logger.handle(record)
-        except Exception:  # a filter or handler of the caller's; the worker must not be left talking to nobody
-            pass
+        _queue(record)
     return True

@@ -6,6 +6,7 @@ A worker process starts without the caller's main module: it needs nothing from 
 
 from __future__ import annotations
 
+import concurrent.futures.process
 import logging
 import multiprocessing.process
 import multiprocessing.spawn
@@ -103,6 +104,12 @@ class ProcessHandle:
             self._shutdown.start()
         except RuntimeError:  # the system has no thread left
             self._executor.shutdown(wait=False, cancel_futures=True)
+
+    def abandon(self) -> None:
+        # What the standard library waits for as the interpreter exits: the executor's thread, and every child.
+        manager = getattr(self._executor, "_executor_manager_thread", None)
+        concurrent.futures.process._threads_wakeups.pop(manager, None)
+        multiprocessing.process._children.discard(self._started)  # type: ignore[attr-defined]
 
     def join(self, timeout: float) -> None:
         deadline = time.monotonic() + timeout

@@ -10,7 +10,7 @@ report names its generation, so that the last words of a dead worker are not tak
        |  |                    described |   v                          v
        |  +------------------------- RESTARTING <-----------------------+
        |                                 |
-       +-- could not load ---> FAILED <--+  too many deaths in a row
+       +-- could not load ---> FAILED <--+  too many deaths in a row, or a worker that cannot be killed
 
     any state ---- the pool closes, or a reload lets the deployment go ----> CLOSED
 """
@@ -30,7 +30,7 @@ from mp_rerank._planning.plan import Seat
 from mp_rerank._workers.child import Launch, Scored, WorkerFacts
 from mp_rerank._workers.handle import WorkerHandle, make_handle
 from mp_rerank.config import ModelSpec, PoolConfig
-from mp_rerank.results import WorkerInfo
+from mp_rerank.results import ExitReason, WorkerExit, WorkerInfo
 
 __all__ = ["Described", "Exited", "Report", "SliceEnded", "Slot", "SlotState"]
 
@@ -109,7 +109,11 @@ class Slot(Generic[_Slice]):
         restart_at: when to launch again, while there is no worker.
         ended_at: when the present generation's worker was known to have ended, once it has.
         exit_code: of the worker that ended, from its report until the next launch.
+        killed_at: when the worker was first killed, or found to be ending.
         hung: whether it was killed for taking too long.
+        idle_death: whether it had nothing to do when it ended.
+        worn_out: why it is to be replaced, while it is draining.
+        last_exit: how the worker before the present one ended.
         seconds_per_token: the worker's speed. Not its inverse: one slice measured far too fast would then pass for the
             speed of many, and the next ones for hung.
     """
@@ -129,7 +133,11 @@ class Slot(Generic[_Slice]):
         self.restart_at: float | None = None
         self.ended_at: float | None = None
         self.exit_code: int | None = None
+        self.killed_at: float | None = None
         self.hung = False
+        self.idle_death = False
+        self.worn_out: ExitReason | None = None
+        self.last_exit: WorkerExit | None = None
         self.scored_slices = 0
         self.seconds_per_token = 0.0
 
@@ -158,7 +166,10 @@ class Slot(Generic[_Slice]):
         self.restart_at = None
         self.ended_at = None
         self.exit_code = None
+        self.killed_at = None
         self.hung = False
+        self.idle_death = False
+        self.worn_out = None
         self.scored_slices = 0
         self.seconds_per_token = 0.0
         self.since = now
@@ -217,6 +228,7 @@ class Slot(Generic[_Slice]):
             device=self.seat.device,
             threads=self.seat.threads,
             pid=self.worker.pid if self._has_live_worker and self.worker is not None else None,
+            last_exit=self.last_exit,
         )
         facts = self.facts
         if facts is None:

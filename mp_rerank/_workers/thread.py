@@ -37,5 +37,8 @@ class ThreadHandle:
     def retire(self) -> None:
         self._executor.shutdown(wait=False, cancel_futures=True)
 
+    def abandon(self) -> None:
+        pass
+
     def join(self, timeout: float) -> None:
         pass

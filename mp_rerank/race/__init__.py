@@ -1,11 +1,10 @@
-"""``mp-rerank race``: does loading and scoring in threads go wrong in this environment, and does the pool's?
+"""``mp-rerank race``: do threads go wrong in this environment, with ``CrossEncoder`` or with the pool?
 
-    command.py   this process: starts the others, adds up what they say, prints it; imports no torch
-    cases.py     a subprocess: threads that load and score with ``CrossEncoder``, each case in a process forked off it
-    pools.py     a subprocess: the same work through ``RerankerPool``; imports no torch
-    where.py     a subprocess: the libraries' functions wrapped, to see two threads inside at once
-    rounds.py    what the subprocesses share
+    command.py   this process: runs the others, adds up their results, prints them; imports no torch
+    cases.py     a subprocess: threads load and score with ``CrossEncoder``, each case in a forked process
+    pools.py     a subprocess: threads do the same with ``RerankerPool``; imports no torch
+    rounds.py    what these share: the requests, the threads, the result of a round
 
-Everything that races runs in a subprocess with a time limit, since it may hang, and may leave its process unfit for any
-later load. The core imports nothing of this package.
+All that races runs in subprocesses with a time limit: a race may hang, or leave its process unable to load a model.
+Only the command line imports this folder.
 """

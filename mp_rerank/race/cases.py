@@ -1,8 +1,8 @@
-"""Threads that load and score with ``CrossEncoder``: ``python -m mp_rerank.race.cases FOLDER THREADS ROUNDS``.
+"""Threads load and score with ``CrossEncoder``: ``python -m mp_rerank.race.cases FOLDER THREADS ROUNDS``.
 
-The models are made in FOLDER, and reference scores left there. A line of JSON leaves for each round, with what went
-wrong in it. Rounds run in processes of their own, forked from this one where that can be, which has the libraries
-imported and has used none of them. A process in which a round left something wrong or hung runs no other.
+Makes the models in FOLDER and writes the expected scores there. Prints a line of JSON for each round, with what went
+wrong in it. Rounds run in child processes, forked if the system can fork: this process has imported the libraries and
+not used them. A child in which something went wrong for good, or hung, runs no further round.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 import torch
 import transformers
 from sentence_transformers import CrossEncoder
@@ -37,29 +36,43 @@ from mp_rerank.race.rounds import (
     Reference,
     Round,
     key_of,
+    kill_tree,
     kind_of,
     only_json,
     requests,
     together,
 )
 
-__all__ = ["CASES", "apart", "has_library_pool", "load", "make_models", "named", "network", "predict"]
+__all__ = [
+    "CASES",
+    "DTYPES",
+    "LIBRARY_POOL_WORKERS",
+    "altered",
+    "apart",
+    "dtypes_of",
+    "has_library_pool",
+    "load",
+    "make_models",
+    "named",
+    "network",
+    "predict",
+]
 
-# Many small layers: what races is Python code that runs for each module, and it must run for longer than a thread's
-# turn (5 ms) for two threads to be in it at once.
+# Many small layers: the code that races is Python, run for each module. Two threads are in it at once only if it runs
+# for longer than a thread keeps the interpreter (5 ms).
 LAYERS = 12
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 LIBRARY_POOL_WORKERS = 2
-# A round takes a few seconds, and gives up threads that hang; this is for the process that hangs whole.
+# The limit of a child. A round takes a few seconds and has limits for its threads; this one is for a child that hangs.
 LIMIT_SECONDS = 4 * PATIENCE
 
 Case = Callable[[Path, int, int, Reference], Iterator[Round]]
 
 
 def make_models(folder: Path) -> None:
-    """Two rerankers, and a model whose output weights are tied to its embeddings, with random weights drawn wide.
+    """Save two rerankers with random weights, and a model whose output weights are tied to its embeddings.
 
-    With the usual narrow ones every pair would score the same, and scores that were mixed up would not show.
+    The weights have a wide spread: with the usual narrow one all pairs score alike, and mixed-up scores go unnoticed.
     """
     vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *(f"word{i}" for i in range(200))]
     numbers = {token: number for number, token in enumerate(vocabulary)}
@@ -99,7 +112,7 @@ def make_models(folder: Path) -> None:
 
 
 def load(folder: Path, name: str = MODELS[0], dtype: str | None = None) -> Any:
-    """A ``CrossEncoder`` on the CPU, whatever this version calls its arguments."""
+    """A ``CrossEncoder`` on the CPU, with the arguments under their names in the installed versions."""
     accepted = inspect.signature(CrossEncoder.__init__).parameters
     loading = "model_kwargs" if "model_kwargs" in accepted else "automodel_args"
     argument = "dtype" if version_of(transformers) >= (4, 56) else "torch_dtype"
@@ -132,7 +145,7 @@ def predict(model: Any, pairs: Pairs, activation: torch.nn.Module | None = None,
 
 
 def process_state() -> dict[str, Any]:
-    """What loading changes for the whole process and should put back."""
+    """The state of the process that loading changes and should restore."""
     base = transformers.PreTrainedModel
     return {
         "torch.get_default_dtype()": torch.get_default_dtype(),
@@ -150,19 +163,19 @@ ORIGINAL = process_state()
 
 
 def altered() -> list[str]:
-    """Which of it is no longer what it was when this process began, and what it is now."""
+    """The parts of that state that differ from when this process began, and their values now."""
     return [f"{name} is {named(now)}" for name, now in process_state().items() if now is not ORIGINAL[name]]
 
 
 def named(value: Any) -> str:
-    """A function by where it was defined, anything else as it prints."""
+    """A function by its module and name, anything else as it prints."""
     if not hasattr(value, "__qualname__"):
         return str(value)
     return ".".join(filter(None, [getattr(value, "__module__", None), value.__qualname__]))
 
 
 def poison(folder: Path, of: Round) -> list[str]:
-    """What is wrong with loading now that nothing races: alone, in this thread, in this process."""
+    """What goes wrong when this thread loads alone, after the race, in this process."""
     found = []
     try:
         model = load(folder)
@@ -183,11 +196,11 @@ def poison(folder: Path, of: Round) -> list[str]:
     return found
 
 
-# The cases. Each yields a Round at a time, and is not asked for another after one that left poison or hung threads.
+# The cases. Each yields a Round at a time, and is stopped after a round that left poison or hung threads.
 
 
 def control(folder: Path, threads: int, rounds: int, _: Reference) -> Iterator[Round]:
-    """Everything the threads will do, one after another: what it says is what the others are held against."""
+    """Load and score one after another, as the threads will do at once; these are the expected scores."""
     make_models(folder)
     reference: Reference = {}
     asked = requests(threads)
@@ -213,7 +226,7 @@ def control(folder: Path, threads: int, rounds: int, _: Reference) -> Iterator[R
 def loads(
     choose: Callable[[int], tuple[str, str | None]],
 ) -> Case:
-    """The case in which each thread loads the model and dtype that ``choose`` says for its number."""
+    """The case in which each thread loads a model; ``choose`` says which model and dtype, by the thread's number."""
 
     def case(folder: Path, threads: int, rounds: int, reference: Reference) -> Iterator[Round]:
         asked = requests(threads)
@@ -227,7 +240,7 @@ def loads(
                     continue
                 if dtypes_of(model) != {DTYPES[dtype or "float32"]}:
                     result.wrong_dtypes += 1
-                else:  # scored here, where nothing races any more
+                else:  # scored here, after the race
                     try:
                         result.check_scores(predict(model, asked[number]), number, key_of(name, dtype))
                     except Exception as error:
@@ -253,7 +266,7 @@ def _predictions(
 ) -> Iterator[Round]:
     asked = requests(threads)
     for _ in range(rounds):
-        model = load(folder)  # a new one each time: its first use is when it still has something to set up
+        model = load(folder)  # a new model in each round: its first call sets something up
         result = Round(reference)
 
         def work(number: int, model: Any = model) -> list[tuple[str, Any]]:
@@ -263,7 +276,7 @@ def _predictions(
             return [(key, predict(model, asked[number], activation, batch_size=8)) for _ in range(4)]
 
         for number, outcome in enumerate(result.take(together([partial(work, number) for number in range(threads)]))):
-            # Some calls of a thread's may be right: it counts once, as an error of its does.
+            # A thread counts once, however many of its calls are wrong.
             result.wrong_scores += any(not result.as_expected(s, number, key) for key, s in outcome or ())
         result.altered, result.poison = altered(), poison(folder, result)
         yield result
@@ -307,7 +320,7 @@ def library_pool(
 
 
 def has_library_pool() -> bool:
-    """Whether this version's ``CrossEncoder`` has a pool of its own."""
+    """Whether this version's ``CrossEncoder`` has a process pool."""
     accepted = inspect.signature(CrossEncoder.predict).parameters
     return hasattr(CrossEncoder, "start_multi_process_pool") and "pool" in accepted
 
@@ -325,7 +338,7 @@ CASES: dict[str, Case] = {
 
 
 def run_rounds(send: Connection, case: str, folder: Path, threads: int, rounds: int) -> None:
-    """Run rounds of a case until one leaves this process unfit for another."""
+    """Run rounds of a case until one leaves this process unfit for the next."""
     reference = {} if case == "control" else json.loads((folder / REFERENCE).read_text())
     running = CASES[case](folder, threads, rounds, reference)
     for result in running:
@@ -336,7 +349,7 @@ def run_rounds(send: Connection, case: str, folder: Path, threads: int, rounds: 
 
 
 def run_case(case: str, folder: Path, threads: int, rounds: int) -> Iterator[Any]:
-    """Run rounds of a case, in as many processes as it takes: what each says, or how its process failed instead."""
+    """Run rounds of a case, in as many processes as needed; yields each round's result, or its process's failure."""
     while rounds > 0:
         for said in apart(run_rounds, case, folder, threads, rounds):
             yield said
@@ -346,7 +359,7 @@ def run_case(case: str, folder: Path, threads: int, rounds: int) -> Iterator[Any
 def apart(target: Callable[..., None], *arguments: Any, limit: float = LIMIT_SECONDS) -> Iterator[Any]:
     """Call ``target(connection, *arguments)`` in a process of its own, and yield what it sends.
 
-    A process that fails, or sends nothing for ``limit`` seconds and is killed, has ``{"failure": ...}`` in its place.
+    If the process fails, or is killed after it has sent nothing for ``limit`` seconds, ``{"failure": ...}`` comes last.
     """
     context: Any = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
     receiver, sender = context.Pipe(duplex=False)
@@ -376,20 +389,7 @@ def _begin(target: Callable[..., None], send: Connection, arguments: Sequence[An
         sys.stderr.flush()
         send.send({"failure": f"outside of the threads: {kind_of(error)}"})
     send.close()
-    os._exit(0)  # a thread that hangs must not keep it
-
-
-def kill_tree(pid: int) -> None:
-    """End a process and all that it started."""
-    try:
-        tree = psutil.Process(pid)
-        for process in (*tree.children(recursive=True), tree):
-            try:
-                process.kill()
-            except psutil.NoSuchProcess:
-                pass
-    except psutil.NoSuchProcess:
-        pass
+    os._exit(0)  # do not wait for threads that hang
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -403,7 +403,7 @@ def main(arguments: Sequence[str]) -> None:
             for said in run_case(case, Path(place), int(threads), int(rounds)):
                 print(json.dumps({"case": case, **said}), file=out, flush=True)
             if not (Path(place) / REFERENCE).is_file():
-                return  # the control failed: there is nothing to hold others against
+                return  # the control failed: there are no scores to compare with
 
 
 if __name__ == "__main__":

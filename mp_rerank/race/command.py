@@ -1,9 +1,9 @@
-"""Run the cases, add up what they say, and print it. Exit codes:
+"""Run the cases, add up their results, and print them. Exit codes:
 
-0   neither threads that load and score with ``CrossEncoder`` nor the pool went wrong here
-1   the pool went wrong, or loading one after another did: nothing can be said of threads then
-2   a mistake in the call
-3   threads went wrong, and the pool did not: this environment is affected
+0   nothing went wrong, with threads that use a ``CrossEncoder`` or with the pool
+1   the pool went wrong, or loading one after another did, which makes the threads' results meaningless
+2   the command line is wrong
+3   threads with a ``CrossEncoder`` went wrong and the pool did not: this environment is affected
 """
 
 from __future__ import annotations
@@ -23,18 +23,16 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import psutil
-
 import mp_rerank
-from mp_rerank.race.rounds import REFERENCE
+from mp_rerank.race.rounds import REFERENCE, kill_tree
 
-__all__ = ["AFFECTED", "FAILED", "Case", "Report", "race", "run"]
+__all__ = ["AFFECTED", "FAILED", "Case", "Report", "race", "run", "run_module", "versions"]
 
 FAILED = 1
 AFFECTED = 3
 
 SERIAL, THREADS, POOL = "one after another", "CrossEncoder in threads", "RerankerPool in threads"
-# What is run, for whom, in the order of the table.
+# Case -> (who loads and scores, what they do), in the order of the table.
 CASES = {
     "control": (SERIAL, "each loads one"),
     "load": (THREADS, "each loads one"),
@@ -48,9 +46,8 @@ CASES = {
     "pools": (POOL, "the same, of three at once"),
 }
 COLUMNS = ("tries", "errors", "dtypes", "scores", "hangs", "poisoned")
-# For the process that runs all cases of a kind and has limits of its own for what hangs in it: the last resort.
+# The limit of a subprocess that runs several cases. It has its own, shorter limits for what hangs in it.
 LIMIT_SECONDS = 3600.0
-WHERE_LIMIT_SECONDS = 900.0
 
 
 @dataclass
@@ -66,13 +63,13 @@ class Case:
     wrong_dtypes: int = 0
     wrong_scores: int = 0
     hangs: int = 0
-    poisoned: int = 0  # rounds
-    poison: Counter[str] = field(default_factory=Counter)  # each of what it was, in rounds
+    poisoned: int = 0  # number of rounds
+    poison: Counter[str] = field(default_factory=Counter)  # what went wrong after a round -> number of rounds
     altered: Counter[str] = field(default_factory=Counter)
-    absent: bool = False  # this version of the library has nothing of the kind
+    absent: bool = False  # this version of the library has no such function
 
     def add(self, said: Mapping[str, Any], threads: int) -> None:
-        """Add what a line of JSON says: of a round, or of the process that was to run it."""
+        """Add a line of JSON: a round's result, or the failure of its process."""
         if "absent" in said:
             self.absent = True
             return
@@ -100,7 +97,7 @@ class Case:
 
     @property
     def row(self) -> tuple[str, ...]:
-        """Its cells, under ``COLUMNS``."""
+        """The cells of the table, under ``COLUMNS``."""
         if not self.rounds:
             return ("none" if self.absent else "not run",) + ("",) * (len(COLUMNS) - 1)
         counts = (self.tries, self.errors.total(), self.wrong_dtypes, self.wrong_scores, self.hangs)
@@ -134,12 +131,12 @@ class Report:
 
     def as_json(self) -> dict[str, Any]:
         """Everything, with the verdict."""
-        # Not dataclasses.asdict, which makes a mess of a Counter before Python 3.12.
+        # Not dataclasses.asdict: before Python 3.12 it copies a Counter wrongly.
         verdict = {"affected": self.affected, "failed": self.failed, "exit_code": self.exit_code}
         return {**vars(self), "cases": [vars(case) for case in self.cases], **verdict}
 
     def as_text(self) -> str:
-        """A table, what the counts are made of, and the verdict."""
+        """The table, the errors behind its counts, and the verdict."""
         lines = [
             ", ".join(f"{name} {number}" for name, number in self.versions.items()),
             f"{self.threads} threads, {self.rounds} rounds, {self.seconds:.0f} s",
@@ -173,7 +170,7 @@ class Report:
 
     @property
     def verdict(self) -> str:
-        """The result in a line."""
+        """The result in one line."""
         if self.failed:
             return "RerankerPool, or loading one after another, went wrong here."
         if self.affected:
@@ -191,10 +188,10 @@ def race(
     """Run every case.
 
     Args:
-        threads: how many race.
-        rounds: how often; a process that a round left unfit is replaced for the next.
-        limit: seconds for all cases of a kind, after which what is running counts as hung and is killed.
-        tell: called with a line when a kind begins.
+        threads: the number of threads that race.
+        rounds: how often each case runs; a process that a round left unfit is replaced before the next.
+        limit: seconds for a subprocess with several cases; then it counts as hung and is killed.
+        tell: called with a line for each subprocess that begins.
     """
     start = time.monotonic()
     cases = {name: Case(name, who, what) for name, (who, what) in CASES.items()}
@@ -202,7 +199,7 @@ def race(
         for module, kinds in (("cases", (SERIAL, THREADS)), ("pools", (POOL,))):
             mine = [case for case in cases.values() if case.who in kinds]
             tell(", ".join(kinds))
-            lines, failure = _run_process(module, [folder, str(threads), str(rounds)], limit)
+            lines, failure = run_module(f"mp_rerank.race.{module}", [folder, str(threads), str(rounds)], limit)
             for line in lines:
                 said = json.loads(line)
                 cases[said["case"]].add(said, threads)
@@ -210,12 +207,12 @@ def race(
                 missing = [case for case in mine if not case.rounds and not case.absent] or mine[-1:]
                 missing[0].add({"failure": failure}, threads)
             if not (Path(folder) / REFERENCE).is_file():
-                break  # the control failed: there is nothing to hold others against
+                break  # the control failed: there are no scores to compare with
     return Report(versions(), threads, rounds, list(cases.values()), time.monotonic() - start)
 
 
 def versions() -> dict[str, str]:
-    """Of everything whose version matters here."""
+    """The versions of Python, this package and the libraries that race."""
     found = {"python": platform.python_version(), "mp-rerank": mp_rerank.__version__}
     for name in ("torch", "transformers", "sentence-transformers", "tokenizers"):
         try:
@@ -225,8 +222,12 @@ def versions() -> dict[str, str]:
     return found
 
 
-def _run_process(module: str, arguments: list[str], limit: float) -> tuple[list[str], str]:
-    """Run a module of this package's: the lines it printed, and ``"hung"``, how it died, or nothing."""
+def run_module(module: str, arguments: list[str], limit: float) -> tuple[list[str], str]:
+    """Run ``python -m MODULE``, offline and with one thread for each computation.
+
+    Returns the lines that it printed, and ``"hung"`` if it took more than ``limit`` seconds and was killed, a line that
+    says how it failed, or nothing.
+    """
     environment = {
         **os.environ,
         "HF_HUB_OFFLINE": "1",
@@ -238,7 +239,7 @@ def _run_process(module: str, arguments: list[str], limit: float) -> tuple[list[
     }
     environment.pop("PYTHONWARNINGS", None)
     process = subprocess.Popen(
-        [sys.executable, "-W", "ignore", "-m", f"mp_rerank.race.{module}", *arguments],
+        [sys.executable, "-W", "ignore", "-m", module, *arguments],
         env=environment,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
@@ -255,26 +256,13 @@ def _run_process(module: str, arguments: list[str], limit: float) -> tuple[list[
             failure = f"the process ended with {process.returncode}: {said[-1][:200] if said else ''}"
         return out.splitlines(), failure
     except subprocess.TimeoutExpired:
-        _kill_tree(process.pid)
+        kill_tree(process.pid)
         out, _ = process.communicate()
         return out.splitlines(), "hung"
     finally:
         if process.poll() is None:
-            _kill_tree(process.pid)
+            kill_tree(process.pid)
             process.communicate()
-
-
-def _kill_tree(pid: int) -> None:
-    """End a process and all that it started, children first."""
-    try:
-        tree = psutil.Process(pid)
-        for process in (*tree.children(recursive=True), tree):
-            try:
-                process.kill()
-            except psutil.NoSuchProcess:
-                pass
-    except psutil.NoSuchProcess:
-        pass
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -282,8 +270,6 @@ def run(arguments: argparse.Namespace) -> int:
     for name, least in (("threads", 2), ("rounds", 1)):
         if getattr(arguments, name) < least:
             raise ValueError(f"--{name}: at least {least} is needed, not {getattr(arguments, name)}")
-    if arguments.where:
-        return _where(arguments)
 
     def tell(line: str) -> None:
         if sys.stderr.isatty():
@@ -294,14 +280,3 @@ def run(arguments: argparse.Namespace) -> int:
         print("\r\x1b[K", end="", file=sys.stderr, flush=True)
     print(json.dumps(report.as_json(), indent=2) if arguments.json else report.as_text())
     return report.exit_code
-
-
-def _where(arguments: argparse.Namespace) -> int:
-    lines, failure = _run_process(
-        "where", [str(arguments.threads), "json" if arguments.json else "text"], WHERE_LIMIT_SECONDS
-    )
-    print("\n".join(lines))
-    if failure:
-        print(f"mp-rerank race: {failure}", file=sys.stderr)
-        return FAILED
-    return 0

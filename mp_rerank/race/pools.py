@@ -1,6 +1,6 @@
-"""The same work through ``RerankerPool``: ``python -m mp_rerank.race.pools FOLDER THREADS ROUNDS``; imports no torch.
+"""Threads load and score with ``RerankerPool``: ``python -m mp_rerank.race.pools FOLDER THREADS ROUNDS``.
 
-Models and reference scores are in FOLDER, where ``cases`` left them. A line of JSON leaves for each round.
+Imports no torch. ``cases`` has left the models and the expected scores in FOLDER. Prints a line of JSON for each round.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ from mp_rerank.race.rounds import (
 )
 
 WORKERS = 2
-# Each pool starts processes that import torch: longer, on a busy machine, than anything in ``cases``.
+# Longer than in ``cases``: each pool starts processes that import torch.
 START_SECONDS = 3 * PATIENCE
 
-# What each case's pools hold; thread i uses the one numbered i modulo their number.
+# Case -> (model, dtype, activation) of each of its pools; thread i uses pool i modulo their number.
 CASES: Mapping[str, Sequence[tuple[str, str | None, str | None]]] = {
     "pool": [(MODELS[0], None, None)],
     "pools": [(MODELS[0], "float32", None), (MODELS[1], "bfloat16", None), (MODELS[0], None, "identity")],
@@ -39,7 +39,7 @@ CASES: Mapping[str, Sequence[tuple[str, str | None, str | None]]] = {
 
 
 def race(case: str, folder: Path, threads: int, rounds: int, reference: Reference) -> Iterator[Round]:
-    """Rounds of one case: new pools, which all threads start at the same moment and then score with."""
+    """Run rounds of one case: all threads start new pools at the same moment, and then score with them."""
     asked = requests(threads)
     held = CASES[case][:threads]
     keys = [key_of(name, dtype, logits=activation == "identity") for name, dtype, activation in held]
@@ -51,7 +51,7 @@ def race(case: str, folder: Path, threads: int, rounds: int, reference: Referenc
                 devices="cpu",
                 workers=WORKERS if len(held) == 1 else 1,
                 threads_per_worker=1,
-                coalesce=False,  # every caller gets scores made for it alone
+                coalesce=False,  # each request is scored separately
             )
             for name, dtype, activation in held
         ]

@@ -1,4 +1,4 @@
-"""What a race is made of, whoever runs in it: what is asked, threads that start as one, and a round's outcome."""
+"""What all parts of a race share: the requests, threads that start at the same moment, and the result of a round."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from typing import Any, TextIO
 
 import numpy as np
+import psutil
 
 __all__ = [
     "HUNG",
@@ -23,14 +24,14 @@ __all__ = [
     "Reference",
     "Round",
     "key_of",
+    "kill_tree",
     "kind_of",
     "only_json",
     "requests",
     "together",
 ]
 
-# Seconds after which a thread counts as hung: many times what the slowest case takes, even on a machine that is busy
-# with something else.
+# Seconds after which a thread counts as hung: many times the duration of the slowest case on a busy machine.
 PATIENCE = 180.0
 MODELS = ("one", "other")
 TIED = "tied"
@@ -39,7 +40,7 @@ DOCUMENTS = 24
 TOLERANCE = {"float32": 1e-4, "bfloat16": 0.05}
 
 Pairs = list[tuple[str, str]]
-Reference = dict[str, list[list[float]]]  # scores of each request, under key_of
+Reference = dict[str, list[list[float]]]  # key_of(...) -> the expected scores of each request
 
 
 class _Hung:
@@ -51,7 +52,7 @@ HUNG = _Hung()
 
 
 def key_of(name: str, dtype: str | None = None, *, logits: bool = False) -> str:
-    """Where a reference has the scores of that model in that dtype."""
+    """The key of a reference's scores, of that model in that dtype."""
     return f"{name} {dtype or 'float32'}" + (" logits" if logits else "")
 
 
@@ -66,14 +67,14 @@ class Round:
         self.altered: list[str] = []
 
     def take(self, outcomes: Sequence[Any]) -> list[Any]:
-        """Count errors and hangs among ``outcomes``; the others, with None in the place of those."""
+        """Count the errors and hangs among ``outcomes``; returns the outcomes with None in place of those."""
         self.tries += len(outcomes)
         self.hangs += sum(outcome is HUNG for outcome in outcomes)
         self.errors.update(kind_of(outcome) for outcome in outcomes if isinstance(outcome, Exception))
         return [None if outcome is HUNG or isinstance(outcome, Exception) else outcome for outcome in outcomes]
 
     def check_scores(self, scores: Any, number: int, key: str) -> None:
-        """Hold the scores of request ``number`` against those of a model that was loaded and used alone."""
+        """Count the scores of request ``number`` if they differ from the scores of a model that was used alone."""
         self.wrong_scores += not self.as_expected(scores, number, key)
 
     def as_expected(self, scores: Any, number: int, key: str) -> bool:
@@ -94,7 +95,7 @@ class Round:
 
 
 def together(works: Sequence[Callable[[], Any]], patience: float = PATIENCE) -> list[Any]:
-    """Call each of ``works`` on a thread of its own, all at the same moment: results, exceptions, or ``HUNG``."""
+    """Call each of ``works`` in a thread, all at the same moment; returns results, exceptions, or ``HUNG``."""
     outcomes: list[Any] = [HUNG] * len(works)
     barrier = threading.Barrier(len(works))
 
@@ -116,14 +117,14 @@ def together(works: Sequence[Callable[[], Any]], patience: float = PATIENCE) -> 
 
 
 def kind_of(error: BaseException) -> str:
-    """An exception as something that can be counted: its type and the first line of what it says, without numbers."""
+    """An exception's type and the first line of its message, without numbers, so that equal ones can be counted."""
     lines = re.sub(r"\b\d+\b", "N", str(error)).strip().splitlines()
     words = f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
     return words if len(words) <= 100 else words[:99] + "…"
 
 
 def requests(threads: int) -> list[Pairs]:
-    """What each thread asks: a query of its own and documents of words in every length."""
+    """A request for each thread: a query of its own, and documents of 1 to 39 words."""
     chance = random.Random(0)
 
     def text() -> str:
@@ -132,9 +133,22 @@ def requests(threads: int) -> list[Pairs]:
     return [[(query, text()) for _ in range(DOCUMENTS)] for query in (text() for _ in range(threads))]
 
 
+def kill_tree(pid: int) -> None:
+    """End a process and all that it started, those first."""
+    try:
+        tree = psutil.Process(pid)
+        for process in (*tree.children(recursive=True), tree):
+            try:
+                process.kill()
+            except psutil.NoSuchProcess:
+                pass
+    except psutil.NoSuchProcess:
+        pass
+
+
 @contextmanager
 def only_json() -> Iterator[TextIO]:
-    """The real standard output, while all else that is printed goes to standard error."""
+    """The standard output, for JSON alone: all other prints go to standard error meanwhile."""
     own = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
     with own:

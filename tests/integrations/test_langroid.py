@@ -169,7 +169,7 @@ assert not new & {"torch", "transformers", "sentence_transformers"}, new
 def test_ten_tasks_at_once_twenty_times_over_a_vector_store() -> None:
     """Real agents, tasks, Qdrant in memory and the built-in model; the figures are in the captured output (-rP)."""
     done = subprocess.run(
-        [sys.executable, str(ROOT / "bench" / "langroid_tasks.py"), "--arm", "pool", "--rounds", "20", "--filler", "0"],
+        [sys.executable, ROOT / "bench/faults/langroid_tasks.py", "--arm", "pool", "--rounds", "20", "--filler", "0"],
         env={**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"},
         capture_output=True,
         text=True,

@@ -23,6 +23,8 @@ MakePool = Callable[..., RerankerPool]
 
 GIB = 2**30
 
+MAKE_PLAN = "mp_rerank._scheduling.dispatcher.make_plan"
+
 
 def machine(
     *, cores: int = 8, quota: float | None = None, memory: int = 64 * GIB, gpus: tuple[str, ...] = ()
@@ -141,7 +143,7 @@ def test_a_worker_stays_on_its_seat_s_cpus_and_is_bound_to_no_single_one(
     monkeypatch.setenv("OMP_PROC_BIND", "true")
     monkeypatch.setenv("GOMP_CPU_AFFINITY", "0")
     cpus = sorted(os.sched_getaffinity(0))
-    monkeypatch.setattr("mp_rerank.pool.make_plan", lambda *_: Plan((Seat("cpu", 1, (cpus[-1],)), Seat("cpu", 1)), ()))
+    monkeypatch.setattr(MAKE_PLAN, lambda *_: Plan((Seat("cpu", 1, (cpus[-1],)), Seat("cpu", 1)), ()))
     with make_pool() as pool:
         for worker, expected in zip(pool.workers(), ([cpus[-1]], cpus), strict=True):
             assert worker.pid is not None
@@ -163,7 +165,7 @@ def test_what_is_imported_later_is_told_not_to_bind(monkeypatch: pytest.MonkeyPa
 def test_cpus_that_are_gone_are_a_warning(
     make_pool: MakePool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("mp_rerank.pool.make_plan", lambda *_: Plan((Seat("cpu", 1, (100_000,)),), ()))
+    monkeypatch.setattr(MAKE_PLAN, lambda *_: Plan((Seat("cpu", 1, (100_000,)),), ()))
     with make_pool(workers=1) as pool:
         assert len(pool.rerank("query", ["document"])) == 1
     assert "cannot be kept on the CPUs (100000,)" in caplog.text

@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import time
 from collections.abc import Callable
+from concurrent.futures import BrokenExecutor
 from pathlib import Path
 
 import psutil
@@ -14,11 +15,11 @@ from fakes import score_of
 
 from mp_rerank import ModelSpec, RequestTimeoutError, RerankerPool, RerankResult, WorkerCrashedError
 from mp_rerank._planning.plan import Seat
-from mp_rerank._scheduling.deployment import GRACE_SECONDS, HANG_MARGIN, Deployment
+from mp_rerank._scheduling.deployment import GRACE_SECONDS, HANG_MARGIN, KILL_GRACE_SECONDS, Deployment
 from mp_rerank._scheduling.queue import Slice
 from mp_rerank._scheduling.request import Request
 from mp_rerank._workers.child import Scored
-from mp_rerank._workers.slot import Exited, SliceEnded, SlotState
+from mp_rerank._workers.slot import Exited, SliceEnded, Slot, SlotState
 from mp_rerank.config import PoolConfig
 from mp_rerank.results import PoolStats
 
@@ -82,7 +83,7 @@ def test_it_is_that_very_process_that_is_killed(make_pool: MakePool, monkeypatch
     with make_pool(workers=1) as pool:
         dispatcher = pool._dispatcher
         assert dispatcher is not None
-        worker = dispatcher._deployment.slots[0].worker
+        worker = dispatcher._deployment.slots[0].worker  # type: ignore[union-attr]
         assert worker is not None
         assert worker.pid is not None
         stranger = psutil.Process(worker.pid)
@@ -104,6 +105,7 @@ class StandIn:
         self.alive = True
         self.killed = False
         self.killable = True
+        self.abandoned = False
         self.pid = 1
 
     def kill(self) -> None:
@@ -114,6 +116,9 @@ class StandIn:
 
     def join(self, timeout: float) -> None:
         pass
+
+    def abandon(self) -> None:
+        self.abandoned = True
 
 
 def busy_deployment(tokens: int, seconds_per_token: float, **options: object) -> tuple[Deployment, StandIn, Slice]:
@@ -143,7 +148,35 @@ def test_the_limit_follows_the_size_and_the_speed(tokens: int, seconds_per_token
     assert not standing.killed
     deployment.tick(limit * 1.001)
     assert standing.killed
-    assert deployment.wake_at() is None
+    assert deployment.wake_at() == pytest.approx(limit * 1.001 + KILL_GRACE_SECONDS)
+
+
+def test_a_worker_that_cannot_be_killed_is_given_up_and_its_slices_go_elsewhere_without_blame() -> None:
+    """In an uninterruptible system call, in a frozen control group, or no longer ours to kill."""
+    deployment, standing, slice_ = busy_deployment(10, 0.001, hang_timeout=60.0)
+    [slot] = deployment.slots
+    [request] = deployment.queue.live.values()
+    other = Slot(1, Seat("cpu", 1), lambda _: None)
+    other.state = SlotState.READY
+    deployment.slots.append(other)
+    deployment._started = True
+    deployment.tick(100.0)
+    assert standing.killed
+    assert slot.state is SlotState.RESTARTING, "it is given nothing more"
+    deployment.tick(100.0 + KILL_GRACE_SECONDS - 0.1)
+    assert deployment.queue.waiting_tokens == 0
+    deployment.tick(100.0 + KILL_GRACE_SECONDS)
+    assert slot.state is SlotState.FAILED
+    assert standing.abandoned
+    assert deployment.queue.waiting_tokens == 10
+    assert [pair.attempts for pair in slice_.pending] == [0]
+    assert not request.done
+    assert deployment.failure is None
+    assert slot.info().last_exit is not None
+    assert slot.info().last_exit.reason == "unkillable"  # type: ignore[union-attr]
+    deployment.handle(SliceEnded(slot, 1, slice_, BrokenExecutor()), 200.0)  # its last words change nothing
+    deployment.handle(Exited(slot, 1, -9), 200.0)
+    assert slot.state is SlotState.FAILED
 
 
 def test_one_slice_measured_too_fast_makes_the_next_not_hung() -> None:
@@ -170,9 +203,8 @@ def test_slices_of_a_dead_worker_that_never_come_back_are_given_up() -> None:
     deployment.tick(100.0 + GRACE_SECONDS)
     assert deployment.queue.waiting_tokens == 10
     assert slot.restart_at == 100.0 + GRACE_SECONDS
-    deployment.handle(
-        SliceEnded(slot, 1, slice_, Scored(b"\0\0\0\0", None, 1.0)), 200.0
-    )  # too late: it will be scored again
+    too_late = SliceEnded(slot, 1, slice_, Scored(b"\0\0\0\0", None, 1.0))
+    deployment.handle(too_late, 200.0)  # it will be scored again
     assert deployment.queue.waiting_tokens == 10
 
 

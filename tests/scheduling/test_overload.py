@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import itertools
 import threading
 import time
 from collections.abc import Callable
-from functools import partial
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,6 +16,7 @@ from interrupts import interrupted
 
 from mp_rerank import ModelSpec, PoolClosedError, PoolOverloadedError, RequestTimeoutError, RerankerPool, RerankResult
 from mp_rerank._scheduling.admission import Admission
+from mp_rerank._scheduling.request import Request
 
 MakePool = Callable[..., RerankerPool]
 
@@ -66,7 +66,7 @@ def test_block_until_there_is_room(full: Callable[..., RerankerPool], fifo: Fifo
     waiting = [threading.Thread(target=lambda: results.append(pool.rerank("query", documents(3)))) for _ in range(8)]
     for thread in waiting:
         thread.start()
-    until(lambda: len(pool._dispatcher.admission._line) == 8)  # type: ignore[union-attr]
+    until(lambda: "8 requests in line" in repr(pool))
     assert pool.stats().submitted == 2
     fifo.release()
     for thread in waiting:
@@ -99,7 +99,7 @@ def test_a_full_pool_does_not_hold_up_an_event_loop(make_pool: MakePool, fifo: F
 
     async def main() -> list[RerankResult]:
         waiting = asyncio.create_task(pool.arerank("word " * 400, ["a", "b"]))
-        while not pool._dispatcher.admission._line:  # type: ignore[union-attr]
+        while "1 requests in line" not in repr(pool):
             await asyncio.sleep(0.005)
         fifo.release()
         return await waiting
@@ -120,7 +120,7 @@ def test_closing_turns_blocked_callers_away(full: Callable[..., RerankerPool], f
 
     waiting = threading.Thread(target=submit)
     waiting.start()
-    until(lambda: len(pool._dispatcher.admission._line) == 1)  # type: ignore[union-attr]
+    until(lambda: "1 requests in line" in repr(pool))
     closing = threading.Thread(target=lambda: pool.close(drain=drain))
     closing.start()
     waiting.join(PATIENCE)
@@ -142,8 +142,7 @@ def test_cancelled_expired_and_failed_requests_give_their_places_back(
         until(lambda: pool.stats().pending_pairs == 0)
         assert pool.submit("query", ["!raise no"]).exception(PATIENCE)
         until(lambda: pool.stats().pending_pairs == 0)
-    admission = pool._dispatcher.admission  # type: ignore[union-attr]
-    assert (admission.pairs, admission.tokens) == (0, 0)
+    assert "0 pairs and 0 tokens pending, 0 requests in line" in repr(pool)
 
 
 def test_tokens_are_bounded_too(make_pool: MakePool, fifo: Fifo) -> None:
@@ -161,77 +160,126 @@ def test_a_request_larger_than_the_bound_is_taken_alone(make_pool: MakePool) -> 
         assert pool.rerank("query", documents(100)) == ranked("query", documents(100))
 
 
+# The bound by itself: time is an argument.
+
+
+def request(pairs: int, tokens: int = 1, **options: Any) -> Request:
+    return Request([("query", str(i)) for i in range(pairs)], [tokens] * pairs, lambda scores, _: scores, **options)
+
+
 def test_first_come_first_served() -> None:
     """A small request does not slip past a large one that waits for room: that might never find any."""
     admission = Admission(10, 10**6, "block")
-    admission.admit("first", 8, 8)
-    order = []
-
-    def enter(pairs: int) -> None:
-        admission.admit(pairs, pairs, pairs)
-        order.append(pairs)
-
-    threads = []
-    for n, pairs in enumerate((9, 2, 1), 1):
-        threads.append(threading.Thread(target=enter, args=(pairs,), daemon=True))
-        threads[-1].start()
-        until(lambda n=n: len(admission._line) == n)  # type: ignore[misc]
-    admission.release("first")
-    threads[0].join(PATIENCE)
-    assert order == [9], "the last would have had room"
-    admission.release(9)
-    for thread in threads:
-        thread.join(PATIENCE)
-    assert sorted(order[1:]) == [1, 2]
+    first, large, small, smaller = request(8), request(9), request(2), request(1)
+    assert admission.enter(first, 0.0)
+    for waiting in (large, small, smaller):
+        assert not admission.enter(waiting, 0.0)
+    assert admission.let_in() == []
+    admission.leave(first)
+    assert admission.let_in() == [large], "the last would have had room"
+    admission.leave(large)
+    assert admission.let_in() == [small, smaller]
 
 
-def test_a_caller_who_gives_up_leaves_the_line_moving() -> None:
-    admission = Admission(10, 10**6, 0.1)
-    admission.admit("first", 10, 10)
+def test_whoever_gives_up_leaves_the_line_moving() -> None:
+    admission = Admission(10, 10**6, 5.0)
+    first, large, small = request(8), request(9), request(2)
+    assert admission.enter(first, 0.0)
+    assert not admission.enter(large, 1.0)
+    assert not admission.enter(small, 2.0)
+    assert admission.next_expiry() == 6.0
+    assert admission.give_up(large)
+    assert not admission.give_up(large)
+    assert admission.let_in() == [small]
+    assert admission.next_expiry() is None
+    assert (admission.pairs, admission.tokens) == (10, 10)
+
+
+def test_patience_and_deadlines_end_in_their_order() -> None:
+    admission = Admission(10, 10**6, 5.0)
+    full, patient, hasty = request(10), request(1), request(1, deadline=3.0, timeout=2.0)
+    assert admission.enter(full, 0.0)
+    assert not admission.enter(patient, 1.0)
+    assert not admission.enter(hasty, 1.0)
+    assert admission.next_expiry() == 3.0
+    assert admission.expire(2.9) == []
+    assert admission.expire(3.0) == [hasty]
+    assert admission.next_expiry() == 6.0
+    assert admission.expire(100.0) == [patient]
+    assert admission.clear() == []
+
+
+def test_only_what_is_far_from_the_bound_need_not_ask() -> None:
+    admission = Admission(10, 100, "block")
+    assert admission.is_far_from_bound([request(3, 10), request(2, 10)])
+    assert not admission.is_far_from_bound([request(3), request(3)])
+    assert not admission.is_far_from_bound([request(1, 51)])
+    assert admission.enter(request(5, 1), 0.0)
+    assert not admission.is_far_from_bound([request(1)])
+
+
+def test_many_threads_at_once_are_all_held_to_the_bound(make_pool: MakePool, fifo: Fifo) -> None:
+    """However many come between two looks of the dispatcher, no more are admitted than there is room for."""
+    with make_pool(workers=1, max_pending_pairs=100, slice_tokens=1) as pool:
+        pool.submit("query", [fifo.order])
+        fifo.wait_until_read()
+        threads = [threading.Thread(target=pool.rerank, args=(f"query {i}", documents(3))) for i in range(60)]
+        for thread in threads:
+            thread.start()
+        until(lambda: pool.stats().pending_pairs == 100)
+        assert pool.stats().submitted == 34
+        fifo.release()
+        for thread in threads:
+            thread.join(PATIENCE)
+        assert pool.stats().completed == 61
+
+
+def test_an_interrupt_at_any_moment_in_line_leaves_no_place_behind(make_pool: MakePool, fifo: Fifo) -> None:
+    with make_pool(workers=1, max_pending_pairs=1) as pool:
+        held = pool.submit("query", [fifo.order])
+        fifo.wait_until_read()
+
+        def wait(count: int = 5) -> None:
+            with contextlib.suppress(RequestTimeoutError):
+                pool.submit("query", documents(count), timeout=0.02)
+
+        moments = 0
+        while interrupted(wait, moments + 1):
+            moments += 1
+            assert pool.stats().pending_pairs == 1
+        assert moments > 10
+        until(lambda: "0 requests in line" in repr(pool))
+        fifo.release()
+        assert held.result(PATIENCE)
+        assert pool.rerank("query", documents(5)) == ranked("query", documents(5))
+
+
+def test_waiting_for_room_takes_no_thread_from_asyncio_s_own_pool(make_pool: MakePool, fifo: Fifo) -> None:
+    """The application's ``to_thread`` goes on, however many requests wait."""
+    pool = make_pool(workers=1, max_pending_pairs=1).start()
+    pool.submit("query", [fifo.order])
+    fifo.wait_until_read()
+
+    async def main() -> list[list[RerankResult]]:
+        waiting = [asyncio.create_task(pool.arerank(f"query {i}", ["a"])) for i in range(100)]
+        while "100 requests in line" not in repr(pool):
+            await asyncio.sleep(0.005)
+        assert await asyncio.to_thread(lambda: "free") == "free"
+        waiting[0].cancel()
+        fifo.release()
+        return await asyncio.gather(*waiting[1:])
+
+    found = asyncio.run(asyncio.wait_for(main(), PATIENCE))
+    assert found == [ranked(f"query {i}", ["a"]) for i in range(1, 100)]
+
+
+def test_a_full_pool_that_raises_does_so_in_asyncio_too(full: Callable[..., RerankerPool], fifo: Fifo) -> None:
+    pool = full(overload="raise")
     with pytest.raises(PoolOverloadedError):
-        admission.admit("second", 5, 5)
-    assert not admission._line
-    admission.release("first")
-    admission.admit("third", 5, 5)
-    assert admission.pairs == 5
-
-
-def test_an_interrupt_at_any_moment_in_line_leaves_no_place_behind() -> None:
-    for moment in itertools.count(1):
-        admission = Admission(10, 10**6, "block")
-        admission.admit("first", 10, 10)
-        ended = threading.Event()
-
-        def leave(admission: Admission = admission, ended: threading.Event = ended) -> None:
-            until(lambda: bool(admission._line) or ended.is_set())
-            admission.release("first")
-
-        leaving = threading.Thread(target=leave)
-        leaving.start()
-        came_that_far = interrupted(partial(admission.admit, "second", 5, 5), moment)
-        ended.set()
-        leaving.join(PATIENCE)
-        admission.release("second")
-        assert (admission.pairs, admission.tokens, admission._line) == (0, 0, {})
-        if not came_that_far:
-            break
-    assert moment > 10
-
-
-def test_an_interrupt_at_any_moment_of_being_refused_leaves_nobody_in_line() -> None:
-    def enter(admission: Admission) -> None:
-        with contextlib.suppress(PoolOverloadedError):
-            admission.admit("second", 5, 5)
-
-    for moment in itertools.count(1):
-        admission = Admission(10, 10**6, "raise")
-        admission.admit("first", 10, 10)
-        came_that_far = interrupted(partial(enter, admission), moment)
-        admission.release("second")
-        assert (admission.pairs, admission.tokens, admission._line) == (10, 10, {})
-        if not came_that_far:
-            break
-    assert moment > 10
+        asyncio.run(pool.arerank("query", documents(1)))
+    with pytest.raises(RequestTimeoutError):
+        asyncio.run(pool.asubmit_pairs([("query", fifo.order)], timeout=1e-9))
+    fifo.release()
 
 
 def test_small_requests_overtake_a_large_one(make_pool: MakePool) -> None:

@@ -160,22 +160,23 @@ def test_what_waits_for_one_score_a_pair_is_not_given_three(make_pool: MakePool,
 
 
 def test_a_ranking_that_comes_as_the_model_gets_three_labels_is_refused_in_words(
-    make_pool: MakePool, monkeypatch: pytest.MonkeyPatch
+    make_pool: MakePool, fifo: Fifo
 ) -> None:
     """Checked as it was submitted, admitted after the reload."""
-    with make_pool(workers=1) as pool:
-        admission = pool._dispatcher.admission  # type: ignore[union-attr]
-        admit = admission.admit
-
-        def reload_first(*arguments: Any, **options: Any) -> bool:
-            monkeypatch.undo()
-            pool.reload(ModelSpec("three", loader="fakes:load_three_labels"))
-            return admit(*arguments, **options)
-
-        monkeypatch.setattr(admission, "admit", reload_first)
-        error = pool.submit("query", documents(2)).exception(PATIENCE)
+    with make_pool(workers=1, max_pending_pairs=1) as pool:
+        begun = pool.submit("query", [fifo.order])
+        fifo.wait_until_read()
+        in_line: list[Any] = []
+        waiting = threading.Thread(target=lambda: in_line.append(pool.submit("query", documents(2))))
+        waiting.start()
+        until(lambda: "1 requests in line" in repr(pool))
+        pool.reload(ModelSpec("three", loader="fakes:load_three_labels"))
+        fifo.release()
+        waiting.join(PATIENCE)
+        error = in_line[0].exception(PATIENCE)
         assert isinstance(error, ValueError)
         assert "gives 3 scores a pair, and ranking needs one" in str(error)
+        assert begun.result(PATIENCE)
         assert pool.submit_pairs([("query", "document")]).result(PATIENCE).shape == (1, 3)
         assert pool.stats().pending_pairs == 0
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import subprocess
 import sys
 from collections.abc import Callable
+from graphlib import TopologicalSorter
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,42 @@ ROOT = Path(__file__).parents[2]
 def bench(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "bench", *map(str, arguments)]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=250)
+
+
+def modules() -> dict[str, ast.Module]:
+    """Every module of ``bench``, by its dotted name."""
+    found = {}
+    for path in (ROOT / "bench").rglob("*.py"):
+        parts = path.relative_to(ROOT).with_suffix("").parts
+        found[".".join(parts[: -1 if parts[-1] == "__init__" else None])] = ast.parse(path.read_text(encoding="utf-8"))
+    return found
+
+
+def test_modules_import_each_other_in_no_circle_not_by_an_import_in_a_function_either() -> None:
+    found = modules()
+    imports: dict[str, set[str]] = {}
+    for name, tree in found.items():
+        nodes = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.module]
+        named = {node.module for node in nodes}
+        named |= {f"{node.module}.{alias.name}" for node in nodes for alias in node.names}
+        imports[name] = (named & found.keys()) - {name}
+    assert "bench.reports.report" in imports["bench.reports.plots"]
+    TopologicalSorter(imports).prepare()  # raises CycleError
+
+
+def test_each_command_has_a_module_with_a_main_and_each_room_a_docstring() -> None:
+    found = modules()
+    [commands] = [
+        ast.literal_eval(node.value)
+        for node in found["bench.__main__"].body
+        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and node.target.id == "COMMANDS"
+    ]
+    for module, _ in commands.values():
+        assert any(isinstance(node, ast.FunctionDef) and node.name == "main" for node in found[module].body), module
+    assert [name for name, tree in found.items() if not ast.get_docstring(tree)] == []
+    listed = bench("--help")
+    assert listed.returncode == 0
+    assert [line.split()[0] for line in listed.stderr.splitlines() if line.startswith("  ")] == list(commands)
 
 
 @pytest.fixture

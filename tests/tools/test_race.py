@@ -46,9 +46,9 @@ WRONGS = [
 ]
 
 
-def mp_rerank(*arguments: str) -> subprocess.CompletedProcess[str]:
+def run(module: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "mp_rerank.cli", *arguments],
+        [sys.executable, "-m", module, *arguments],
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
@@ -163,14 +163,20 @@ def test_every_thread_asks_something_else() -> None:
     ],
 )
 def test_a_mistake_is_one_line_and_exit_code_2(arguments: list[str], words: str) -> None:
-    done = mp_rerank("race", *arguments)
+    done = run("mp_rerank.cli", "race", *arguments)
     assert (done.returncode, done.stdout, done.stderr) == (2, "", f"mp-rerank: error: {words}\n")
+
+
+def test_fewer_than_two_threads_meet_nowhere() -> None:
+    done = run("bench", "race-where", "--threads", "1")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.endswith("--threads: at least 2 are needed, not 1\n")
 
 
 @pytest.mark.real
 @pytest.mark.timeout(900)  # it starts a dozen processes that import torch
 def test_the_command_tells_whether_this_environment_is_affected_and_the_pool_never_is() -> None:
-    done = mp_rerank("race", "--threads", "8", "--rounds", "1", "--json")
+    done = run("mp_rerank.cli", "race", "--threads", "8", "--rounds", "1", "--json")
     assert done.returncode in (0, AFFECTED), done.stdout + done.stderr
     said = json.loads(done.stdout)
     assert done.returncode == said["exit_code"] == (AFFECTED if said["affected"] else 0)
@@ -188,7 +194,7 @@ def test_the_command_tells_whether_this_environment_is_affected_and_the_pool_nev
 @pytest.mark.real
 @pytest.mark.timeout(900)
 def test_where_it_is_can_be_seen() -> None:
-    done = mp_rerank("race", "--where", "--threads", "4", "--json")
+    done = run("bench", "race-where", "--threads", "4", "--json")
     assert done.returncode == 0, done.stderr
     parts = json.loads(done.stdout)
     assert not [part for part in parts.values() if "failure" in part]

@@ -615,16 +615,16 @@ def test_an_interrupt_while_it_starts_waits_for_what_has_begun(
     make_pool: MakePool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Else an interpreter that exits at once would find the dispatcher launching workers, and neither could go on."""
-    start = Dispatcher.start
+    begin = Dispatcher.begin
 
     def interrupted(dispatcher: Dispatcher) -> None:
-        start(dispatcher)
+        begin(dispatcher)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(Dispatcher, "start", interrupted)
+    monkeypatch.setattr(Dispatcher, "begin", interrupted)
     with pytest.raises(KeyboardInterrupt):
         make_pool().start()
-    assert [thread for thread in threading.enumerate() if thread.name.startswith("mp_rerank")] == []
+    assert [thread for thread in threading.enumerate() if thread.name == "mp_rerank-dispatcher"] == []
 
 
 def test_start_while_it_closes(make_pool: MakePool, fifo: Fifo) -> None:
