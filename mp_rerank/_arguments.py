@@ -23,7 +23,6 @@ __all__ = [
     "deadline_of",
     "documents_of",
     "pairs_of",
-    "shown",
     "text_of",
 ]
 

@@ -8,7 +8,8 @@ from typing import Any, cast
 
 import numpy as np
 
-from mp_rerank._arguments import check_predict_options, shown
+from mp_rerank._arguments import check_predict_options
+from mp_rerank._checks import shown
 from mp_rerank.results import RerankResult, Scores
 
 __all__ = ["CrossEncoderCalls"]

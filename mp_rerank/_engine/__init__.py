@@ -1,14 +1,18 @@
 """The model on its device, and what makes it fast. The only wing that imports torch; only a worker imports it.
 
-    engine.py     the model, fed with batches of the right size
+    engine.py     the model on its device: loaded, proved, made fast, fed with batches
     loading.py    loads a ``CrossEncoder``, proves it is whole, and knows what library versions differ in
     pipeline.py   from texts to scores: tokenize once, cut batches, collate, forward
     parity.py     keeps an optimization only if scores stay within tolerance
-    unpad.py      packed batches without padding; the last layer for the tokens that the head reads
+    unpad.py      packed batches without padding; the last layer for first tokens only
     prepack.py    linear layers laid out for oneDNN
     weights.py    weights as pages of the checkpoint's file, shared by all workers
     compiled.py   ``torch.compile``
     backends/     other runtimes: ONNX Runtime and OpenVINO
 
 Knows no worker, no slot and no request: it takes pairs of texts and gives scores.
+
+A *model* is what a ``ModelSpec`` names, loaded: a ``CrossEncoder``, or what a loader of the user's returns. Its
+*network* is the transformers model within a ``CrossEncoder``, from tokens to logits. The *encoder* is the network's
+layers.
 """

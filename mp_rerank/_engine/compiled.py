@@ -1,26 +1,25 @@
-"""``torch.compile``: the network as a program of its own, with its weights as constants on a CPU.
+"""``torch.compile``: the network as a compiled program; on a CPU, with its weights as constants.
 
-Compiled for any number of pairs and tokens as the worker starts, and once more for a lone pair, of which the compiler
-makes a program apart; that takes half a minute on one core, and no cache shortens it: each worker does it, and does it
-again after a crash.
+It is compiled as the worker starts: for any number of pairs and tokens, and again for a single pair, for which the
+compiler makes another program. That takes half a minute on one core, and no cache shortens it: every worker does it,
+also the one that replaces a dead one.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 
+from mp_rerank._engine.parity import Pairs
 from mp_rerank._pairs import CANARY
 
 __all__ = ["compile_network"]
 
 
-def compile_network(
-    network: torch.nn.Module, device: str, predict: Callable[[Sequence[tuple[str, str]]], object]
-) -> None:
-    """Compile ``network`` in place, and use it, so that nothing is left to compile.
+def compile_network(network: torch.nn.Module, device: str, predict: Callable[[Pairs], object]) -> None:
+    """Compile ``network`` in place, and use it once for each program, so that nothing is left to compile.
 
     Args:
         network: the transformers model within a ``CrossEncoder``.

@@ -1,46 +1,80 @@
-"""A model changed for its speed must score as before, or be as before."""
+"""Parity: keep an optimization only if scores stay within tolerance; otherwise undo it.
+
+``keep_if_equal`` does that. ``record_calls`` is what other proofs need: it shows what ``CrossEncoder.predict`` calls
+the network with.
+"""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
-__all__ = ["keep_if_equal"]
+from mp_rerank._pairs import Pair, tolerance
+
+__all__ = ["Pairs", "Scores", "keep_if_equal", "record_calls"]
 
 logger = logging.getLogger(__name__)
 
-Predict = Callable[[], npt.NDArray[np.float32]]
-
-# Largest difference of a score, absolute and relative: sums in another order differ in their last bits.
-TOLERANCE = {"float32": 1e-5, "float64": 1e-5}
-TOLERANCE_16_BITS = 0.03
+Pairs = Sequence[Pair]
+Scores = npt.NDArray[np.float32]
 
 
 def keep_if_equal(
-    what: str, change: Callable[[], object], undo: Callable[[], object], predict: Predict, dtype: str
+    what: str, change: Callable[[], object], undo: Callable[[], object], predict: Callable[[], Scores], dtype: str
 ) -> bool:
-    """Do ``change``, and ``undo`` it where the model then scores otherwise, or where anything is raised.
+    """Do ``change``; ``undo`` it if scores then differ by more than the tolerance, or if anything is raised.
 
     Args:
         what: the change, for the log.
-        predict: what the model makes of some fixed pairs.
+        predict: scores some fixed pairs with the model.
         dtype: of the model's weights.
 
     Returns:
-        Whether it is kept.
+        Whether the change is kept.
     """
-    tolerance = TOLERANCE.get(dtype, TOLERANCE_16_BITS)
+    limit = tolerance("optimized", dtype)
     try:
         before = predict()
         change()
         after = predict()
-        if np.allclose(before, after, rtol=tolerance, atol=tolerance):
+        if np.allclose(before, after, rtol=limit, atol=limit):
             return True
-        logger.debug("%s: it would score %s, not %s", what, after, before)
-    except Exception as error:  # an operator that this build of torch lacks, a module of another make
-        logger.debug("%s: it cannot be done here: %s", what, error)
+        logger.debug("%s: undone, for scores become %s instead of %s", what, after, before)
+    except Exception as error:  # an operator that this build of torch lacks, or a module that is built otherwise
+        logger.debug("%s: not possible here: %s", what, error)
     undo()
     return False
+
+
+def record_calls(
+    network: torch.nn.Module, predict: Callable[[Pairs], Any], batch: Pairs, answer: Callable[..., Any] | None = None
+) -> list[dict[str, Any]]:
+    """The arguments of each call of ``network`` while ``predict(batch)`` runs.
+
+    Args:
+        network: the transformers model within a ``CrossEncoder``.
+        predict: scores one batch with that ``CrossEncoder``.
+        answer: is called in the network's place, with the same arguments; ``None`` calls the network.
+    """
+    calls: list[dict[str, Any]] = []
+    present = network.forward
+    replaced = "forward" in vars(network)
+
+    def forward(**arguments: Any) -> Any:
+        calls.append(arguments)
+        return (answer or present)(**arguments)
+
+    network.forward = forward
+    try:
+        predict(batch)
+    finally:
+        if replaced:
+            network.forward = present
+        else:
+            del network.forward
+    return calls

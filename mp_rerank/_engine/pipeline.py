@@ -1,33 +1,31 @@
-"""The way from texts to scores that ``CrossEncoder.predict`` takes, without what it does anew for every batch.
+"""From texts to scores: tokenize a slice once, cut it into batches, and run each through the network.
 
-``predict`` tokenizes a batch and pads it at once, so whoever wants to put pairs of like lengths together first has to
-guess their lengths, or to tokenize twice. Here a slice is tokenized once; what goes into the network, and what becomes
-of what comes out, is ``predict``'s own, and proved to be: by what the network is called with for texts of every kind,
-and by scores.
+``CrossEncoder.predict`` tokenizes and pads a batch at once. To put pairs of about the same length into one batch, one
+would have to guess the lengths, or tokenize twice. A ``Pipeline`` tokenizes a slice once and pads each batch by itself.
+It is used only where it is proved to do what ``predict`` does: it calls the network with the same tensors, for texts of
+many kinds, and gives the same scores.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from sentence_transformers import CrossEncoder
 from transformers.modeling_outputs import SequenceClassifierOutput
 
-from mp_rerank._engine.calls import Pairs, record_calls
-from mp_rerank._pairs import CANARY
+from mp_rerank._engine.parity import Pairs, Scores, record_calls
+from mp_rerank._pairs import CANARY, tolerance
 
-__all__ = ["Direct", "Tokenized", "find_direct"]
+__all__ = ["Pipeline", "Tokenized", "even_batches", "find_pipeline", "padded_batches", "without_surrogates"]
 
 logger = logging.getLogger(__name__)
 
-TOLERANCE = 1e-5
-#: batches whose tokens must be those that ``predict`` makes; longest first, as some versions sort them
+#: Batches whose tensors must be those that ``predict`` makes. Longest pair first, as some versions sort them.
 PROBES: list[Pairs] = [
     CANARY[::-1],
     [("", "")],
@@ -39,13 +37,13 @@ PROBES: list[Pairs] = [
 
 @dataclass(frozen=True)
 class Tokenized:
-    """Pairs as rows of tokens, unpadded, under the names that the network takes them by."""
+    """Pairs as lists of tokens, unpadded, under the names by which the network takes them."""
 
-    rows: dict[str, list[list[int]]]
+    inputs: dict[str, list[list[int]]]
     lengths: list[int]
 
 
-class Direct:
+class Pipeline:
     """Scores with the tokenizer, the network and the activation of ``model``, a ``CrossEncoder``."""
 
     def __init__(self, model: Any) -> None:
@@ -63,64 +61,80 @@ class Direct:
         """``pairs`` as tokens, truncated."""
         queries, documents = zip(*pairs, strict=True)
         encoding = self._tokenizer(list(queries), list(documents), truncation=True)
-        rows = {name: encoding[name] for name in encoding}
-        return Tokenized(rows, [len(row) for row in rows["input_ids"]])
+        inputs = {name: encoding[name] for name in encoding}
+        return Tokenized(inputs, [len(tokens) for tokens in inputs["input_ids"]])
 
-    def score(self, tokenized: Tokenized, batch: Sequence[int]) -> npt.NDArray[np.float32]:
+    def score(self, tokenized: Tokenized, batch: Sequence[int]) -> Scores:
         """Scores of the pairs at ``batch``, in one forward pass: shape (n,) or (n, num_labels)."""
         with torch.inference_mode():
-            logits = self._network(**self._features(tokenized, batch), **self._constants).logits
+            logits = self._network(**self._collate(tokenized, batch), **self._constants).logits
             scores = self._activation(logits.float())
-            found: npt.NDArray[np.float32] = (scores[:, 0] if scores.shape[1] == 1 else scores).float().cpu().numpy()
+            found: Scores = (scores[:, 0] if scores.shape[1] == 1 else scores).float().cpu().numpy()
         return found
 
-    def prove(self, predict: Callable[[Pairs], npt.NDArray[np.float32]], max_length: int | None) -> None:
-        """Raise ``ValueError`` unless this is what ``predict`` does, which scores one batch with the same model."""
+    def prove(self, predict: Callable[[Pairs], Scores], max_length: int | None, dtype: str) -> None:
+        """Raise ``ValueError`` unless this does what ``predict`` does.
+
+        Args:
+            predict: scores one batch with the same model.
+            max_length: tokens it truncates a pair to, if it does.
+            dtype: of the model's weights.
+        """
         overlong = [] if max_length is None else [[("long", "long " * max_length)], [("long " * max_length, "long")]]
         for batch in (*PROBES, *overlong):
-            calls = record_calls(self._network, predict, batch, self._no_answer)
-            if len(calls) != 1:
-                raise ValueError(f"predict calls the network {len(calls)} times for one batch")
-            tensors = {name: value for name, value in calls[0].items() if isinstance(value, torch.Tensor)}
-            self._constants = {name: value for name, value in calls[0].items() if name not in tensors}
-            features = self._features(self.tokenize(batch), range(len(batch)))
-            if features.keys() != tensors.keys():
-                raise ValueError(f"predict calls the network with {sorted(tensors)}, not with {sorted(features)}")
-            for name, tensor in features.items():
-                if not torch.equal(tensor, tensors[name]):
-                    raise ValueError(f"predict makes other {name} of {str(batch)[:80]}")
+            self._prove_tensors(predict, batch)
         expected, found = predict(CANARY), self.score(self.tokenize(CANARY), range(len(CANARY)))
-        if expected.shape != found.shape or not np.allclose(expected, found, rtol=TOLERANCE, atol=TOLERANCE):
+        limit = tolerance("same network", dtype)
+        if expected.shape != found.shape or not np.allclose(expected, found, rtol=limit, atol=limit):
             raise ValueError(f"predict scores {expected}, not {found}")
 
-    def _features(self, tokenized: Tokenized, batch: Sequence[int]) -> dict[str, torch.Tensor]:
-        """What the network takes: tensors of shape (pairs, longest)."""
+    def _prove_tensors(self, predict: Callable[[Pairs], Scores], batch: Pairs) -> None:
+        """Raise ``ValueError`` unless ``predict`` calls the network with the tensors made here.
+
+        What else ``predict`` gives to the network is kept, to be given to it in every call.
+        """
+        calls = record_calls(self._network, predict, batch, self._zero_logits)
+        if len(calls) != 1:
+            raise ValueError(f"predict calls the network {len(calls)} times for one batch")
+        tensors = {name: value for name, value in calls[0].items() if isinstance(value, torch.Tensor)}
+        self._constants = {name: value for name, value in calls[0].items() if name not in tensors}
+        collated = self._collate(self.tokenize(batch), range(len(batch)))
+        if collated.keys() != tensors.keys():
+            raise ValueError(f"predict calls the network with {sorted(tensors)}, not with {sorted(collated)}")
+        for name, tensor in collated.items():
+            if not torch.equal(tensor, tensors[name]):
+                raise ValueError(f"predict makes other {name} of {str(batch)[:80]}")
+
+    def _collate(self, tokenized: Tokenized, batch: Sequence[int]) -> dict[str, torch.Tensor]:
+        """What the network takes for the pairs at ``batch``: tensors of shape (pairs, longest)."""
         longest = max(tokenized.lengths[i] for i in batch)
-        features = {}
-        for name, rows in tokenized.rows.items():
+        tensors = {}
+        for name, inputs in tokenized.inputs.items():
             padded = np.full((len(batch), longest), self._padding[name], dtype=np.int64)
             for line, i in zip(padded, batch, strict=True):
                 length = tokenized.lengths[i]
                 line[slice(length) if self._tokenizer.padding_side == "right" else slice(longest - length, None)] = (
-                    rows[i]
+                    inputs[i]
                 )
-            features[name] = torch.from_numpy(padded).to(self._network.device)
-        return features
+            tensors[name] = torch.from_numpy(padded).to(self._network.device)
+        return tensors
 
-    def _no_answer(self, **arguments: Any) -> SequenceClassifierOutput:
+    def _zero_logits(self, **arguments: Any) -> SequenceClassifierOutput:
+        """An answer in the network's place, where only its arguments are of interest."""
         shape = len(arguments["input_ids"]), self._network.config.num_labels
         return SequenceClassifierOutput(logits=torch.zeros(shape, device=self._network.device))
 
 
-def find_direct(
-    model: Any, predict: Callable[[Pairs], npt.NDArray[np.float32]], max_length: int | None
-) -> Direct | None:
-    """The direct way for ``model``, or ``None`` where there is none that does the same as ``predict``.
+def find_pipeline(
+    model: Any, predict: Callable[[Pairs], Scores], max_length: int | None, dtype: str
+) -> Pipeline | None:
+    """A pipeline that does what ``predict`` does, or ``None`` where there is none: ``predict`` is then called.
 
     Args:
-        model: a ``CrossEncoder``, at rest.
+        model: a ``CrossEncoder`` or a loader's model; nobody else uses it meanwhile.
         predict: scores one batch with it.
         max_length: tokens it truncates a pair to, if it does.
+        dtype: of its weights.
     """
     if type(model) is not CrossEncoder or "predict" in vars(model):  # a loader's, with a predict of its own
         return None
@@ -129,9 +143,63 @@ def find_direct(
     if any(module._forward_hooks or module._forward_pre_hooks for module in model.modules()):
         return None
     try:
-        direct = Direct(model)
-        direct.prove(predict, max_length)
+        pipeline = Pipeline(model)
+        pipeline.prove(predict, max_length, dtype)
     except Exception as error:  # one of many things: another kind of head, a prompt, a processor, an older version
         logger.debug("%s scores by predict only: %s", type(model).__name__, error)
         return None
-    return direct
+    return pipeline
+
+
+def without_surrogates(text: str) -> str:
+    """``text`` as valid Unicode, which is all that tokenizers take.
+
+    A Python string can hold surrogates: halves of a UTF-16 pair. JSON such as ``"\\ud83d"``, an emoji cut in two, makes
+    one. Two halves in their order become the character that they stand for; any other surrogate becomes U+FFFD, as in
+    other decoders of UTF-16 (Rust's ``from_utf16_lossy``, JavaScript's ``toWellFormed``).
+    """
+    if text.isascii():  # known to Python without a look at the text
+        return text
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+    return text
+
+
+def padded_batches(lengths: list[int], budget: int) -> Iterator[list[int]]:
+    """Cut pairs into batches, for a network that computes padding too.
+
+    Args:
+        lengths: tokens of each pair.
+        budget: tokens of one batch, each pair padded to its longest; a longer pair is a batch of its own.
+
+    Yields:
+        Indices of ``lengths``, longest first.
+    """
+    order = sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True)
+    start = 0
+    while start < len(order):
+        size = max(1, budget // lengths[order[start]])
+        yield order[start : start + size]
+        start += size
+
+
+def even_batches(lengths: list[int], budget: int) -> list[list[int]]:
+    """Cut pairs into batches of about equally many tokens, for a network that computes no padding.
+
+    Args:
+        lengths: tokens of each pair.
+        budget: tokens that a batch comes as near to as it can.
+
+    Returns:
+        Indices of ``lengths``, longest first.
+    """
+    total = sum(lengths)
+    count = max(1, round(total / budget))
+    found: list[list[int]] = [[] for _ in range(count)]
+    before = 0
+    for i in sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True):
+        found[int((before + lengths[i] / 2) / total * count)].append(i)
+        before += lengths[i]
+    return [batch for batch in found if batch]

@@ -305,7 +305,8 @@ class Deployment:
             return None
         cause = (
             f"its canary pairs score {facts.canary}, another worker's {self.facts.canary}: they do not hold the "
-            "same model (a checkpoint without a trained head is given a random one in each process)"
+            "same model. Either the checkpoint has no trained head, and each process draws a random one; or the "
+            "model's files have changed since the pool started: reload() loads the new ones in all workers"
         )
         return ModelLoadError(
             f"{self.spec.name} on {slot.seat.device}: {cause}",

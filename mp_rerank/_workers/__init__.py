@@ -14,5 +14,8 @@ In the worker:
     preload.py      what the fork server imports
     lazy_import.py  a package's import put off until it is called
 
+In either:
+    shadowing.py    names the user's file that an import found in place of a module that is needed
+
 Imports nothing of the scheduling above it. Only ``child`` imports the engine, and only once it runs in a worker.
 """

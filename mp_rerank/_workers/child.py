@@ -12,7 +12,6 @@ of this module ask. Exceptions leave as this package's own, holding text.
 
 from __future__ import annotations
 
-import contextlib
 import importlib
 import logging
 import os
@@ -26,13 +25,17 @@ from dataclasses import dataclass
 from multiprocessing import parent_process
 from multiprocessing.connection import Connection
 from multiprocessing.util import Finalize
-from typing import Any, NoReturn, Protocol
+from typing import TYPE_CHECKING, Any, NoReturn, Protocol
 
 from mp_rerank._pairs import CANARY, Pair, estimate_pair, estimate_text
 from mp_rerank._workers.lazy_import import deferred
 from mp_rerank._workers.logs import redirect_output
+from mp_rerank._workers.shadowing import shadowing
 from mp_rerank.config import ModelSpec
 from mp_rerank.errors import ModelLoadError, ScoringError
+
+if TYPE_CHECKING:
+    from mp_rerank._engine.engine import Engine
 
 __all__ = [
     "Launch",
@@ -69,6 +72,8 @@ QUIET_VARIABLES = {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "TQDM_DISABLE": "1"}
 _one_load_at_a_time = threading.Lock()
 # In a worker process: its model.
 _model: LoadedModel | None = None
+# What ``import_engine`` raised, here or in the server that this process was forked from.
+_import_error: Exception | None = None
 
 
 @dataclass(frozen=True)
@@ -161,11 +166,12 @@ class LoadedModel:
                 **facts,
             )
         except BaseException as error:
+            cause = _in_words(error) + shadowing(error)
             self._outcome = ModelLoadError(
-                f"{model} could not be loaded on {device}: {_in_words(error)}",
+                f"{model} could not be loaded on {device}: {cause}",
                 model=model,
                 device=device,
-                cause=_in_words(error),
+                cause=cause,
                 details=traceback.format_exc(),
             )
 
@@ -260,21 +266,36 @@ def _load(spec: ModelSpec, launch: Launch) -> tuple[Scorer, dict[str, Any]]:
                 raise TypeError(f"the loader returned {type(loaded).__name__}, which has no predict(pairs)")
             facts = {"dtype": "", "weights_bytes": 0, "mapped_bytes": 0, "max_length": spec.max_length}
             return loaded, facts
-    if in_worker_process():
-        import_engine()
-    from mp_rerank._engine.engine import Engine
-
-    engine = Engine(spec, launch.device, launch.threads, launch.batch_tokens, loaded, owns_process=in_worker_process())
+    engine = _engine_type()(
+        spec, launch.device, launch.threads, launch.batch_tokens, loaded, owns_process=in_worker_process()
+    )
     return engine, engine.facts()
 
 
 def import_engine() -> None:
     """Import what it takes to load and score, and no more: this process will do nothing else.
 
-    Fails in silence: whatever is wrong is wrong again when it is imported in the plain way, and is told there.
+    What goes wrong is kept, and raised when a model is loaded, unless the plain import then works.
     """
-    with contextlib.suppress(Exception), deferred("sklearn"):
-        importlib.import_module("mp_rerank._engine.engine")
+    global _import_error
+    try:
+        with deferred("sklearn"):
+            importlib.import_module("mp_rerank._engine.engine")
+    except Exception as error:
+        _import_error = _import_error or error
+
+
+def _engine_type() -> type[Engine]:
+    """``Engine``. Raises the first error that importing it ended in: torch, once half imported, fails in other ways."""
+    if in_worker_process():
+        import_engine()
+    try:
+        from mp_rerank._engine.engine import Engine
+    except Exception as error:
+        first = _import_error or error
+    else:
+        return Engine
+    raise first  # not within the except clause, which would make the later error its context
 
 
 def _score_canary(scorer: Scorer) -> tuple[tuple[float, ...], float]:

@@ -22,6 +22,8 @@ from multiprocessing.connection import Connection
 from types import FrameType
 from typing import Any
 
+from mp_rerank._text import one_line, printable
+
 __all__ = ["POOL_LOGGER", "WORKER_LOGGER", "QueuedLogger", "flush", "redirect_output", "repeat_log"]
 
 POOL_LOGGER = "mp_rerank.pool"
@@ -63,7 +65,7 @@ class QueuedLogger:
         logger = logging.getLogger(self.name)
         if not logger.isEnabledFor(level):
             return
-        text = msg % args if args else msg  # now: the arguments go on changing
+        text = one_line(msg % args if args else msg)  # now: the arguments go on changing
         code = caller.f_code
         record = logger.makeRecord(
             logger.name, level, code.co_filename, caller.f_lineno, text, (), exc_info, func=code.co_name
@@ -143,8 +145,11 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_forget_thread)
 
 
+_TRACEBACKS = logging.Formatter()
+
+
 class _Sender(logging.Handler):
-    """Child side: a record becomes ``[level, logger, text]`` in the pipe."""
+    """Child side: a record becomes ``[level, logger, text]`` in the pipe, its text safe to print."""
 
     def __init__(self, connection: Connection) -> None:
         super().__init__()
@@ -152,7 +157,9 @@ class _Sender(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         try:
-            text = self.format(record)
+            text = one_line(record.getMessage())
+            if record.exc_info:
+                text += "\n" + printable(_TRACEBACKS.formatException(record.exc_info))
             self.connection.send_bytes(json.dumps([record.levelno, record.name, text]).encode())
         except Exception:  # the parent is gone, or the record is broken: neither may stop scoring
             pass

@@ -1,4 +1,4 @@
-"""A last layer that computes first tokens only gives the scores of a whole one, or is left as it was."""
+"""A last layer that computes first tokens only gives the scores of a whole layer, or is left as it was."""
 
 from __future__ import annotations
 
@@ -15,9 +15,7 @@ models = pytest.importorskip("models")
 from test_unpad import PAIRS, UNPADDED, needs_interface  # noqa: E402
 
 from mp_rerank._engine.engine import Engine  # noqa: E402
-from mp_rerank._engine.readout import read_first  # noqa: E402
-from mp_rerank._engine.row import ROUND  # noqa: E402
-from mp_rerank._engine.unpad import unpad  # noqa: E402
+from mp_rerank._engine.unpad import TOKEN_MULTIPLE, cls_only, unpad  # noqa: E402
 
 pytestmark = [pytest.mark.real, needs_interface]
 
@@ -30,28 +28,28 @@ def engine(folder: str, **options: Any) -> Engine:
 @pytest.mark.parametrize("family", UNPADDED)
 def test_scores_are_the_whole_layer_s(family: str, num_labels: int, tmp_path: Path) -> None:
     folder = models.build(family, tmp_path, num_labels)
-    short, plain = engine(folder), models.load(folder, "cpu")
-    assert short.first_only
+    reduced, plain = engine(folder), models.load(folder, "cpu")
+    assert reduced.cls_only
     for pairs in (PAIRS, PAIRS[:1], PAIRS[:1] * 5, PAIRS[:2]):
-        np.testing.assert_allclose(short.predict(pairs), plain.predict(pairs), rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(reduced.predict(pairs), plain.predict(pairs), rtol=1e-5, atol=1e-5)
 
 
 def test_past_the_keys_and_values_there_are_first_tokens_only(tmp_path: Path) -> None:
-    short = engine(models.build("bert", tmp_path))
+    reduced = engine(models.build("bert", tmp_path))
     seen: dict[str, int] = {}
-    first, last = short.model.model.bert.encoder.layer
+    first, last = reduced.model.model.bert.encoder.layer
     for name, part in (
         ("a whole layer", first.intermediate),
         ("keys", last.attention.self.key),
         ("the last layer", last.intermediate),
     ):
         part.register_forward_hook(lambda module, arguments, output, name=name: seen.update({name: output.shape[1]}))
-    short.predict(PAIRS[:3])
-    whole = -(-short.tokens // ROUND) * ROUND
+    reduced.predict(PAIRS[:3])
+    whole = -(-reduced.tokens // TOKEN_MULTIPLE) * TOKEN_MULTIPLE
     assert seen == {"a whole layer": whole, "keys": whole, "the last layer": 3}
 
 
-@pytest.mark.parametrize("reads", ["the mean of two", "the second token", "nothing that can be computed"])
+@pytest.mark.parametrize("reads", ["the mean of two", "the second token", "all, and fails without"])
 def test_a_head_that_reads_anything_else_gets_it(reads: str, tmp_path: Path) -> None:
     whole = engine(models.build("bert", tmp_path), unpad=False)
     network = whole.model.model
@@ -70,12 +68,12 @@ def test_a_head_that_reads_anything_else_gets_it(reads: str, tmp_path: Path) -> 
     pooler.forward = forward
     before = whole.predict(PAIRS)
     assert unpad(network, "float32", lambda: whole.predict(PAIRS[:4]))
-    assert not read_first(network, "float32", lambda: whole.predict(PAIRS[:4]))
+    assert not cls_only(network, "float32", lambda: whole.predict(PAIRS[:4]))
     assert "forward" not in vars(network.bert.encoder.layer[-1])
     np.testing.assert_allclose(whole.predict(PAIRS), before, rtol=1e-5, atol=1e-5)
 
 
-def test_a_sigmoid_that_is_flat_hides_nothing(tmp_path: Path) -> None:
+def test_logits_are_compared_too_where_a_sigmoid_is_flat(tmp_path: Path) -> None:
     whole = engine(models.build("bert", tmp_path), unpad=False, activation="torch.nn.Sigmoid")
     network = whole.model.model
     pool = network.bert.pooler.forward
@@ -84,11 +82,11 @@ def test_a_sigmoid_that_is_flat_hides_nothing(tmp_path: Path) -> None:
         network.classifier.bias.fill_(30.0)
     assert (whole.predict(PAIRS) == 1).all()
     assert unpad(network, "float32", whole.canary)
-    assert not read_first(network, "float32", whole.canary)
+    assert not cls_only(network, "float32", whole.canary)
 
 
 def test_in_bfloat16_too(tmp_path: Path) -> None:
     folder = models.build("bert", tmp_path)
-    short, whole = engine(folder, dtype="bfloat16"), engine(folder, dtype="bfloat16", unpad=False)
-    assert (short.first_only, whole.first_only) == (True, False)
-    np.testing.assert_allclose(short.predict(PAIRS), whole.predict(PAIRS), atol=0.05)
+    reduced, whole = engine(folder, dtype="bfloat16"), engine(folder, dtype="bfloat16", unpad=False)
+    assert (reduced.cls_only, whole.cls_only) == (True, False)
+    np.testing.assert_allclose(reduced.predict(PAIRS), whole.predict(PAIRS), atol=0.05)

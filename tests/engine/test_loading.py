@@ -18,7 +18,8 @@ from mp_rerank import ModelLoadError, ModelSpec, RerankerPool
 
 torch = pytest.importorskip("torch")
 models = pytest.importorskip("models")
-from mp_rerank._engine.engine import Engine, prove  # noqa: E402
+from mp_rerank._engine.engine import Engine  # noqa: E402
+from mp_rerank._engine.loading import prove  # noqa: E402
 
 pytestmark = pytest.mark.real
 

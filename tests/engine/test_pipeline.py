@@ -1,4 +1,4 @@
-"""Scoring without ``CrossEncoder.predict`` is what ``predict`` does, or is not done."""
+"""A pipeline scores as ``CrossEncoder.predict`` does, or ``predict`` is called; and how pairs are cut into batches."""
 
 from __future__ import annotations
 
@@ -13,10 +13,16 @@ from mp_rerank import ModelSpec
 torch = pytest.importorskip("torch")
 models = pytest.importorskip("models")
 from mp_rerank._engine.engine import Engine  # noqa: E402
+from mp_rerank._engine.pipeline import even_batches, padded_batches, without_surrogates  # noqa: E402
 
 pytestmark = pytest.mark.real
 
 PAIRS = [(query, document) for query in models.TEXT[:3] for document in (*models.TEXT, "", " ", "long " * 300)]
+
+
+@pytest.fixture(scope="module")
+def bert(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(models.build("bert", tmp_path_factory.mktemp("bert")))
 
 
 def engine(folder: str, loaded: Any = None, **options: Any) -> Engine:
@@ -38,38 +44,38 @@ def count_calls(model: Any, name: str, monkeypatch: pytest.MonkeyPatch) -> list[
 
 
 @pytest.mark.parametrize("family", [*models.ENCODERS, *models.DECODERS])
-def test_predict_is_not_needed(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_predict_is_not_called(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = models.build(family, tmp_path)
-    direct, plain = engine(folder, max_length=100), models.load(folder, "cpu", max_length=100)
+    fast, plain = engine(folder, max_length=100), models.load(folder, "cpu", max_length=100)
     expected = plain.predict(PAIRS)
     calls = count_calls(plain, "predict", monkeypatch)
-    np.testing.assert_allclose(direct.predict(PAIRS), expected, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(fast.predict(PAIRS), expected, rtol=1e-5, atol=1e-5)
     assert not calls
 
 
 def test_texts_are_tokenized_once_and_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    direct = engine(models.build("bert", tmp_path))
-    tokenizer = direct.model.tokenizer
+    fast = engine(models.build("bert", tmp_path))
+    tokenizer = fast.model.tokenizer
     calls = count_calls(tokenizer, "__call__", monkeypatch)
-    direct.predict(PAIRS)
+    fast.predict(PAIRS)
     assert len(calls) == 1
     lengths = [len(row) for row in tokenizer(*zip(*PAIRS, strict=True), truncation=True)["input_ids"]]
     assert max(lengths) == models.MAX_LENGTH
-    assert direct.tokens == sum(lengths)
+    assert fast.tokens == sum(lengths)
 
 
-def test_a_model_with_a_head_of_its_own_is_asked_by_predict(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_with_a_head_of_its_own_is_scored_by_predict(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if not models.has_logit_score():
         pytest.skip("this sentence-transformers takes a decoder only with a classification head")
-    asked = engine(models.build(models.LOGIT_SCORE, tmp_path))
-    calls = count_calls(asked.model, "predict", monkeypatch)
-    asked.predict(PAIRS)
+    slow = engine(models.build(models.LOGIT_SCORE, tmp_path))
+    calls = count_calls(slow.model, "predict", monkeypatch)
+    slow.predict(PAIRS)
     assert calls
-    assert asked.tokens is None
+    assert slow.tokens is None
 
 
 @pytest.mark.parametrize("changed", ["tokens", "scores"])
-def test_a_predict_that_does_anything_else_is_asked(
+def test_a_predict_that_does_anything_else_is_called(
     changed: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As another version of the library might: with spaces at the ends of a text, for example."""
@@ -90,8 +96,8 @@ def test_a_predict_that_does_anything_else_is_asked(
     np.testing.assert_allclose(engine(folder).predict(pairs), expected, rtol=1e-5, atol=1e-5)
 
 
-def test_a_loader_s_own_predict_is_asked(tmp_path: Path) -> None:
-    """Even one that scores what the proof is made of as the library does."""
+def test_a_loader_s_own_predict_is_called(tmp_path: Path) -> None:
+    """Even one that scores the texts of the proof as the library does."""
     folder = models.build("bert", tmp_path)
     loaded = models.load(folder, "cpu")
     predict = loaded.predict
@@ -109,7 +115,50 @@ def test_hooks_are_run(tmp_path: Path) -> None:
     hooked = models.load(folder, "cpu")
     seen: list[object] = []
     hooked.register_forward_hook(lambda module, arguments, output: seen.append(output))
-    asked = engine(folder, hooked)
+    slow = engine(folder, hooked)
     seen.clear()
-    asked.predict(PAIRS[:3])
+    slow.predict(PAIRS[:3])
     assert seen or not hasattr(type(hooked), "preprocess")  # older versions' predict passes by the module's forward
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("\ud83d", "\ufffd"),
+        ("half \ude42 an emoji", "half \ufffd an emoji"),
+        ("\ud83d\ude42 whole", "🙂 whole"),
+        ("\ude42\ud83d", "\ufffd\ufffd"),
+        ("\ud83d\ud83d\ude42", "\ufffd🙂"),
+        ("\ufeff🙂 \ud83dend", "\ufeff🙂 \ufffdend"),
+    ],
+)
+@pytest.mark.parametrize("way", ["pipeline", "predict"])
+def test_a_lone_surrogate_is_read_as_u_fffd(way: str, text: str, expected: str, bert: str) -> None:
+    assert without_surrogates(text) == expected
+    surrogates = engine(bert, models.load(bert, "cpu"))
+    if way == "predict":
+        surrogates._pipeline = None
+    pairs = [("query", expected), (expected, "document")]
+    plain = models.load(bert, "cpu").predict(pairs)
+    np.testing.assert_allclose(surrogates.predict([("query", text), (text, "document")]), plain, rtol=1e-5, atol=1e-5)
+
+
+def test_text_without_surrogates_is_left_as_it_is() -> None:
+    for text in ("", "ascii", "Köln", "東京 🙂", "\ufffd", "\0"):
+        assert without_surrogates(text) is text
+
+
+def test_even_batches_hold_about_equally_many_tokens_and_every_pair_once() -> None:
+    lengths = [3, 90, 10, 10, 40, 7, 512, 30, 30, 60]
+    batches = even_batches(lengths, 256)
+    assert sorted(i for batch in batches for i in batch) == list(range(len(lengths)))
+    assert [sum(lengths[i] for i in batch) for batch in batches] == [512, 280]
+    assert even_batches([5], 256) == [[0]]
+    assert even_batches([9, 300], 256) == [[1, 0]], "a batch of nine tokens costs more than it saves"
+
+
+def test_padded_batches_hold_every_pair_once_and_as_many_as_fit() -> None:
+    lengths = [3, 90, 10, 10, 40, 7, 512, 30, 30, 60]
+    batches = list(padded_batches(lengths, 256))
+    assert [[lengths[i] for i in batch] for batch in batches] == [[512], [90, 60], [40, 30, 30, 10, 10, 7], [3]]
+    assert sorted(i for batch in batches for i in batch) == list(range(len(lengths)))

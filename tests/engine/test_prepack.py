@@ -44,8 +44,8 @@ def plain_linears(network: Any) -> Iterator[Any]:
     return (part for part in network.modules() if type(part) is torch.nn.Linear and "forward" not in vars(part))
 
 
-def test_products_of_many_rows_are_made_of_a_round_number_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What oneDNN makes for each number of rows it keeps: there must not be any number of them."""
+def test_products_of_many_tokens_are_of_a_multiple_of_32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Since oneDNN keeps a kernel for each number of tokens: there must not be any number of them."""
     linear = torch.nn.Linear(8, 4)
     packed = module._Packed(linear)
     product, seen = packed._product, []

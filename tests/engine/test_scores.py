@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 import threading
 from collections.abc import Callable, Iterator
@@ -13,7 +14,7 @@ import numpy as np
 import pytest
 from conftest import PATIENCE
 
-from mp_rerank import ModelSpec, RerankerPool, ScoringError
+from mp_rerank import ModelSpec, RerankerPool
 
 pytest.importorskip("torch")
 models = pytest.importorskip("models")
@@ -185,13 +186,17 @@ def test_copies_of_a_document_score_the_same_wherever_they_are(bert: Rivals) -> 
         assert close(copies, [bert.model.predict([(QUERIES[0], text)])[0]] * len(copies))
 
 
-def test_a_text_no_tokenizer_takes_fails_its_request_alone(bert: Rivals) -> None:
-    bad = bert.pool.submit("query", ["fine", "a lone surrogate \ud800"])
-    good = [bert.pool.submit(QUERIES[0], [text]) for text in models.TEXT]
-    with pytest.raises(ScoringError, match="document 1 "):
-        bad.result(PATIENCE)
-    scores = [future.result(PATIENCE)[0].relevance_score for future in good]
-    assert close(scores, bert.model.predict([(QUERIES[0], text) for text in models.TEXT]))
+def test_a_lone_surrogate_is_scored_as_u_fffd(bert: Rivals) -> None:
+    """Half an emoji, as ordinary JSON has it. Others' pairs in its slice are scored as ever."""
+    halves = json.loads(r'["query \ud83d", "document \ude42", "\ud83d"]')
+    assert not any(text.isprintable() for text in halves)
+    futures = [bert.pool.submit(halves[0], [*halves, text]) for text in models.TEXT]
+    clean = [text.encode("utf-16", "surrogatepass").decode("utf-16", "replace") for text in halves]
+    for text, future in zip(models.TEXT, futures, strict=True):
+        results = sorted(future.result(PATIENCE), key=lambda result: result.index)
+        assert [result.document for result in results] == [*halves, text]
+        expected = bert.model.predict([(clean[0], document) for document in [*clean, text]])
+        assert close([result.relevance_score for result in results], expected)
 
 
 def test_equal_scores_keep_the_order_submitted(folders: Callable[..., str], make_pool: MakePool, device: str) -> None:

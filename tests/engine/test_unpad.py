@@ -1,4 +1,4 @@
-"""Encoders that compute on no padding give the scores that padded ones do, or are left as they were."""
+"""Encoders that compute no padding give the scores that padded ones do, or are left as they were."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ torch = pytest.importorskip("torch")
 models = pytest.importorskip("models")
 from transformers.models.bert import modeling_bert  # noqa: E402
 
-from mp_rerank._engine import row  # noqa: E402
-from mp_rerank._engine.engine import Engine, even_batches  # noqa: E402
+from mp_rerank._engine import unpad as module  # noqa: E402
+from mp_rerank._engine.engine import Engine  # noqa: E402
 
 pytestmark = pytest.mark.real
 
@@ -46,8 +46,8 @@ def test_scores_are_the_padded_model_s(family: str, num_labels: int, tmp_path: P
 
 
 @needs_interface
-def test_no_layer_sees_padding_but_what_makes_a_row_round(tmp_path: Path) -> None:
-    """Rows of few different lengths: what oneDNN makes for each of them, and keeps, is then not without end."""
+def test_no_layer_sees_padding_but_what_fills_a_row_up(tmp_path: Path) -> None:
+    """To a multiple of 32 tokens: oneDNN keeps a kernel for each number of them."""
     unpadded = engine(models.build("bert", tmp_path))
     seen: list[tuple[int, ...]] = []
     for layer in unpadded.model.model.bert.encoder.layer:
@@ -55,16 +55,16 @@ def test_no_layer_sees_padding_but_what_makes_a_row_round(tmp_path: Path) -> Non
     unpadded.predict(PAIRS)
     assert {len(shape) for shape in seen} == {3}
     assert {shape[0] for shape in seen} == {1}
-    assert {shape[1] % row.ROUND for shape in seen} == {0}
+    assert {shape[1] % module.TOKEN_MULTIPLE for shape in seen} == {0}
     more = sum(shape[1] for shape in seen) - 2 * unpadded.tokens  # two layers
-    assert 0 < more < row.ROUND * len(seen)
+    assert 0 < more < module.TOKEN_MULTIPLE * len(seen)
 
 
 @needs_interface
-def test_attention_sees_lengths_that_fill_vector_registers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """For one that does not, it would take twice as long. What is left over of a pair's places is attended by none."""
+def test_attention_pads_pairs_to_full_vector_registers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would take twice as long for one that is not full. Nothing attends to that padding."""
     unpadded = engine(models.build("bert", tmp_path))
-    lengths = unpadded._direct.tokenize(PAIRS).lengths
+    lengths = unpadded._pipeline.tokenize(PAIRS).lengths
     attend, seen = torch.nn.functional.scaled_dot_product_attention, []
 
     def spy(query: Any, key: Any, value: Any, **options: Any) -> Any:
@@ -73,9 +73,9 @@ def test_attention_sees_lengths_that_fill_vector_registers(tmp_path: Path, monke
 
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", spy)
     unpadded.predict(PAIRS)
-    assert {places % 16 for places, _ in seen} == {0}  # AVX-512's floats
+    assert {padded_length % 16 for padded_length, _ in seen} == {0}  # AVX-512's floats
     layers = len(unpadded.model.model.bert.encoder.layer)
-    assert sum(left_over for _, left_over in seen) == layers * sum(-length % 16 for length in lengths)
+    assert sum(padding for _, padding in seen) == layers * sum(-length % 16 for length in lengths)
 
 
 @needs_interface
@@ -93,14 +93,14 @@ def test_an_encoder_that_would_score_otherwise_is_put_back(
     fails: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = models.build("bert", tmp_path)
-    attend = row._attend
+    attend = module._attend
 
     def wrong(*arguments: Any, **options: Any) -> Any:
         if fails:
             raise RuntimeError("no such operator")
         return 1.01 * attend(*arguments, **options)[0], None
 
-    monkeypatch.setattr(row, "_attend", wrong)
+    monkeypatch.setattr(module, "_attend", wrong)
     padded = engine(folder)
     assert not padded.unpadded
     assert left_alone(padded.model.model)
@@ -109,16 +109,7 @@ def test_an_encoder_that_would_score_otherwise_is_put_back(
 
 @needs_interface
 def test_other_attention_is_left_alone(tmp_path: Path) -> None:
-    """Who asks for one gets that one."""
+    """Whoever asks for an attention gets that one."""
     chosen = engine(models.build("bert", tmp_path), model_kwargs={"attn_implementation": "eager"})
     assert not chosen.unpadded
     assert chosen.model.model.config._attn_implementation == "eager"
-
-
-def test_batches_of_about_the_same_size_hold_every_pair_once() -> None:
-    lengths = [3, 90, 10, 10, 40, 7, 512, 30, 30, 60]
-    batches = even_batches(lengths, 256)
-    assert sorted(i for batch in batches for i in batch) == list(range(len(lengths)))
-    assert [sum(lengths[i] for i in batch) for batch in batches] == [512, 280]
-    assert even_batches([5], 256) == [[0]]
-    assert even_batches([9, 300], 256) == [[1, 0]], "a batch of nine tokens costs more than it saves"

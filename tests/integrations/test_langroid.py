@@ -76,7 +76,7 @@ def expected(query: str) -> list[str]:
 
 def test_langroids_private_names_are_as_they_were() -> None:
     assert version("langroid").startswith("0.69.")
-    assert integration._original is doc_chat_agent._get_cross_encoder_entry
+    assert doc_chat_agent._get_cross_encoder_entry.__module__ == doc_chat_agent.__name__
     assert list(inspect.signature(doc_chat_agent._get_cross_encoder_entry).parameters) == ["model_name", "device"]
     assert [f.name for f in dataclasses.fields(doc_chat_agent._CrossEncoderCacheEntry)] == ["model", "lock"]
     source = inspect.getsource(DocChatAgent.rerank_with_cross_encoder)
@@ -124,10 +124,11 @@ def test_agents_do_not_wait_for_each_other(asked: list[tuple[Any, ...]]) -> None
 
 
 def test_uninstall_gives_langroid_its_cache_back(asked: list[tuple[Any, ...]]) -> None:
+    theirs = doc_chat_agent._get_cross_encoder_entry
     integration.install()
-    assert doc_chat_agent._get_cross_encoder_entry is not integration._original
+    assert doc_chat_agent._get_cross_encoder_entry is not theirs
     integration.uninstall()
-    assert doc_chat_agent._get_cross_encoder_entry is integration._original
+    assert doc_chat_agent._get_cross_encoder_entry is theirs
 
 
 def test_another_langroid_is_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:

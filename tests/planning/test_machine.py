@@ -149,12 +149,12 @@ def test_gpus_are_counted_without_torch(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(machine.platform, "system", lambda: "Linux")
     monkeypatch.setattr(machine, "_torch_has_cuda", lambda: True)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
-    assert machine._gpus() == ("cuda:0", "cuda:1")
+    assert read_machine().gpus == ("cuda:0", "cuda:1")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "-1")
-    assert machine._gpus() == ()
+    assert read_machine().gpus == ()
     monkeypatch.setattr(machine, "_torch_has_cuda", lambda: False)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
-    assert machine._gpus() == ()
+    assert read_machine().gpus == ()
 
 
 def test_this_machine_can_be_read() -> None:

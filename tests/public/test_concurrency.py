@@ -53,9 +53,10 @@ def llama(tmp_path_factory: pytest.TempPathFactory, device: str) -> Serial:
 def pool(request: pytest.FixtureRequest, bert: Serial, device: str) -> Iterator[RerankerPool]:
     # Many agents ask for the same pairs here: with two workers equal ones are scored once, else each for itself.
     coalesce = request.param == 2
-    with RerankerPool(
-        bert.folder, devices=device, workers=request.param, threads_per_worker=1, batch_tokens=512, coalesce=coalesce
-    ) as pool:
+    # One is spawned, as workers are by default. More are forked: they would all import torch.
+    start_method = "spawn" if request.param == 1 else request.getfixturevalue("fork_server")
+    options = {"threads_per_worker": 1, "batch_tokens": 512, "coalesce": coalesce, "start_method": start_method}
+    with RerankerPool(bert.folder, devices=device, workers=request.param, **options) as pool:
         yield pool
 
 

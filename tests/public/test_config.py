@@ -319,8 +319,20 @@ def test_a_loader_that_fails_is_reported_with_its_words(make_pool: MakePool) -> 
 
 
 def test_workers_that_hold_different_models_are_found_out(make_pool: MakePool) -> None:
-    with pytest.raises(ModelLoadError, match="do not hold the same model"):
+    with pytest.raises(ModelLoadError, match=r"do not hold the same model.* no trained head"):
         make_pool(ModelSpec("random", loader="fakes:load_random")).start()
+
+
+def test_where_the_models_files_have_changed_meanwhile_the_error_says_to_reload(
+    make_pool: MakePool, tmp_path: Path
+) -> None:
+    checkpoint = tmp_path / "checkpoint"
+    checkpoint.write_text("old ")
+    spec = ModelSpec(str(checkpoint), loader="fakes:load_file")
+    with make_pool(spec, workers=1, max_restarts=1) as pool:
+        checkpoint.write_text("new ")
+        with pytest.raises(ModelLoadError, match=r"files have changed .* reload\(\) loads the new ones"):
+            pool.rerank("query", ["!os._exit 3"])
 
 
 def test_a_model_that_miscounts_is_an_error(make_pool: MakePool) -> None:

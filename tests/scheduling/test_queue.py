@@ -324,8 +324,8 @@ def test_of_the_scores_kept_those_asked_for_last_stay() -> None:
 
 def test_nobody_waits_for_the_turn_of_another_who_wants_the_same() -> None:
     """An urgent request's pairs are the last of a large one's, and of one of low priority."""
-    queue = RequestQueue()
-    counts = queue._counts
+    counts = PoolStats()
+    queue = RequestQueue(counts=counts)
     large = make_alike(list(range(5000)))
     large.order.reverse()
     queue.add(large)
@@ -374,7 +374,8 @@ def test_one_who_comes_while_nobody_else_waits_for_what_is_out_gets_it() -> None
     queue.add(late)
     assert queue.take(SLICE) is None
     assert queue.fill(slice_, scores_of(slice_)) == [late]
-    assert not queue._pending
+    queue.add(make_alike([1]))
+    assert queue.take(SLICE) is not None  # what has its score is not joined any more
 
 
 def test_deaths_are_counted_by_pair_not_by_request() -> None:

@@ -32,6 +32,16 @@ def test_logs_warnings_and_prints_arrive_under_the_worker_s_name(
     assert warned.startswith("mp_rerank-0.1: py.warnings: ")
 
 
+def test_escapes_and_newlines_of_foreign_text_are_shown_and_not_obeyed(
+    make_pool: MakePool, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.INFO, logger=WORKER_LOGGER), make_pool(workers=1) as pool:
+        pool.rerank("query", ["!say \x1b[31mred\nERROR forged"])
+    said = [record.getMessage() for record in caplog.records if record.name == WORKER_LOGGER]
+    assert r"mp_rerank-0.1: fake.model: logged \x1b[31mred\nERROR forged" in said
+    assert not any("\x1b" in text for text in said)
+
+
 def test_a_worker_sends_only_what_the_parent_would_hear(make_pool: MakePool, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.ERROR, logger=WORKER_LOGGER), make_pool(workers=1) as pool:
         pool.rerank("query", ["!say hello"])

@@ -1,10 +1,14 @@
-"""Other runtimes for a model's network, in the worker: one module each, imported where it is asked for.
+"""Other runtimes for a model's network: what a backend's module provides, and how a network is replaced by it.
 
     CrossEncoder.predict:  tokenize -> network(**tensors).logits -> activation -> scores
 
-Only the network is replaced, so that everything about a pair's text stays the library's own. It is loaded in torch,
-called with a few pairs to see what the library hands it, converted as the function of those tensors that it is, proved
-to give the same scores where it computes in float32, and then its torch weights are let go.
+Only the network is replaced: what is done to texts and to logits stays the library's own.
+
+1. The model is loaded in torch, in float32, and scores a few batches. What the library calls the network with is
+   recorded.
+2. The backend converts the network, as a function of those tensors.
+3. The network's torch weights are freed.
+4. The batches are scored again. In float32, scores must be the same within tolerance, or loading fails.
 """
 
 from __future__ import annotations
@@ -19,12 +23,11 @@ from contextlib import contextmanager
 from typing import Any, Protocol
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from transformers.modeling_outputs import SequenceClassifierOutput
 
-from mp_rerank._engine.calls import Pairs, record_calls
-from mp_rerank._pairs import CANARY
+from mp_rerank._engine.parity import Pairs, Scores, record_calls
+from mp_rerank._pairs import CANARY, tolerance
 from mp_rerank.config import ModelSpec
 
 __all__ = ["Backend", "Inputs", "Network", "Run", "find_backend", "replace_network"]
@@ -34,10 +37,8 @@ Inputs = dict[str, torch.Tensor]
 #: logits of such tensors, shape (pairs, num_labels)
 Run = Callable[[Inputs], torch.Tensor]
 
-# Largest difference of a float32 score, absolute and relative.
-TOLERANCE = 1e-4
 LONG = (CANARY[0][0], "long " * 600)
-# Batches unlike the one that is traced: what a trace took for a constant shows in them.
+# Batches unlike the one that is traced: they show what a trace has wrongly taken for a constant.
 PROOF = (CANARY, CANARY[:1], CANARY[1:], [*CANARY[::-1], LONG])
 
 
@@ -56,7 +57,7 @@ class Network(torch.nn.Module):
 
 
 class Backend(Protocol):
-    """What a module of this room has."""
+    """What a backend's module provides."""
 
     def prepare(self, dtype: str) -> None:
         """Import what is needed for ``dtype``, or raise ``ModuleNotFoundError``."""
@@ -80,13 +81,15 @@ class Backend(Protocol):
         """
 
 
-def find_backend(spec: ModelSpec, device: str) -> Backend:
-    """The module for ``spec``, with what it needs imported.
+def find_backend(spec: ModelSpec, device: str) -> Backend | None:
+    """The module for the backend of ``spec``, with what it needs imported; ``None`` for torch.
 
     Raises:
         ModuleNotFoundError: naming the extra to install.
         ValueError: ``device`` is no CPU.
     """
+    if spec.backend == "torch":
+        return None
     spec.check_devices([device])
     backend: Backend = importlib.import_module(f"mp_rerank._engine.backends.{spec.backend}")
     try:
@@ -103,9 +106,9 @@ def replace_network(
     backend: Backend,
     dtype: str,
     threads: int | None,
-    predict: Callable[[Pairs], npt.NDArray[np.float32]],
+    predict: Callable[[Pairs], Scores],
 ) -> None:
-    """Let ``backend`` compute what ``network`` does, and drop the network's weights.
+    """Let ``backend`` compute what ``network`` does, and free the network's weights.
 
     Args:
         network: the transformers model within a ``CrossEncoder``, in float32; its parameters keep their shapes, take
@@ -122,27 +125,37 @@ def replace_network(
         return [_split(call)[0] for batch in batches for call in record_calls(network, predict, batch)]
 
     inputs, constants = _split(record_calls(network, predict, CANARY)[0])
-    with _unheard():
+    with _no_warnings():
         run = backend.convert(Network(network, list(inputs), constants).eval(), inputs, dtype, threads, record)
 
     def forward(**arguments: Any) -> SequenceClassifierOutput:
         return SequenceClassifierOutput(logits=run({name: arguments[name] for name in inputs}))
 
     network.forward = forward
+    _free_weights(network)
+    for batch, scores in zip(PROOF, expected, strict=True):
+        _check_scores(predict(batch), scores, dtype)
+
+
+def _check_scores(found: Scores, expected: Scores, dtype: str) -> None:
+    """Raise ``ValueError`` unless they are the same; fewer bits than float32's need only give finite scores."""
+    alike = found.shape == expected.shape and bool(np.isfinite(found).all())
+    if dtype == "float32":
+        limit = tolerance("another runtime", dtype)
+        alike = alike and np.allclose(found, expected, rtol=limit, atol=limit)
+    if not alike:
+        raise ValueError(f"the converted network scores {found}, not {expected}, for {len(expected)} pairs")
+
+
+def _free_weights(network: torch.nn.Module) -> None:
     for parameter in network.parameters():
         parameter.data = parameter.data.new_full((), math.nan).expand(parameter.shape)
     gc.collect()
-    for batch, scores in zip(PROOF, expected, strict=True):
-        found = predict(batch)
-        if found.shape != scores.shape or not np.isfinite(found).all():
-            raise ValueError(f"the converted network scores {found}, not {scores}")
-        if dtype == "float32" and not np.allclose(found, scores, rtol=TOLERANCE, atol=TOLERANCE):
-            raise ValueError(f"the converted network scores {found}, not {scores}, for {len(batch)} pairs")
 
 
 @contextmanager
-def _unheard() -> Iterator[None]:
-    """What converters warn of: their own age, what a trace fixes, what else could be done. The proof shows the rest."""
+def _no_warnings() -> Iterator[None]:
+    """Within, nobody hears what converters warn of: deprecations, constants in a trace. The scores are checked."""
     before = logging.root.manager.disable
     logging.disable(max(before, logging.WARNING))
     try:

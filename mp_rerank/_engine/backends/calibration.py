@@ -1,7 +1,7 @@
-"""Pairs that show a quantizer what a network's activations are like: questions, their answers, and other texts.
+"""Pairs that show a quantizer how large a network's activations get: questions, their answers, and other texts.
 
-English prose on a few subjects, of a sentence and of several. A model for another language, or for code, has its ranges
-from these too; how well its int8 ranks is for its user to see.
+English prose on a few subjects, of one sentence and of several. A model for another language, or for code, gets its
+ranges from these texts too: its user has to check how well it ranks in int8.
 """
 
 from __future__ import annotations

@@ -1,9 +1,10 @@
 """ONNX Runtime: float32, or int8 with activations quantized as they come (no calibration).
 
-torch traces the network into an ONNX file, a matter of a second; sentence-transformers' own ``backend="onnx"`` needs
-optimum, which holds transformers back at version 4. Of int8, only the products of matrices: each output channel of a
-weight gets a scale of its own, which costs nothing and ranks better than one scale for all; embeddings and the head
-stay in float32.
+torch traces the network into an ONNX file, in about a second. sentence-transformers' own ``backend="onnx"`` needs
+optimum, which holds transformers back at version 4.
+
+int8 is for the products of matrices alone; embeddings and the head stay in float32. Each output channel of a weight
+gets a scale of its own, which costs nothing and ranks better than one scale for all.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import torch
 
 if TYPE_CHECKING:
     from mp_rerank._engine.backends.base import Inputs, Network, Run
-    from mp_rerank._engine.calls import Pairs
+    from mp_rerank._engine.parity import Pairs
 
 __all__ = ["convert", "prepare"]
 

@@ -1,8 +1,8 @@
 """OpenVINO: float32, bfloat16, or int8 calibrated on a few texts.
 
-The network is traced by torch and read from there. For int8, NNCF looks at the activations that a few pairs of
-English texts give and fixes their ranges, since OpenVINO's int8 without calibration quantizes weights alone, which is
-no faster here. What is not int8 then is bfloat16 where the CPU has that.
+OpenVINO reads the network from torch's trace of it. For int8, NNCF fixes the ranges of activations by those that a few
+pairs of English texts give: without calibration OpenVINO quantizes weights alone, which was no faster. The rest of an
+int8 network is in bfloat16 where the CPU has that.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 
 if TYPE_CHECKING:
     from mp_rerank._engine.backends.base import Inputs, Network, Run
-    from mp_rerank._engine.calls import Pairs
+    from mp_rerank._engine.parity import Pairs
 
 __all__ = ["convert", "prepare"]
 
@@ -24,8 +24,8 @@ TELEMETRY = "openvino_telemetry"
 
 
 def prepare(dtype: str) -> None:
-    """Import OpenVINO, and NNCF for int8, both without what reports their use to their makers."""
-    with _missing(TELEMETRY):
+    """Import OpenVINO, and NNCF for int8, without the package by which both report their use to their makers."""
+    with _without(TELEMETRY):
         import openvino
         import openvino.tools.ovc  # noqa: F401
 
@@ -76,7 +76,7 @@ def _quantize(model: Any, record: Callable[[Sequence[Pairs]], list[Inputs]]) -> 
 
 
 @contextmanager
-def _missing(module: str) -> Iterator[None]:
+def _without(module: str) -> Iterator[None]:
     """Within, importing ``module`` fails, unless it is there already."""
     if module in sys.modules:
         yield

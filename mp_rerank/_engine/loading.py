@@ -1,0 +1,139 @@
+"""Loads a model, proves that it is whole, and knows what versions of the libraries differ in.
+
+A load can go wrong without an error: with threads that load at the same time, with a checkpoint that lacks weights, or
+in a loader of the user's. So nothing is scored before ``prove`` has looked at every tensor of the model.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from typing import Any
+
+import torch
+import transformers
+from sentence_transformers import CrossEncoder
+
+from mp_rerank.config import ModelSpec
+
+__all__ = ["load", "module_of", "prove", "torch_dtype", "truncation_length", "warn_of_slow_dtype"]
+
+logger = logging.getLogger(__name__)
+
+
+def load(spec: ModelSpec, device: str) -> CrossEncoder:
+    """The model of ``spec`` on ``device``. Raises whatever the libraries raise."""
+    model_kwargs = dict(spec.model_kwargs)
+    dtype = torch_dtype(spec)
+    if dtype is not None:
+        argument = "dtype" if _version(transformers) >= (4, 56) else "torch_dtype"
+        model_kwargs[argument] = dtype if dtype == "auto" else getattr(torch, dtype)
+    arguments: dict[tuple[str, ...], Any] = {  # under their names in sentence-transformers, the newest first
+        ("model_kwargs", "automodel_args"): model_kwargs,
+        ("processor_kwargs", "tokenizer_kwargs", "tokenizer_args"): dict(spec.tokenizer_kwargs),
+        ("config_kwargs", "config_args"): dict(spec.config_kwargs),
+        ("activation_fn", "default_activation_function"): spec.activation and _activation(spec.activation),
+    }
+    accepted = inspect.signature(CrossEncoder.__init__).parameters
+    model = CrossEncoder(
+        spec.path,
+        device=device,
+        revision=spec.revision,
+        max_length=spec.max_length,
+        trust_remote_code=spec.trust_remote_code,
+        **{
+            next((name for name in names if name in accepted), names[0]): value
+            for names, value in arguments.items()
+            if value
+        },
+    )
+    if not isinstance(model, torch.nn.Module):  # before sentence-transformers 4, where the first predict would move it
+        model.model.to(device)
+    return model
+
+
+def prove(module: torch.nn.Module, device: torch.device, dtype: str | None) -> tuple[str, int]:
+    """Check that all of ``module`` has data, is on ``device``, and has the dtype that was asked for, if any was.
+
+    Returns:
+        The dtype of its floating-point weights (joined by ``+`` where there are several) and its size in bytes.
+
+    Raises:
+        ValueError: naming the first tensor that has no data, is on another device, or is of another dtype.
+    """
+    exempt = _kept_in_float32(module)
+    dtypes: dict[str, int] = {}
+    size = 0
+    for name, tensor in (*module.named_parameters(), *module.named_buffers()):
+        _check_placed(name, tensor, device)
+        size += tensor.nbytes
+        if isinstance(tensor, torch.nn.Parameter) and tensor.is_floating_point():
+            kind = str(tensor.dtype).removeprefix("torch.")
+            quantized = tensor.element_size() == 1  # a checkpoint's storage, whatever dtype it computes in
+            exempted = quantized or any(part in name for part in exempt)
+            if dtype not in (None, "auto") and kind != dtype and not exempted:
+                raise ValueError(f"{name} is {kind}, not the {dtype} that was asked for")
+            dtypes[kind] = dtypes.get(kind, 0) + tensor.numel()
+    return "+".join(sorted(dtypes, key=lambda kind: -dtypes[kind])), size
+
+
+def module_of(model: Any) -> torch.nn.Module:
+    """``model`` as a torch module: itself, or, before sentence-transformers 4, the network in a ``CrossEncoder``."""
+    module: torch.nn.Module = model if isinstance(model, torch.nn.Module) else model.model
+    return module
+
+
+def truncation_length(model: Any) -> int | None:
+    """How many tokens of a pair ``model`` reads; ``None`` where it has no limit, or a loader's model does not say."""
+    # The newer name first, and no other where it exists: asking 6.x for the older one is deprecated.
+    name = "max_seq_length" if hasattr(type(model), "max_seq_length") else "max_length"
+    value = getattr(model, name, None)
+    if value is None:  # before sentence-transformers 4, whoever gives none gets the tokenizer's
+        value = getattr(getattr(model, "tokenizer", None), "model_max_length", None)
+    # transformers writes "no limit" as a number of thirty digits.
+    return value if isinstance(value, int) and value < 1_000_000 else None
+
+
+def torch_dtype(spec: ModelSpec) -> str | None:
+    """The dtype to load in: other backends convert from float32."""
+    return spec.dtype if spec.backend == "torch" else "float32"
+
+
+def warn_of_slow_dtype(dtype: str) -> None:
+    """Log a warning where this CPU has no instructions for ``dtype``: torch then computes in plain loops.
+
+    The built-in model on an AMD EPYC with AVX2 and no more: 181 pairs a second in float32, 24 in either of 16 bits.
+    """
+    kind = dtype.partition("+")[0]
+    if torch.backends.mkldnn.is_available() and (
+        (kind == "bfloat16" and not torch.ops.mkldnn._is_mkldnn_bf16_supported())
+        or (kind == "float16" and not torch.ops.mkldnn._is_mkldnn_fp16_supported())
+    ):
+        logger.warning("this CPU has no instructions for %s: dtype='float32' is several times as fast here", kind)
+
+
+def _check_placed(name: str, tensor: torch.Tensor, device: torch.device) -> None:
+    if tensor.is_meta:
+        raise ValueError(f"{name} is on the meta device: it has a shape and no data")
+    if tensor.device.type != device.type or (tensor.device.index or 0) != (device.index or 0):
+        raise ValueError(f"{name} is on {tensor.device}, not on {device}")
+
+
+def _kept_in_float32(module: torch.nn.Module) -> set[str]:
+    """Parts of parameter names that the architecture itself keeps in float32 whatever dtype is asked for."""
+    kept: set[str] = set()
+    for part in module.modules():
+        for attribute in ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict"):
+            kept.update(getattr(part, attribute, None) or ())
+    return kept
+
+
+def _activation(path: str) -> Any:
+    module, _, name = path.rpartition(".")
+    found = getattr(__import__(module, fromlist=[name]), name)
+    return found() if isinstance(found, type) else found
+
+
+def _version(package: Any) -> tuple[int, int]:
+    major, minor = package.__version__.split(".")[:2]
+    return int(major), int(minor)
