@@ -34,6 +34,7 @@ from mp_rerank._scheduling.deployment import Deployment, Outcome
 from mp_rerank._scheduling.futures import SIGNAL_CHECK_SECONDS, Answer
 from mp_rerank._scheduling.request import Request
 from mp_rerank._workers.child import WorkerFacts
+from mp_rerank._workers.green import make_queue
 from mp_rerank._workers.handle import starting_workers
 from mp_rerank._workers.logs import GuardedLogger
 from mp_rerank._workers.slot import Report
@@ -103,7 +104,7 @@ class Dispatcher:
         self.admission = Admission(config.max_pending_pairs, config.max_pending_tokens, config.overload)
         self.started: Answer[None] = Answer()
         self.facts: WorkerFacts | None = None
-        self._inbox: queue.SimpleQueue[_Message] = queue.SimpleQueue()
+        self._inbox: queue.SimpleQueue[_Message] = make_queue()
         self._counts = PoolStats()
         self._pending = 0
         self._deployment = self._make_deployment(spec)
