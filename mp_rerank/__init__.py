@@ -70,7 +70,7 @@ def _import(module: str) -> Any:
     try:
         return import_module(f"mp_rerank.{module}")
     except Exception as error:
-        from mp_rerank._workers.shadowing import shadowing
+        from mp_rerank._shadowing import shadowing
 
         # An AttributeError would be taken for a name that this package lacks.
         raise ImportError(f"mp_rerank.{module}: {type(error).__name__}: {error}{shadowing(error)}") from error

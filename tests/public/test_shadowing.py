@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from conftest import PATIENCE
 
-from mp_rerank._workers.shadowing import shadowing
+from mp_rerank._shadowing import shadowing
 
 ROOT = Path(__file__).parents[2]
 
