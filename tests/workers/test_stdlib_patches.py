@@ -2,40 +2,47 @@
 
 from __future__ import annotations
 
-import importlib
 import importlib.util
-import multiprocessing
-import multiprocessing.spawn
+import os
+import subprocess
 import sys
 import threading
-from collections.abc import Callable
+from pathlib import Path
 
-from mp_rerank import RerankerPool
+from conftest import PATIENCE
+
 from mp_rerank._workers import stdlib_patches
 from mp_rerank._workers.stdlib_patches import replaced_on_this_thread
 
+RELOADING = """
+import importlib, multiprocessing, multiprocessing.spawn, sys
+from mp_rerank import ModelSpec, RerankerPool
 
-def test_modules_that_are_loaded_again_leave_other_people_s_processes_alone(
-    make_pool: Callable[..., RerankerPool],
-) -> None:
-    """Each load of a module that replaces what it finds would put one more layer on it, which may call itself."""
-    names = ("stdlib_patches", "surroundings", "launching", "process")
-    with make_pool(workers=1) as pool:
-        assert len(pool.rerank("query", ["a"])) == 1
-        there = multiprocessing.spawn.get_preparation_data
-        for name in names * 2:
-            importlib.reload(sys.modules[f"mp_rerank._workers.{name}"])
-    with make_pool(workers=1) as pool:
-        assert len(pool.rerank("query", ["a"])) == 1
-    assert multiprocessing.spawn.get_preparation_data is there
-    child = multiprocessing.get_context("spawn").Process(target=print)
+def use():
+    with RerankerPool(ModelSpec("fake", loader="fakes:load"), devices="cpu", workers=1) as pool:
+        return len(pool.rerank("query", ["a", "b", "c"]))
+
+if __name__ == "__main__":
+    print(use())
+    there = multiprocessing.spawn.get_preparation_data
+    for name in ("stdlib_patches", "surroundings", "launching", "process") * 2:
+        importlib.reload(sys.modules[f"mp_rerank._workers.{name}"])
+    print(use(), multiprocessing.spawn.get_preparation_data is there)
+    child = multiprocessing.get_context("spawn").Process(target=use)  # which needs the main module
     child.start()
     child.join()
-    assert child.exitcode == 0
-    data = multiprocessing.spawn.get_preparation_data("child")
-    assert {"init_main_from_name", "init_main_from_path"} & set(data) or not hasattr(
-        sys.modules["__main__"], "__file__"
-    )
+    print(child.exitcode)
+"""
+
+
+def test_modules_that_are_loaded_again_leave_other_people_s_processes_alone(tmp_path: Path) -> None:
+    """Each load of a module that replaces what it finds would put one more layer on it, which may call itself."""
+    script = tmp_path / "reloading.py"
+    script.write_text(RELOADING)
+    tests = Path(__file__).parents[1]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tests), str(tests.parent)])}
+    done = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True, timeout=PATIENCE)
+    assert done.stdout == "3\n3 True\n0\n", done.stderr
 
 
 def test_two_copies_share_one_switch() -> None:

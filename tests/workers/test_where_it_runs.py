@@ -186,13 +186,13 @@ GREEN = """
 from gevent import monkey
 monkey.patch_all({})
 import gevent
-pool = make(workers=2).start()
 beats = []
 def beat():
     while True:
         beats.append(1)
         gevent.sleep(0.01)
 beating = gevent.spawn(beat)
+pool = make(workers=2).start()
 asking = [gevent.spawn(pool.rerank, f"query {{i}}", ["document"] * 50) for i in range(20)]
 gevent.joinall(asking)
 print([len(asked.value or ()) for asked in asking] == [50] * 20)
