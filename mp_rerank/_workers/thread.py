@@ -22,7 +22,7 @@ class ThreadHandle:
     def __init__(self, launch: Launch) -> None:
         self._model = LoadedModel(launch)
         self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix=launch.name, initializer=self._model.load)
-        self.described: Future[WorkerFacts] = self._executor.submit(self._model.describe)
+        self.described: Future[WorkerFacts] = self._executor.submit(self._model.describe, None)
         self.pid: int | None = os.getpid()
 
     def score(self, pairs: Pairs) -> Future[Scored]:
