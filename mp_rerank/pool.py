@@ -24,6 +24,7 @@ from mp_rerank._arguments import (
     pairs_of,
     text_of,
 )
+from mp_rerank._checks import check_flag, check_seconds, is_for_ever
 from mp_rerank._cross_encoder import CrossEncoderCalls
 from mp_rerank._pairs import Pair, digests
 from mp_rerank._planning.plan import Plan, make_plan
@@ -160,6 +161,10 @@ class RerankerPool(CrossEncoderCalls):
             drain: finish what is pending first; otherwise it fails with ``PoolClosedError`` and workers are killed.
             timeout: seconds to drain for, after which what is left fails as with ``drain=False``; ``None``: no limit.
         """
+        check_flag("drain", drain)
+        if timeout is not None:
+            check_seconds("timeout", timeout)
+            timeout = None if is_for_ever(timeout) else timeout
         if os.getpid() != self._owner:
             return
         self._closed = True

@@ -26,6 +26,7 @@ from functools import partial
 from typing import Any
 
 from mp_rerank._planning.plan import make_plan
+from mp_rerank._scheduling.dispatcher import Dispatcher
 from mp_rerank.config import BUILTIN, ModelSpec, PoolConfig
 from mp_rerank.pool import RerankerPool
 
@@ -80,20 +81,21 @@ class _SharedPool(RerankerPool):
     def __init__(self, spec: ModelSpec, *, devices: Sequence[str], **options: Any) -> None:
         super().__init__(spec, devices=devices, **options)
         self._asked = partial(shared_pool, device=devices, **options)
-        self.is_over = False
+        self._could_not_begin = False
 
-    def start(self) -> RerankerPool:
-        """As ``RerankerPool.start``. If it fails, the next caller of ``shared_pool`` gets a new pool."""
+    @property
+    def is_over(self) -> bool:
+        """Whether it is closed or could not start: the next caller of ``shared_pool`` gets a new pool."""
+        dispatcher = self._dispatcher
+        failed = dispatcher is not None and dispatcher.started.error is not None
+        return self._closed or self._could_not_begin or failed
+
+    def _begin(self) -> Dispatcher:
         try:
-            return super().start()
-        except Exception:
-            self.is_over = True
+            return super()._begin()
+        except Exception:  # such as in a process that may have no children
+            self._could_not_begin = True
             raise
-
-    def close(self, *, drain: bool = True, timeout: float | None = None) -> None:
-        """As ``RerankerPool.close``."""
-        self.is_over = True
-        super().close(drain=drain, timeout=timeout)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return self._asked, (self.spec,)

@@ -26,6 +26,7 @@ from mp_rerank._scheduling.queue import RequestQueue, Slice, Suspect
 from mp_rerank._scheduling.request import Request
 from mp_rerank._workers.child import EXIT_DEVICE_LOST, WorkerFacts
 from mp_rerank._workers.handle import WorkerHandle
+from mp_rerank._workers.launching import LaunchError
 from mp_rerank._workers.logs import POOL_LOGGER, QueuedLogger
 from mp_rerank._workers.slot import Described, Exited, Report, SliceEnded, Slot, SlotState
 from mp_rerank.config import ModelSpec, PoolConfig
@@ -254,14 +255,28 @@ class Deployment:
         offline = not self.spec.local and self.facts is not None
         try:
             slot.launch(self.spec, self.config, self._batch_tokens(slot), offline=offline, now=now)
-        except Exception as error:  # no more processes, no more threads, a fork server that died meanwhile
-            logger.warning("worker %d on %s could not be launched: %s", slot.index, slot.seat.device, error)
-            self._note_exit(slot, "launch_failed")
-            self._count_crash(slot, f"could not be launched: {error}", now)
+        except Exception as error:  # the system has no thread left
+            self._launch_failed(slot, LaunchError.of(error), now)
+
+    def _launch_failed(self, slot: Slot[Slice], error: LaunchError, now: float) -> None:
+        """Try again what may work another time. What never worked and cannot is an error at once."""
+        how = f"could not be launched: {error}"
+        logger.warning("worker %d on %s %s", slot.index, slot.seat.device, how)
+        if error.details:
+            logger.debug("%s", error.details)
+        self._note_exit(slot, "launch_failed")
+        self._end_worker(slot, now)
+        if error.hopeless and not self._started:
+            self._give_up(slot, WorkerCrashedError(f"the worker on {slot.seat.device} {how}", device=slot.seat.device))
+        else:
+            self._count_crash(slot, how, now)
 
     def _described(self, slot: Slot[Slice], outcome: WorkerFacts | BaseException, now: float) -> None:
         if isinstance(outcome, BrokenExecutor):
             self._make_sure_it_ends(slot, now)
+            return
+        if isinstance(outcome, LaunchError):
+            self._launch_failed(slot, outcome, now)
             return
         if isinstance(outcome, WorkerFacts):
             difference = self._differs(slot, outcome)

@@ -39,6 +39,7 @@ from mp_rerank._scheduling.deployment import Deployment, Outcome
 from mp_rerank._scheduling.futures import SIGNAL_CHECK_SECONDS, Answer, is_pool_thread
 from mp_rerank._scheduling.request import Request
 from mp_rerank._workers.child import WorkerFacts
+from mp_rerank._workers.green import make_queue
 from mp_rerank._workers.handle import starting_workers
 from mp_rerank._workers.logs import POOL_LOGGER, QueuedLogger
 from mp_rerank._workers.slot import Report
@@ -117,7 +118,7 @@ class Dispatcher:
         self.facts: WorkerFacts | None = None
         self._spec = spec
         self._admission = Admission(config.max_pending_pairs, config.max_pending_tokens, config.overload)
-        self._inbox: queue.SimpleQueue[_Message] = queue.SimpleQueue()
+        self._inbox: queue.SimpleQueue[_Message] = make_queue()
         self._unseen: deque[Request] = deque()  # on their way into the inbox, or in it
         self._counts = PoolStats()
         self._pending = 0

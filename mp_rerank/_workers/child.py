@@ -17,6 +17,7 @@ import logging
 import os
 import pickle
 import signal
+import sys
 import threading
 import time
 import traceback
@@ -29,9 +30,9 @@ from typing import TYPE_CHECKING, Any, NoReturn, Protocol
 
 from mp_rerank._pairs import CANARY, Pair, estimate_pair, estimate_text
 from mp_rerank._recipe import Recipe
+from mp_rerank._shadowing import shadowing
 from mp_rerank._workers.lazy_import import deferred
 from mp_rerank._workers.logs import redirect_output
-from mp_rerank._workers.shadowing import shadowing
 from mp_rerank.config import ModelSpec
 from mp_rerank.errors import ModelLoadError, ScoringError
 
@@ -45,6 +46,7 @@ __all__ = [
     "Scored",
     "WorkerFacts",
     "describe",
+    "die_with_parent_thread",
     "in_worker_process",
     "initialize_process",
     "score",
@@ -65,8 +67,11 @@ THREAD_VARIABLES = (
 # Any of these, or OMP_PROC_BIND=true, makes a process bind its threads from the first CPU on: measured, every worker of
 # one thread then sits on CPU 0.
 BINDING_VARIABLES = ("GOMP_CPU_AFFINITY", "KMP_AFFINITY", "OMP_PLACES")
+PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 # The exit code of a worker whose process can use its GPU no more: another process can.
 EXIT_DEVICE_LOST = 75
+# What a worker process sends first of all, through the pipe of its logs: it has come as far as running this module.
+FIRST_WORD = b"began"
 QUIET_VARIABLES = {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "TQDM_DISABLE": "1"}
 
 # A second model loading in another thread is the very race this package is about.
@@ -236,7 +241,12 @@ def initialize_process(launch: Launch, logs: Connection, log_level: int) -> None
         logs: where to send what is logged and printed here, from ``log_level`` up.
     """
     global _model
+    logs.send_bytes(FIRST_WORD)
     _model = LoadedModel(launch)
+    if hasattr(signal, "pthread_sigmask"):  # the thread that started this process had it blocked
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGPIPE})
+    die_with_parent_thread()
+    _let_go_of_server()
     # Before there is a second thread, which would inherit the old affinity.
     pinned = not launch.cpus or _pin(launch.cpus)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
@@ -365,6 +375,32 @@ def _leave_at_once() -> NoReturn:
     """End this process without taking the interpreter apart, which takes a second with torch in it."""
     logging.shutdown()
     os._exit(0)
+
+
+def die_with_parent_thread() -> None:
+    """Have the system kill this process when the thread that started it ends (Linux), even if this process is stopped.
+
+    A worker is started by a thread that watches it to its end, or by the fork server, which has only one.
+    """
+    if not sys.platform.startswith("linux"):
+        return
+    import ctypes
+
+    try:
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    except (AttributeError, OSError):  # another kind of C library; the watch over the parent is there too
+        pass
+
+
+def _let_go_of_server() -> None:
+    """In a worker that was forked by a server: close what tells the server that somebody needs it.
+
+    multiprocessing hands it to every child. So a server would stay for as long as any worker does, stopped ones too.
+    """
+    server: Any = getattr(sys.modules.get("multiprocessing.forkserver"), "_forkserver", None)
+    if server is not None and server._forkserver_alive_fd is not None and server._inherited_fds is not None:
+        os.close(server._forkserver_alive_fd)
+        server._forkserver_alive_fd = None
 
 
 def _leave_with_parent() -> NoReturn:
