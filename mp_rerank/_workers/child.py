@@ -3,11 +3,12 @@
     initialize_process(...)   in a worker process, before anything heavy is imported: threads, signals, logs, the watch
                               over the parent
     LoadedModel.load          loads the model and proves it; keeps the outcome, since an executor would swallow it
-    LoadedModel.describe      the first call: makes the model fast, scores the canary; facts, or ModelLoadError
+    LoadedModel.loaded        the first call: that outcome
+    LoadedModel.describe      the second: makes the model fast, by a recipe or by proofs, and scores the canary; facts
     LoadedModel.score         every other call
 
-A worker on a thread has its ``LoadedModel`` in its handle. A worker process has one, which ``describe`` and ``score``
-of this module ask. Exceptions leave as this package's own, holding text.
+A worker on a thread has its ``LoadedModel`` in its handle. A worker process has one, which the functions of the same
+names in this module ask. Exceptions leave as this package's own, holding text.
 """
 
 from __future__ import annotations
@@ -49,6 +50,7 @@ __all__ = [
     "die_with_parent_thread",
     "in_worker_process",
     "initialize_process",
+    "loaded",
     "score",
     "set_threads",
 ]
@@ -155,7 +157,7 @@ class LoadedModel:
         """Load the model and prove it whole.
 
         Never raises: an exception in an initializer would reach the parent as a bare ``BrokenProcessPool``.
-        ``describe`` tells.
+        ``loaded`` tells.
         """
         try:
             with _one_load_at_a_time:
@@ -167,23 +169,28 @@ class LoadedModel:
         except BaseException as error:
             self._error = self._in_words(error)
 
+    def loaded(self) -> None:
+        """Return once the model is loaded; raises the ``ModelLoadError`` that loading ended in."""
+        if self._error is not None:
+            logging.getLogger(__name__).debug("%s", self._error.details)
+            raise self._error
+
     def describe(self, recipe: Recipe | None) -> WorkerFacts:
-        """Make the model fast, score the canary, and say what there is to say of this worker.
+        """Make the loaded model fast, score the canary, and say what there is to say of this worker.
 
         Args:
             recipe: what another worker with this model has found; ``None``: find it.
 
         Raises:
-            ModelLoadError: what loading ended in, or what is wrong with the model.
+            ModelLoadError: what is wrong with the model.
         """
-        if self._error is None:
-            try:
-                with _one_load_at_a_time:
-                    return self._prepare(recipe)
-            except BaseException as error:
-                self._error = self._in_words(error)
-        logging.getLogger(__name__).debug("%s", self._error.details)
-        raise self._error
+        try:
+            with _one_load_at_a_time:
+                return self._prepare(recipe)
+        except BaseException as error:
+            failure = self._in_words(error)
+            logging.getLogger(__name__).debug("%s", failure.details)
+            raise failure from None
 
     def _prepare(self, recipe: Recipe | None) -> WorkerFacts:
         facts = self._facts
@@ -265,7 +272,13 @@ def initialize_process(launch: Launch, logs: Connection, log_level: int) -> None
     _model.load()
 
 
-def describe(recipe: Recipe | None = None) -> WorkerFacts:
+def loaded() -> None:
+    """In a worker process: ``LoadedModel.loaded``."""
+    assert _model is not None
+    _model.loaded()
+
+
+def describe(recipe: Recipe | None) -> WorkerFacts:
     """In a worker process: ``LoadedModel.describe``."""
     assert _model is not None
     return _model.describe(recipe)
