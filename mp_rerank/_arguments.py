@@ -148,8 +148,13 @@ class RequestOptions:
     @classmethod
     def of(cls, keywords: RequestKeywords) -> RequestOptions:
         """The options that ``keywords`` say; an unknown one is a ``TypeError``."""
+        if not keywords:
+            return _NO_OPTIONS
         known = [item.name for item in fields(cls)]
         unknown = sorted(set(keywords) - set(known))
         if unknown:
             raise TypeError(f"a request has no option {', '.join(unknown)}; it has {', '.join(known)}")
         return cls(**keywords)
+
+
+_NO_OPTIONS = RequestOptions()

@@ -47,7 +47,7 @@ __all__ = ["RerankerPool"]
 LOG_SECONDS = 1.0
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Asked:
     """What a caller asks for, checked: all that a request needs but what workers say of their model.
 

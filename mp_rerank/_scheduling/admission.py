@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import heapq
 import math
-from collections.abc import Sequence
 from typing import Literal
 
 from mp_rerank._scheduling.request import Request
@@ -95,14 +94,16 @@ class Admission:
             heapq.heappop(self._expiries)
         return self._expiries[0][0] if self._expiries else None
 
-    def is_far_from_bound(self, requests: Sequence[Request]) -> bool:
-        """Whether ``requests``, which are to enter next, fit into half of the bound. Any thread may ask: the other half
-        is for what is submitted meanwhile.
+    def is_far_from_bound(self, request: Request, times: int) -> bool:
+        """Whether there is room for ``times`` requests like this one in half of the bound. Any thread may ask.
+
+        So many may be on their way to the dispatcher, which has not counted them yet; larger ones among them have asked
+        the same. The other half is for those that wait to be admitted.
         """
         return (
             not self._line
-            and 2 * (self.pairs + sum(len(request.pairs) for request in requests)) <= self.max_pairs
-            and 2 * (self.tokens + sum(request.total_tokens for request in requests)) <= self.max_tokens
+            and 2 * (self.pairs + times * len(request.pairs)) <= self.max_pairs
+            and 2 * (self.tokens + times * request.total_tokens) <= self.max_tokens
         )
 
     def refusal(self, request: Request) -> PoolOverloadedError:

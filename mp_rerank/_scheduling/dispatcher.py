@@ -26,7 +26,6 @@ import queue
 import threading
 import time
 import weakref
-from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -54,7 +53,7 @@ logger = QueuedLogger(POOL_LOGGER)
 # The longest the loop sleeps at a time: the system's clocks take no timeout of a thousand years.
 MAX_WAIT_SECONDS = 3600.0
 THREAD_START_SECONDS = 5.0
-# With more requests in the inbox than so many, callers wait to be admitted rather than add up what is in it.
+# With more messages in the inbox than so many, callers wait to be admitted.
 MAX_UNSEEN = 100
 
 
@@ -63,17 +62,17 @@ class _Planned:
     outcome: Plan | BaseException
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Submit:
     request: Request
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Cancel:
     request: Request
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Reported:
     deployment: Deployment
     report: Report
@@ -119,7 +118,6 @@ class Dispatcher:
         self._spec = spec
         self._admission = Admission(config.max_pending_pairs, config.max_pending_tokens, config.overload)
         self._inbox: queue.SimpleQueue[_Message] = make_queue()
-        self._unseen: deque[Request] = deque()  # on their way into the inbox, or in it
         self._counts = PoolStats()
         self._pending = 0
         self._deployment: Deployment | None = None
@@ -166,9 +164,7 @@ class Dispatcher:
         if self._closing is not None or self._finished:
             raise PoolClosedError("the pool is closed")
         request.future.add_internal_callback(partial(self._on_future_done, request))
-        self._unseen.append(request)
-        unseen = list(self._unseen)  # in one step
-        sure = len(unseen) < MAX_UNSEEN and self._admission.is_far_from_bound(unseen)
+        sure = self._inbox.qsize() < MAX_UNSEEN and self._admission.is_far_from_bound(request, MAX_UNSEEN)
         self._put(_Submit(request))
         if wait and not sure and not is_pool_thread():
             request.admitted.get()
@@ -302,7 +298,6 @@ class Dispatcher:
             message.deployment.handle(message.report, time.monotonic())
         elif isinstance(message, _Submit):
             self._enter(message.request)
-            self._unseen.popleft()  # as many are left as are still to come, if perhaps not the same
         elif isinstance(message, _Cancel):
             if self._admission.give_up(message.request):
                 message.request.cancel()
@@ -487,7 +482,6 @@ class Dispatcher:
             except queue.Empty:
                 return
             if isinstance(message, _Submit):
-                self._unseen.popleft()
                 _refuse(message.request, PoolClosedError("the pool is closed"))
             elif isinstance(message, _Ask):
                 _answer(message)

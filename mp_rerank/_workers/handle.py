@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Protocol
 
+from mp_rerank._recipe import Recipe
 from mp_rerank._workers.child import Launch, Pairs, Scored, WorkerFacts
 from mp_rerank._workers.may_start import check_may_spawn, check_may_start_threads
 from mp_rerank._workers.process import ProcessHandle
@@ -25,18 +26,22 @@ class WorkerHandle(Protocol):
     """One worker, of whichever kind: it begins to load its model as it is made, and making it takes no time.
 
     Attributes:
-        described: the worker's first words: its facts, or ``ModelLoadError``; ``LaunchError`` if no worker came of it.
+        loaded: the worker's first words: that it has loaded its model, or ``ModelLoadError``; ``LaunchError`` if no
+            worker came of it.
         killable: whether ``kill`` ends it. One that cannot be killed is never called hung.
         pid: the process it is in, once there is one.
     """
 
-    described: Future[WorkerFacts]
+    loaded: Future[None]
     killable: bool
     pid: int | None
 
     @property
     def alive(self) -> bool:
         """Whether there is still something to wait for in ``join``."""
+
+    def describe(self, recipe: Recipe | None) -> Future[WorkerFacts]:
+        """Once it has loaded the model: make it fast, by ``recipe`` or by proofs; its facts. Raises as ``score``."""
 
     def score(self, pairs: Pairs) -> Future[Scored]:
         """Score ``pairs`` after what it has. Raises ``RuntimeError`` once it has ended or been told to leave."""

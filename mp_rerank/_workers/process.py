@@ -28,6 +28,7 @@ from multiprocessing.process import BaseProcess
 
 import psutil
 
+from mp_rerank._recipe import Recipe
 from mp_rerank._workers import child
 from mp_rerank._workers.child import Launch, Pairs, Scored, WorkerFacts
 from mp_rerank._workers.green import let_files_close, threads_are_green
@@ -48,10 +49,10 @@ class ProcessHandle:
         launch: what to start.
         start_method: ``"spawn"`` or ``"forkserver"``; for the latter somebody holds a lease on the server.
         on_exit: called on a thread of its own with the exit code, once, when the process has ended, for whatever
-            reason. Not where ``described`` says that none was started.
+            reason. Not where ``loaded`` says that none was started.
 
     Attributes:
-        described: the worker's first words; ``LaunchError`` where it came to none. Never given where the worker died
+        loaded: the worker's first words; ``LaunchError`` where it came to none. Never given where the worker died
             on the way to them.
 
     Raises:
@@ -62,7 +63,7 @@ class ProcessHandle:
 
     def __init__(self, launch: Launch, start_method: str, on_exit: Callable[[int | None], None]) -> None:
         self.name = name = launch.name
-        self.described: Future[WorkerFacts] = Future()
+        self.loaded: Future[None] = Future()
         self.pid: int | None = None
         self._launch = launch
         self._start_method = start_method
@@ -86,10 +87,16 @@ class ProcessHandle:
     def alive(self) -> bool:
         return any(thread.is_alive() for thread in (self._watch, self._logs, self._shutdown))
 
+    def describe(self, recipe: Recipe | None) -> Future[WorkerFacts]:
+        return self._launched().submit(child.describe, recipe)
+
     def score(self, pairs: Pairs) -> Future[Scored]:
+        return self._launched().submit(child.score, pairs)
+
+    def _launched(self) -> ProcessPoolExecutor:
         if self._executor is None:
             raise RuntimeError("the worker is still being launched")
-        return self._executor.submit(child.score, pairs)
+        return self._executor
 
     def resident_bytes(self) -> int | None:
         try:
@@ -140,7 +147,7 @@ class ProcessHandle:
             if self._unwanted.is_set():
                 self._on_exit(-getattr(signal, "SIGKILL", 9))
             else:
-                self.described.set_exception(self._launch_error(error))
+                self.loaded.set_exception(self._launch_error(error))
             return
         # Whoever was here first has left word.
         if self._unwanted.is_set():
@@ -150,7 +157,7 @@ class ProcessHandle:
         code = self._wait_for_end(process)
         self._heard.wait(FIRST_WORD_SECONDS)
         if not self._began and not self._unwanted.is_set() and code is not None and code >= 0:
-            self.described.set_exception(self._never_began("its process", f"exit code {code}"))
+            self.loaded.set_exception(self._never_began("its process", f"exit code {code}"))
         else:
             self._on_exit(code)
 
@@ -167,7 +174,7 @@ class ProcessHandle:
                     initializer=child.initialize_process,
                     initargs=(self._launch, child_logs, level),
                 )
-                described = executor.submit(child.describe)  # this starts the process
+                loaded = executor.submit(child.loaded)  # this starts the process
                 assert context.started is not None
                 self._process = context.started
                 self._logs.start()
@@ -185,17 +192,17 @@ class ProcessHandle:
         self.pid = context.started.pid
         self._psutil = _psutil_process(context.started.pid)
         self._executor = executor
-        described.add_done_callback(self._pass_on)
+        loaded.add_done_callback(self._pass_on)
         return context.started
 
-    def _pass_on(self, described: Future[WorkerFacts]) -> None:
+    def _pass_on(self, loaded: Future[None]) -> None:
         """Give the worker's first words. A process that ended before them, or is given up, is the watch's to report."""
-        if described.cancelled() or isinstance(error := described.exception(), BrokenExecutor):
+        if loaded.cancelled() or isinstance(error := loaded.exception(), BrokenExecutor):
             self._kill_process()
         elif error is not None:
-            self.described.set_exception(error)
+            self.loaded.set_exception(error)
         else:
-            self.described.set_result(described.result())
+            self.loaded.set_result(None)
 
     def _wait_for_end(self, process: BaseProcess) -> int | None:
         """Wait until the process has ended; its exit code."""

@@ -210,12 +210,13 @@ def test_patience_and_deadlines_end_in_their_order() -> None:
 
 
 def test_only_what_is_far_from_the_bound_need_not_ask() -> None:
-    admission = Admission(10, 100, "block")
-    assert admission.is_far_from_bound([request(3, 10), request(2, 10)])
-    assert not admission.is_far_from_bound([request(3), request(3)])
-    assert not admission.is_far_from_bound([request(1, 51)])
-    assert admission.enter(request(5, 1), 0.0)
-    assert not admission.is_far_from_bound([request(1)])
+    admission = Admission(100, 1000, "block")
+    assert admission.is_far_from_bound(request(5, 10), 10)
+    assert not admission.is_far_from_bound(request(6, 1), 10)
+    assert not admission.is_far_from_bound(request(1, 51), 10)
+    assert admission.enter(request(1), 0.0)
+    assert not admission.is_far_from_bound(request(5, 10), 10)
+    assert admission.is_far_from_bound(request(4, 10), 10)
 
 
 def test_many_threads_at_once_are_all_held_to_the_bound(make_pool: MakePool, fifo: Fifo) -> None:
