@@ -16,7 +16,10 @@ from mp_rerank._pairs import Pair, Score, estimate_pair, estimate_text
 from mp_rerank._scheduling.futures import Answer, PoolFuture
 from mp_rerank.results import RerankResult, Scores
 
-__all__ = ["PairState", "PendingPair", "Request", "all_scores", "estimate_lengths", "rank"]
+__all__ = ["DEFAULT_CALLER", "PairState", "PendingPair", "Request", "all_scores", "estimate_lengths", "rank"]
+
+#: whose requests are that name nobody
+DEFAULT_CALLER = "default"
 
 _numbers = itertools.count()
 
@@ -67,7 +70,8 @@ class Request:
         finish: makes the future's result of the scores, shape (n,) or (n, num_labels), and a mask, shape (n,), of which
             are there; the rest of the scores is NaN.
         keys: for each pair what equal pairs have in common; ``None``: the pairs themselves.
-        priority: each step doubles its share of the workers.
+        caller: whose it is.
+        priority: each step doubles its share of what its caller is given.
         deadline: when it expires, on the monotonic clock.
         timeout: the limit behind the deadline, in seconds, for the error message.
         partial: whether it then gets what is scored, rather than ``RequestTimeoutError``.
@@ -86,6 +90,7 @@ class Request:
         finish: Callable[[Scores, npt.NDArray[np.bool_]], Any],
         *,
         keys: Sequence[Hashable] | None = None,
+        caller: str = DEFAULT_CALLER,
         priority: int = 0,
         deadline: float | None = None,
         timeout: float | None = None,
@@ -99,6 +104,7 @@ class Request:
         self.total_tokens = sum(tokens)
         self.keys: Sequence[Hashable] = pairs if keys is None else keys
         self.finish = finish
+        self.caller = caller
         self.weight = 2.0**priority
         self.deadline = deadline
         self.timeout = timeout
