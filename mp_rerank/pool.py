@@ -30,7 +30,8 @@ from mp_rerank._pairs import Pair, digests
 from mp_rerank._planning.plan import Plan, make_plan
 from mp_rerank._scheduling.dispatcher import Dispatcher, leave_with_interpreter
 from mp_rerank._scheduling.futures import Answer, check_may_wait, is_pool_thread
-from mp_rerank._scheduling.request import DEFAULT_CALLER, Request, all_scores, estimate_lengths, rank
+from mp_rerank._scheduling.request import DEFAULT_CALLER, Request, all_scores, estimate_lengths, nothing, rank
+from mp_rerank._scheduling.streams import AsyncScoreStream, Feed, ScoreStream
 from mp_rerank._workers.handle import check_may_start
 from mp_rerank._workers.logs import flush
 from mp_rerank._workers.memory import memory_of
@@ -78,6 +79,13 @@ class _Asked:
     def scores_of(cls, pairs: Iterable[Sequence[str]], keywords: RequestKeywords) -> _Asked:
         options = RequestOptions.of(keywords)
         return cls(pairs_of(pairs), all_scores, False, options, deadline_of(options.timeout))
+
+    @classmethod
+    def stream_of(cls, query: str, documents: Iterable[str], keywords: RequestKeywords) -> _Asked:
+        options = RequestOptions.of(keywords)
+        text = text_of("query", query)
+        pairs = [(text, text_of("documents", document, i)) for i, document in enumerate(documents_of(documents))]
+        return cls(pairs, nothing, False, options, deadline_of(options.timeout))
 
 
 class RerankerPool(CrossEncoderCalls):
@@ -272,6 +280,55 @@ class RerankerPool(CrossEncoderCalls):
         scores: Scores = await self._awaited(_Asked.scores_of(pairs, options))
         return scores
 
+    def stream(self, query: str, documents: Iterable[str], **options: Unpack[RequestKeywords]) -> ScoreStream:
+        """Score ``documents``, and give each score as soon as it is there: for progress bars, or to stop early.
+
+            for index, score in pool.stream(query, documents):
+                ...
+
+        Args:
+            query, documents, timeout, priority, on_timeout, caller: as for ``submit``. With ``on_timeout="partial"``
+                the iterator ends at the deadline.
+
+        Returns:
+            An iterator of ``(index, score)``, once for each document, a slice at a time and in no promised order. The
+            score is the one that ``submit`` has; it is a list of numbers if the model gives several. Scores wait in the
+            iterator for a slow caller, who delays nobody. ``close()``, leaving ``with`` or Ctrl-C cancels the rest, and
+            so does losing the iterator, as ``break`` does. What came before an error is given first, then the iterator
+            raises one of those that the future of ``submit`` may hold.
+
+        Raises:
+            As ``submit``, but for models of several labels.
+        """
+        asked = _Asked.stream_of(query, documents, options)
+        dispatcher = self._running()
+        feed = Feed()
+        stream = ScoreStream(feed)
+        try:
+            request = self._request(asked, dispatcher, feed)
+            stream.follow(request.future)
+            self._enter(dispatcher, request, wait=True)
+        except BaseException:
+            stream.close()
+            raise
+        return stream
+
+    def astream(self, query: str, documents: Iterable[str], **options: Unpack[RequestKeywords]) -> AsyncScoreStream:
+        """``stream`` for asyncio, to be used with ``async for``; ``aclose()`` closes it.
+
+        Arguments are checked, and the timeout begins, with this call. The request is submitted when the first item is
+        asked for, without holding up the loop. Leaving the ``async for`` early, or cancelling the task, cancels the
+        rest.
+        """
+        asked = _Asked.stream_of(query, documents, options)
+        feed = Feed()
+
+        async def enter() -> Future[Any]:
+            dispatcher = await self._ready()
+            return self._enter(dispatcher, self._request(asked, dispatcher, feed), wait=False)
+
+        return AsyncScoreStream(feed, enter)
+
     # Callers.
 
     def for_caller(self, caller: str) -> RerankerPool:
@@ -384,19 +441,24 @@ class RerankerPool(CrossEncoderCalls):
 
     async def _awaited(self, asked: _Asked) -> Any:
         """Hand a request over and wait for its result, on no thread. Cancelled, cancel it."""
+        dispatcher = await self._ready()
+        future = self._enter(dispatcher, self._request(asked, dispatcher), wait=False)
+        return await asyncio.wrap_future(future)
+
+    async def _ready(self) -> Dispatcher:
+        """The dispatcher, once the workers have started; waited for on no thread."""
         dispatcher = self._begin()
         await _given(dispatcher.started)
         if dispatcher.started.error is not None:
             dispatcher.close(drain=False)
             raise copy.copy(dispatcher.started.error)
-        future = self._enter(dispatcher, self._request(asked, dispatcher), wait=False)
-        return await asyncio.wrap_future(future)
+        return dispatcher
 
     def _score_pairs(self, pairs: Iterable[Sequence[str]]) -> Scores:
         scores: Scores = self._result(_Asked.scores_of(pairs, {}))
         return scores
 
-    def _request(self, asked: _Asked, dispatcher: Dispatcher) -> Request:
+    def _request(self, asked: _Asked, dispatcher: Dispatcher, feed: Feed | None = None) -> Request:
         facts = dispatcher.facts
         assert facts is not None
         if asked.ranking and facts.num_labels != 1:
@@ -404,7 +466,7 @@ class RerankerPool(CrossEncoderCalls):
                 f"{self.spec.name} gives {facts.num_labels} scores a pair, and ranking needs one: use submit_pairs"
             )
         options = asked.options
-        return Request(
+        request = Request(
             asked.pairs,
             estimate_lengths(asked.pairs, facts.max_length),
             asked.finish,
@@ -416,7 +478,11 @@ class RerankerPool(CrossEncoderCalls):
             partial=options.on_timeout == "partial",
             num_labels=facts.num_labels,
             ranking=asked.ranking,
+            on_scores=None if feed is None else feed.put,
         )
+        if feed is not None:
+            request.future.add_internal_callback(feed.end)
+        return request
 
     def _enter(self, dispatcher: Dispatcher, request: Request, *, wait: bool) -> Future[Any]:
         """Hand ``request`` over, or resolve it here; its future."""

@@ -184,6 +184,8 @@ class RequestQueue:
             request.wanted.append(pair)
         request.waiting_tokens += new_tokens
         self.waiting_tokens += new_tokens
+        if request.missing < len(request.pairs):
+            request.tell(pair for pair in request.wanted if pair.state is SCORED)  # kept ones: each is there once
         if not request.missing:
             return False
         request.todo.extend([request.wanted[i] for i in request.order])
@@ -246,6 +248,7 @@ class RequestQueue:
     def fill(self, slice_: Slice, scores: Scores) -> list[Request]:
         """Take the scores of ``slice_``; returns the requests that now have all of theirs, no longer live."""
         complete = []
+        told: dict[Request, list[PendingPair]] = {}
         spared = 0
         for pair, score in zip(slice_.pending, scores.tolist(), strict=True):
             pair.score = score
@@ -260,8 +263,12 @@ class RequestQueue:
                 request.missing -= times
                 if not request.missing:
                     complete.append(request)
+                if request.on_scores is not None:
+                    told.setdefault(request, []).append(pair)
             pair.wanted_by.clear()
         self._counts.coalesced_pairs += spared
+        for request, pairs in told.items():
+            request.tell(pairs)
         for request in complete:
             self.drop(request)
         return complete

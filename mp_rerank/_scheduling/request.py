@@ -5,7 +5,7 @@ from __future__ import annotations
 import enum
 import itertools
 from collections import deque
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from concurrent.futures import InvalidStateError
 from typing import Any
 
@@ -16,7 +16,16 @@ from mp_rerank._pairs import Pair, Score, estimate_pair, estimate_text
 from mp_rerank._scheduling.futures import Answer, PoolFuture
 from mp_rerank.results import RerankResult, Scores
 
-__all__ = ["DEFAULT_CALLER", "PairState", "PendingPair", "Request", "all_scores", "estimate_lengths", "rank"]
+__all__ = [
+    "DEFAULT_CALLER",
+    "PairState",
+    "PendingPair",
+    "Request",
+    "all_scores",
+    "estimate_lengths",
+    "nothing",
+    "rank",
+]
 
 #: whose requests are that name nobody
 DEFAULT_CALLER = "default"
@@ -77,6 +86,7 @@ class Request:
         partial: whether it then gets what is scored, rather than ``RequestTimeoutError``.
         num_labels: scores a pair that the model gives, as far as is known while there are none.
         ranking: whether ``finish`` needs that to be one.
+        on_scores: given the scores as they come: lists of an index and its score. For what is known to be quick.
 
     Attributes:
         future: gets the result.
@@ -97,6 +107,7 @@ class Request:
         partial: bool = False,
         num_labels: int = 1,
         ranking: bool = False,
+        on_scores: Callable[[list[tuple[int, Score]]], object] | None = None,
     ) -> None:
         self.number = next(_numbers)
         self.pairs = pairs
@@ -111,6 +122,7 @@ class Request:
         self.partial = partial
         self.num_labels = num_labels
         self.ranking = ranking
+        self.on_scores = on_scores
         self.future = PoolFuture()
         self.admitted = Answer[None]()
 
@@ -134,10 +146,22 @@ class Request:
         self.slices = 0
         self.virtual_time = 0.0
         self.queued = False  # whether it stands in the queue's order of service
+        self._places: dict[PendingPair, list[int]] = {}  # of ``wanted``, once somebody follows the scores
 
     def __repr__(self) -> str:
         state = "done" if self.done else f"{len(self.pairs) - self.missing}/{len(self.pairs)} scored"
         return f"<Request {self.number}: {state}>"
+
+    def tell(self, pairs: Iterable[PendingPair]) -> None:
+        """Give the scores of ``pairs``, which are new, to whoever follows them."""
+        if self.on_scores is None:
+            return
+        if not self._places:
+            for index, pair in enumerate(self.wanted):
+                self._places.setdefault(pair, []).append(index)
+        self.on_scores(
+            [(index, pair.score) for pair in pairs for index in self._places[pair] if pair.score is not None]
+        )
 
     def resolve(self) -> None:
         """Give the future its result: everything, or what is there."""
@@ -173,6 +197,7 @@ class Request:
 
     def _settle(self, result: Any = None, error: BaseException | None = None) -> None:
         self.done = True
+        self._places = {}
         self.wanted = []  # a future that somebody keeps keeps this request, and need not keep what it shared
         if not self.future.claim():
             return
@@ -211,3 +236,7 @@ def rank(
 def all_scores(scores: Scores, scored: npt.NDArray[np.bool_]) -> Scores:
     """What ``finish`` makes of the scores where they are the result: NaN is where there is none."""
     return scores
+
+
+def nothing(scores: Scores, scored: npt.NDArray[np.bool_]) -> None:
+    """What ``finish`` makes of the scores of a request that somebody has followed."""

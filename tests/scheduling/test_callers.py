@@ -40,6 +40,8 @@ ASK: dict[str, Callable[[RerankerPool], object]] = {
     "rerank": lambda pool: pool.rerank("query", documents(3)),
     "arerank": lambda pool: asyncio.run(pool.arerank("query", documents(3))),
     "asubmit_pairs": lambda pool: asyncio.run(pool.asubmit_pairs([("query", "document")])),
+    "stream": lambda pool: list(pool.stream("query", documents(3))),
+    "astream": lambda pool: asyncio.run(pool.astream("query", documents(3)).__anext__()),
     "predict": lambda pool: pool.predict([("query", "document")]),
     "rank": lambda pool: pool.rank("query", documents(3)),
 }
@@ -101,7 +103,7 @@ def test_closing_a_handle_ends_neither_the_pool_nor_what_is_pending(
         fifo.wait_until_read()
         handle.close(drain=drain)
         handle.close()
-        for call in (ASK["submit"], ASK["arerank"], RerankerPool.start):
+        for call in (ASK["submit"], ASK["arerank"], ASK["stream"], ASK["astream"], RerankerPool.start):
             with pytest.raises(PoolClosedError, match="this handle of the pool, for caller 'a', is closed"):
                 call(handle)
         assert handle.stats().pending_requests == 1
