@@ -28,12 +28,21 @@ if TYPE_CHECKING:
         WorkerCrashedError,
     )
     from mp_rerank.pool import RerankerPool
-    from mp_rerank.results import PoolMemory, PoolStats, RerankResult, WorkerExit, WorkerInfo, WorkerMemory
+    from mp_rerank.results import (
+        CallerStats,
+        PoolMemory,
+        PoolStats,
+        RerankResult,
+        WorkerExit,
+        WorkerInfo,
+        WorkerMemory,
+    )
     from mp_rerank.shared import shared_pool
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "CallerStats",
     "ModelLoadError",
     "ModelSpec",
     "PoolClosedError",

@@ -10,7 +10,8 @@ What sharing means:
   (``ModelSpec``) must be equal, since they change scores; settings of the pool are compared only if the caller gives
   them. A disagreement is a ``ValueError`` that names the setting. To choose ``workers`` and the like, ask first.
 * The queue is shared too. Requests take turns (weighted fair queueing), so one agent's thousand documents do not hold
-  up another's ten. ``max_pending_pairs`` and ``overload`` bound all callers together.
+  up another's ten. ``shared_pool(...).for_caller("a")`` shares the workers by callers first, however many requests each
+  has. ``max_pending_pairs`` and ``overload`` bound all callers together, ``max_pending_pairs_per_caller`` each.
 * Nobody owns it. ``close()``, and so ``with``, ends it for everyone who holds it; the next caller gets a new pool. So
   does the next caller after a pool that could not start. A pool that nobody closes ends with the interpreter.
 * It belongs to this process. A forked child gets a pool of its own, and leaves its parent's alone. Pickled, it is

@@ -34,6 +34,7 @@ from typing import Any
 
 from mp_rerank._planning.plan import Plan, make_plan
 from mp_rerank._scheduling.admission import Admission
+from mp_rerank._scheduling.callers import CallerCounts
 from mp_rerank._scheduling.deployment import Deployment, Outcome
 from mp_rerank._scheduling.futures import SIGNAL_CHECK_SECONDS, Answer, is_pool_thread
 from mp_rerank._scheduling.request import Request
@@ -116,9 +117,12 @@ class Dispatcher:
         self.started: Answer[None] = Answer()
         self.facts: WorkerFacts | None = None
         self._spec = spec
-        self._admission = Admission(config.max_pending_pairs, config.max_pending_tokens, config.overload)
+        self._admission = Admission(
+            config.max_pending_pairs, config.max_pending_tokens, config.overload, config.max_pending_pairs_per_caller
+        )
         self._inbox: queue.SimpleQueue[_Message] = make_queue()
         self._counts = PoolStats()
+        self._callers = CallerCounts()
         self._pending = 0
         self._deployment: Deployment | None = None
         self._retiring: list[Deployment] = []  # reloaded away, finishing what they had begun
@@ -189,6 +193,7 @@ class Dispatcher:
                 pending_requests=self._pending,
                 pending_pairs=self._admission.pairs,
                 exits=dict(self._counts.exits),
+                callers=self._callers.snapshot(),
             )
 
         stats: PoolStats = self.ask(snapshot)
@@ -343,6 +348,7 @@ class Dispatcher:
     def _admitted(self, request: Request) -> None:
         assert self._deployment is not None  # nobody submits before it is ready
         self._counts.submitted += 1
+        self._callers.admitted(request)
         self._pending += 1
         request.admitted.give(None)
         if request.ranking and self.facts is not None and self.facts.num_labels != 1:
@@ -359,6 +365,7 @@ class Dispatcher:
     def _on_done(self, request: Request, outcome: Outcome) -> None:
         self._pending -= 1
         self._admission.leave(request)
+        self._callers.done(request, outcome)
         setattr(self._counts, outcome, getattr(self._counts, outcome) + 1)
 
     # Deployments.
