@@ -15,7 +15,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "speed, agreement and memory of torch, ONNX Runtime and OpenVINO, by dtype",
     ),
     "latency": ("bench.speed.latency", "one request alone and beside others; the pool's own part, without a model"),
-    "fairness": ("bench.speed.fairness", "delays of small requests with and without a large one"),
+    "fairness": (
+        "bench.speed.fairness",
+        "delays of small requests beside a large one, and beside another caller's many",
+    ),
     "scale": ("bench.speed.scale", "what 64 workers and 100,000 pending requests cost the dispatcher"),
     "reuse": (
         "bench.speed.reuse",

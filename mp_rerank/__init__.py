@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from mp_rerank.model_pools import ModelPools
     from mp_rerank.pool import RerankerPool
     from mp_rerank.results import (
+        CallerStats,
         KeptModel,
         ModelPoolsStats,
         PoolMemory,
@@ -44,6 +45,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "CallerStats",
     "KeptModel",
     "ModelLoadError",
     "ModelPools",
@@ -72,11 +74,21 @@ _MODULES = ("errors", "config", "results", "pool", "model_pools", "shared")
 def __getattr__(name: str) -> Any:
     if name in __all__:
         for module in _MODULES:
-            found = import_module(f"mp_rerank.{module}")
+            found = _import(module)
             if name in found.__all__:
                 globals()[name] = getattr(found, name)
                 return globals()[name]
     raise AttributeError(f"module 'mp_rerank' has no attribute {name!r}")
+
+
+def _import(module: str) -> Any:
+    try:
+        return import_module(f"mp_rerank.{module}")
+    except Exception as error:
+        from mp_rerank._shadowing import shadowing
+
+        # An AttributeError would be taken for a name that this package lacks.
+        raise ImportError(f"mp_rerank.{module}: {type(error).__name__}: {error}{shadowing(error)}") from error
 
 
 def __dir__() -> list[str]:

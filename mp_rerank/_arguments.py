@@ -24,6 +24,7 @@ __all__ = [
     "OnTimeout",
     "RequestKeywords",
     "RequestOptions",
+    "check_caller",
     "check_predict_options",
     "check_top_n",
     "deadline_of",
@@ -193,6 +194,15 @@ def check_priority(priority: SupportsIndex) -> int:
     return number
 
 
+def check_caller(caller: object) -> str:
+    """``caller`` as an exact ``str``; it must not be empty."""
+    if not isinstance(caller, str):
+        raise TypeError(f"caller: a string is needed, not {shown(caller)}")
+    if not caller:
+        raise ValueError("caller: a string that is not empty is needed, not ''")
+    return str.__str__(caller)
+
+
 def deadline_of(timeout: float | None) -> float | None:
     """When a request with this ``timeout`` expires, on the monotonic clock; ``None``: never."""
     if timeout is None:
@@ -211,6 +221,7 @@ class RequestKeywords(TypedDict, total=False):
     timeout: float | None
     priority: int
     on_timeout: OnTimeout
+    caller: str | None
 
 
 @dataclass(frozen=True)
@@ -219,25 +230,36 @@ class RequestOptions:
 
     Attributes:
         timeout: seconds from now until the request expires; what is not scored then is dropped. ``None``: never.
-        priority: from -8 to 8; each step doubles the request's share of the workers, and none starves the others.
+        priority: from -8 to 8; each step doubles the request's share of what its caller gets, and none starves the
+            others.
         on_timeout: ``"raise"`` RequestTimeoutError, or ``"partial"``: what is scored by then.
+        caller: whose request it is: any string but an empty one. Callers that wait share the workers equally, however
+            many requests each has. ``None``: that of the pool or handle which is asked.
     """
 
     timeout: float | None = None
     priority: int = 0
     on_timeout: OnTimeout = "raise"
+    caller: str | None = None
 
     def __post_init__(self) -> None:
         deadline_of(self.timeout)
         object.__setattr__(self, "priority", check_priority(self.priority))
+        if self.caller is not None:
+            object.__setattr__(self, "caller", check_caller(self.caller))
         if self.on_timeout not in ("raise", "partial"):
             raise ValueError(f"on_timeout: 'raise' or 'partial' is needed, not {self.on_timeout!r}")
 
     @classmethod
     def of(cls, keywords: RequestKeywords) -> RequestOptions:
         """The options that ``keywords`` say; an unknown one is a ``TypeError``."""
+        if not keywords:
+            return _NO_OPTIONS
         known = [item.name for item in fields(cls)]
         unknown = sorted(set(keywords) - set(known))
         if unknown:
             raise TypeError(f"a request has no option {', '.join(unknown)}; it has {', '.join(known)}")
         return cls(**keywords)
+
+
+_NO_OPTIONS = RequestOptions()

@@ -49,8 +49,9 @@ class CrossEncoderCalls(ABC):
             activation_fn: must be ``None``: it belongs to the model here (``ModelSpec.activation``).
             apply_softmax: with several labels, make each pair's scores sum to 1.
             convert_to_numpy, convert_to_tensor: what to return; tensors import torch into this process.
-            rest: ``prompt_name``, ``prompt``, ``device``, ``pool`` and ``chunk_size`` of sentence-transformers 6, which
-                must be ``None`` for the same reason.
+            rest: what other versions of sentence-transformers take. ``num_workers`` and ``chunk_size`` are accepted and
+                make no difference. ``prompt_name``, ``prompt``, ``device``, ``pool`` and ``activation_fct`` must be
+                ``None``, as ``activation_fn`` must.
 
         Returns:
             A float32 array of shape (n,) or (n, num_labels), or without the first dimension for one pair; or a tensor,

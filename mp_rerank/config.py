@@ -196,6 +196,8 @@ class PoolConfig:
         slice_tokens: tokens of one slice, which is what a worker is given at a time; ``None``: about one batch. Smaller
             slices are fairer.
         max_pending_pairs, max_pending_tokens: the bound on pending work.
+        max_pending_pairs_per_caller: the bound on the pending pairs of each caller; ``None``: only the pool's. A caller
+            at this bound waits, or is refused, as ``overload`` says, and holds up no other caller.
         overload: what ``submit`` does at the bound: ``"block"``: wait for room, or for the request's own timeout;
             ``"raise"`` PoolOverloadedError; or a number of seconds to wait before raising it.
         coalesce: score equal pairs (the same query and document, to the letter) that are pending at the same time only
@@ -227,6 +229,7 @@ class PoolConfig:
     slice_tokens: int | None = None
     max_pending_pairs: int = 1_000_000
     max_pending_tokens: int = 200_000_000
+    max_pending_pairs_per_caller: int | None = None
     overload: Literal["block", "raise"] | float = "block"
     coalesce: bool = True
     score_cache: int = 0
@@ -243,7 +246,8 @@ class PoolConfig:
         checked: dict[str, Any] = {}
         for name in ("workers", "threads_per_worker", "batch_tokens", "slice_tokens", "max_slices_per_worker"):
             checked[name] = check_optional_count(name, getattr(self, name))
-        checked["max_memory_per_worker"] = check_optional_count("max_memory_per_worker", self.max_memory_per_worker)
+        for name in ("max_memory_per_worker", "max_pending_pairs_per_caller"):
+            checked[name] = check_optional_count(name, getattr(self, name))
         for name in ("max_pending_pairs", "max_pending_tokens", "max_attempts"):
             checked[name] = check_count(name, getattr(self, name))
         for name in ("max_restarts", "score_cache"):

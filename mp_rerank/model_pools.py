@@ -25,11 +25,12 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from typing import Any, NoReturn, SupportsIndex
 
-from mp_rerank._checks import memory_size
+from mp_rerank._checks import check_flag, check_seconds, memory_size
 from mp_rerank._model_manager import Acquire, Lease, Leased, Manager, Retire, key_of
 from mp_rerank._scheduling.dispatcher import Dispatcher
 from mp_rerank._scheduling.futures import Answer, is_pool_thread
 from mp_rerank._scheduling.request import Request
+from mp_rerank._scheduling.streams import Feed
 from mp_rerank.config import ModelSpec, PoolConfig
 from mp_rerank.errors import PoolClosedError, RequestTimeoutError, RerankError
 from mp_rerank.pool import RerankerPool, _Asked, _given, _spec
@@ -240,9 +241,9 @@ class _Handle(RerankerPool):
             raise
         return await asyncio.wrap_future(future)
 
-    def _request(self, asked: _Asked, dispatcher: Any) -> Request:
+    def _request(self, asked: _Asked, dispatcher: Any, feed: Feed | None = None) -> Request:
         try:
-            return super()._request(asked, dispatcher)
+            return super()._request(asked, dispatcher, feed)
         except BaseException:
             dispatcher.give_up()  # now: whoever keeps the exception keeps this frame too
             raise
@@ -263,6 +264,9 @@ def _seconds_left(deadline: float) -> float:
 
 def _wait_for_end(ended: Answer[None], close: Callable[..., None], drain: bool, timeout: float | None) -> None:
     """Close, and wait until that is done, where a thread may wait."""
+    check_flag("drain", drain)
+    if timeout is not None:
+        timeout = check_seconds("timeout", timeout)
     close(drain=drain)
     if is_pool_thread():
         return

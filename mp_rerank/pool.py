@@ -19,18 +19,21 @@ from mp_rerank._arguments import (
     Document,
     RequestKeywords,
     RequestOptions,
+    check_caller,
     check_top_n,
     deadline_of,
     documents_of,
     pairs_of,
     text_of,
 )
+from mp_rerank._checks import check_flag, check_seconds, is_for_ever
 from mp_rerank._cross_encoder import CrossEncoderCalls
 from mp_rerank._pairs import Pair, digests
 from mp_rerank._planning.plan import Plan, make_plan
 from mp_rerank._scheduling.dispatcher import Dispatcher, leave_with_interpreter
 from mp_rerank._scheduling.futures import Answer, check_may_wait, is_pool_thread
-from mp_rerank._scheduling.request import Request, all_scores, estimate_lengths, rank
+from mp_rerank._scheduling.request import DEFAULT_CALLER, Request, all_scores, estimate_lengths, nothing, rank
+from mp_rerank._scheduling.streams import AsyncScoreStream, Feed, ScoreStream
 from mp_rerank._workers.handle import check_may_start
 from mp_rerank._workers.logs import flush
 from mp_rerank._workers.memory import memory_of
@@ -47,7 +50,7 @@ __all__ = ["RerankerPool"]
 LOG_SECONDS = 1.0
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Asked:
     """What a caller asks for, checked: all that a request needs but what workers say of their model.
 
@@ -80,6 +83,13 @@ class _Asked:
     def scores_of(cls, pairs: Iterable[Sequence[str]], keywords: RequestKeywords) -> _Asked:
         options = RequestOptions.of(keywords)
         return cls(pairs_of(pairs), all_scores, False, options, deadline_of(options.timeout))
+
+    @classmethod
+    def stream_of(cls, query: str, documents: Iterable[Document], keywords: RequestKeywords) -> _Asked:
+        options = RequestOptions.of(keywords)
+        text = text_of("query", query)
+        pairs = [(text, document) for document in documents_of(documents).texts]
+        return cls(pairs, nothing, False, options, deadline_of(options.timeout))
 
 
 class RerankerPool(CrossEncoderCalls):
@@ -124,6 +134,9 @@ class RerankerPool(CrossEncoderCalls):
     # The first to start the pool makes it, in one step of the interpreter: see `_begin`.
     _dispatcher: Dispatcher | None = None
 
+    # Whose requests are that name no caller.
+    _caller = DEFAULT_CALLER
+
     def __repr__(self) -> str:
         dispatcher = self._dispatcher
         state = "closed" if self._closed else "not started" if dispatcher is None else repr(dispatcher)
@@ -163,6 +176,10 @@ class RerankerPool(CrossEncoderCalls):
             drain: finish what is pending first; otherwise it fails with ``PoolClosedError`` and workers are killed.
             timeout: seconds to drain for, after which what is left fails as with ``drain=False``; ``None``: no limit.
         """
+        check_flag("drain", drain)
+        if timeout is not None:
+            timeout = check_seconds("timeout", timeout)
+            timeout = None if is_for_ever(timeout) else timeout
         if os.getpid() != self._owner:
             return
         self._closed = True
@@ -221,9 +238,12 @@ class RerankerPool(CrossEncoderCalls):
                 under ``"text"``, whose result has the dict as its ``record``.
             top_n: how many of the best to return; ``None``: all.
             timeout: seconds from now until the request expires; what is not scored then is dropped. ``None``: never.
-            priority: from -8 to 8; each step doubles the request's share of the workers, and none starves the others.
+            priority: from -8 to 8; each step doubles the request's share of what its caller gets, and none starves the
+                others.
             on_timeout: ``"raise"`` RequestTimeoutError, or ``"partial"``: the ranking of what is scored by then,
                 followed by the rest with a ``relevance_score`` of ``None``.
+            caller: whose request it is: any string but an empty one. Callers that wait share the workers equally,
+                however many requests each has. ``None``: this pool's own caller; see ``for_caller``.
 
         Returns:
             A future of the results, best first; equal scores in the order submitted. ``cancel()`` works until it is
@@ -242,7 +262,7 @@ class RerankerPool(CrossEncoderCalls):
 
         Args:
             pairs: the pairs, in any mixture of queries.
-            timeout, priority, on_timeout: as for ``submit``; a partial result has NaN where there is no score.
+            timeout, priority, on_timeout, caller: as for ``submit``; a partial result has NaN where there is no score.
 
         Returns:
             A future of float32 scores in the order of ``pairs``: shape (n,), or (n, num_labels) if there are several.
@@ -283,6 +303,75 @@ class RerankerPool(CrossEncoderCalls):
         """``submit_pairs`` for asyncio, as ``arerank`` is ``submit``: the scores."""
         scores: Scores = await self._awaited(_Asked.scores_of(pairs, options))
         return scores
+
+    def stream(self, query: str, documents: Iterable[Document], **options: Unpack[RequestKeywords]) -> ScoreStream:
+        """Score ``documents``, and give each score as soon as it is there: for progress bars, or to stop early.
+
+            for index, score in pool.stream(query, documents):
+                ...
+
+        Args:
+            query, documents, timeout, priority, on_timeout, caller: as for ``submit``. With ``on_timeout="partial"``
+                the iterator ends at the deadline.
+
+        Returns:
+            An iterator of ``(index, score)``, once for each document, a slice at a time and in no promised order. The
+            score is the one that ``submit`` has; it is a list of numbers if the model gives several. Scores wait in the
+            iterator for a slow caller, who delays nobody. ``close()``, leaving ``with`` or Ctrl-C cancels the rest, and
+            so does losing the iterator, as ``break`` does. What came before an error is given first, then the iterator
+            raises one of those that the future of ``submit`` may hold.
+
+        Raises:
+            As ``submit``, but for models of several labels.
+        """
+        asked = _Asked.stream_of(query, documents, options)
+        dispatcher = self._running()
+        feed = Feed()
+        stream = ScoreStream(feed)
+        try:
+            request = self._request(asked, dispatcher, feed)
+            stream.follow(request.future)
+            self._enter(dispatcher, request, wait=True)
+        except BaseException:
+            stream.close()
+            raise
+        return stream
+
+    def astream(
+        self, query: str, documents: Iterable[Document], **options: Unpack[RequestKeywords]
+    ) -> AsyncScoreStream:
+        """``stream`` for asyncio, to be used with ``async for``; ``aclose()`` closes it.
+
+        Arguments are checked, and the timeout begins, with this call. The request is submitted when the first item is
+        asked for, without holding up the loop. Leaving the ``async for`` early, or cancelling the task, cancels the
+        rest.
+        """
+        asked = _Asked.stream_of(query, documents, options)
+        feed = Feed()
+
+        async def enter() -> Future[Any]:
+            dispatcher = await self._ready()
+            return self._enter(dispatcher, self._request(asked, dispatcher, feed), wait=False)
+
+        return AsyncScoreStream(feed, enter)
+
+    # Callers.
+
+    def for_caller(self, caller: str) -> RerankerPool:
+        """A handle of this pool whose requests are ``caller``'s, unless they name another.
+
+        Callers share the workers equally while they wait, however many requests each has, and each is counted by
+        itself in ``stats().callers``. Handles of one name are one caller; a pool's own requests are those of the caller
+        ``"default"``.
+
+        The handle has every method of the pool, and does not own it. To ``close()`` the handle, or to leave its
+        ``with``, is to submit nothing more through it: the pool goes on, and so does what is pending. A pool that is
+        closed is closed for all handles. A handle keeps its pool from being garbage-collected.
+
+        Raises:
+            TypeError, ValueError: ``caller`` is no string, or empty.
+        """
+        return _CallerHandle(self, check_caller(caller))
 
     # Looking in.
 
@@ -378,19 +467,24 @@ class RerankerPool(CrossEncoderCalls):
 
     async def _awaited(self, asked: _Asked) -> Any:
         """Hand a request over and wait for its result, on no thread. Cancelled, cancel it."""
+        dispatcher = await self._ready()
+        future = self._enter(dispatcher, self._request(asked, dispatcher), wait=False)
+        return await asyncio.wrap_future(future)
+
+    async def _ready(self) -> Dispatcher:
+        """The dispatcher, once the workers have started; waited for on no thread."""
         dispatcher = self._begin()
         await _given(dispatcher.started)
         if dispatcher.started.error is not None:
             dispatcher.close(drain=False)
             raise copy.copy(dispatcher.started.error)
-        future = self._enter(dispatcher, self._request(asked, dispatcher), wait=False)
-        return await asyncio.wrap_future(future)
+        return dispatcher
 
     def _score_pairs(self, pairs: Iterable[Sequence[str]]) -> Scores:
         scores: Scores = self._result(_Asked.scores_of(pairs, {}))
         return scores
 
-    def _request(self, asked: _Asked, dispatcher: Dispatcher) -> Request:
+    def _request(self, asked: _Asked, dispatcher: Dispatcher, feed: Feed | None = None) -> Request:
         facts = dispatcher.facts
         assert facts is not None
         if asked.ranking and facts.num_labels != 1:
@@ -398,18 +492,23 @@ class RerankerPool(CrossEncoderCalls):
                 f"{self.spec.name} gives {facts.num_labels} scores a pair, and ranking needs one: use submit_pairs"
             )
         options = asked.options
-        return Request(
+        request = Request(
             asked.pairs,
             estimate_lengths(asked.pairs, facts.max_length),
             asked.finish,
             keys=digests(asked.pairs) if self.config.score_cache else None,
+            caller=options.caller or self._caller,
             priority=options.priority,
             deadline=asked.deadline,
             timeout=options.timeout,
             partial=options.on_timeout == "partial",
             num_labels=facts.num_labels,
             ranking=asked.ranking,
+            on_scores=None if feed is None else feed.put,
         )
+        if feed is not None:
+            request.future.add_internal_callback(feed.end)
+        return request
 
     def _enter(self, dispatcher: Dispatcher, request: Request, *, wait: bool) -> Future[Any]:
         """Hand ``request`` over, or resolve it here; its future."""
@@ -437,6 +536,63 @@ class RerankerPool(CrossEncoderCalls):
             "a RerankerPool cannot be pickled: its workers belong to this process. Pickle pool.spec, and make a pool "
             "of it in the other process; or use mp_rerank.shared_pool(...): it is unpickled as the shared pool there"
         )
+
+
+class _CallerHandle(RerankerPool):
+    """Another's pool, with a caller of its own: see ``RerankerPool.for_caller``."""
+
+    def __init__(self, pool: RerankerPool, caller: str) -> None:
+        self.config = pool.config
+        self._pool = pool
+        self._caller = caller
+        self._closed = False
+
+    def __repr__(self) -> str:
+        return f"<caller {self._caller!r} of {self._pool!r}>"
+
+    @property
+    def spec(self) -> ModelSpec:  # type: ignore[override]
+        """The pool's model now."""
+        return self._pool.spec
+
+    @property
+    def _dispatcher(self) -> Dispatcher | None:  # type: ignore[override]
+        return self._pool._dispatcher
+
+    def start(self) -> RerankerPool:
+        """As ``RerankerPool.start``."""
+        self._check_open()
+        self._pool.start()
+        return self
+
+    def close(self, *, drain: bool = True, timeout: float | None = None) -> None:
+        """Submit nothing more through this handle. The pool goes on, and what is pending too, whatever is asked for."""
+        self._closed = True
+
+    def reload(self, model: str | os.PathLike[str] | ModelSpec) -> None:
+        """As ``RerankerPool.reload``, for all callers."""
+        self._check_open()
+        self._pool.reload(model)
+
+    def for_caller(self, caller: str) -> RerankerPool:
+        """As ``RerankerPool.for_caller``."""
+        return self._pool.for_caller(caller)
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise PoolClosedError(f"this handle of the pool, for caller {self._caller!r}, is closed")
+        self._pool._check_open()
+
+    def _begin(self) -> Dispatcher:
+        self._check_open()
+        return self._pool._begin()
+
+    def _running(self) -> Dispatcher:
+        self._check_open()
+        return self._pool._running()
+
+    def __reduce_ex__(self, protocol: SupportsIndex) -> Any:
+        return RerankerPool.for_caller, (self._pool, self._caller)
 
 
 def _spec(model: str | os.PathLike[str] | ModelSpec) -> ModelSpec:

@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 __all__ = [
+    "CallerStats",
     "KeptModel",
     "ModelPoolsStats",
     "PoolMemory",
@@ -135,6 +136,26 @@ class WorkerInfo:
 
 
 @dataclass
+class CallerStats:
+    """Counters of one caller: of its requests, since its first or since it was last forgotten (see ``PoolStats``).
+
+    Attributes:
+        submitted: requests that were taken.
+        completed, failed, cancelled, timed_out: requests that have ended, each in one of these ways; see ``PoolStats``.
+        pending_requests: requests admitted and not finished.
+        pending_pairs: their pairs, neither scored nor dropped.
+    """
+
+    submitted: int = 0
+    completed: int = 0
+    failed: int = 0
+    cancelled: int = 0
+    timed_out: int = 0
+    pending_requests: int = 0
+    pending_pairs: int = 0
+
+
+@dataclass
 class PoolStats:
     """Counters since the pool's start, and what is pending now: a copy, taken at one moment.
 
@@ -160,6 +181,8 @@ class PoolStats:
         recycled: workers replaced on reaching ``max_slices_per_worker`` or ``max_memory_per_worker``.
         reloads: models swapped in by ``reload``.
         exits: workers that ended, by the reason of their `WorkerExit`; not those that ended with the pool.
+        callers: the counters of each caller by its name: of all that have a request pending, and of the 1,000 others
+            that had one last. A caller that was forgotten and comes back is counted from 0.
     """
 
     submitted: int = 0
@@ -182,6 +205,7 @@ class PoolStats:
     recycled: int = 0
     reloads: int = 0
     exits: dict[str, int] = field(default_factory=dict)
+    callers: dict[str, CallerStats] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

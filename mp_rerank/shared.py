@@ -13,7 +13,8 @@ What sharing means:
   (``ModelSpec``) must be equal, since they change scores; settings of the pool are compared only if the caller gives
   them. A disagreement is a ``ValueError`` that names the setting. To choose ``workers`` and the like, ask first.
 * The queue is shared too. Requests take turns (weighted fair queueing), so one agent's thousand documents do not hold
-  up another's ten. ``max_pending_pairs`` and ``overload`` bound all callers together.
+  up another's ten. ``shared_pool(...).for_caller("a")`` shares the workers by callers first, however many requests each
+  has. ``max_pending_pairs`` and ``overload`` bound all callers together, ``max_pending_pairs_per_caller`` each.
 * Nobody owns it. ``close()``, and so ``with``, ends it for everyone who holds it; the next caller gets a new pool. So
   does the next caller after a pool that could not start. A pool that nobody closes ends with the interpreter.
 * It belongs to this process. A forked child gets a pool of its own, and leaves its parent's alone. Pickled, it is
@@ -29,6 +30,7 @@ from functools import partial
 from typing import Any
 
 from mp_rerank._planning.plan import make_plan
+from mp_rerank._scheduling.dispatcher import Dispatcher
 from mp_rerank.config import BUILTIN, ModelSpec, PoolConfig
 from mp_rerank.model_pools import ModelPools
 from mp_rerank.pool import RerankerPool
@@ -93,20 +95,21 @@ class _SharedPool(RerankerPool):
     def __init__(self, spec: ModelSpec, *, devices: Sequence[str], **options: Any) -> None:
         super().__init__(spec, devices=devices, **options)
         self._asked = partial(shared_pool, device=devices, **options)
-        self.is_over = False
+        self._could_not_begin = False
 
-    def start(self) -> RerankerPool:
-        """As ``RerankerPool.start``. If it fails, the next caller of ``shared_pool`` gets a new pool."""
+    @property
+    def is_over(self) -> bool:
+        """Whether it is closed or could not start: the next caller of ``shared_pool`` gets a new pool."""
+        dispatcher = self._dispatcher
+        failed = dispatcher is not None and dispatcher.started.error is not None
+        return self._closed or self._could_not_begin or failed
+
+    def _begin(self) -> Dispatcher:
         try:
-            return super().start()
-        except Exception:
-            self.is_over = True
+            return super()._begin()
+        except Exception:  # such as in a process that may have no children
+            self._could_not_begin = True
             raise
-
-    def close(self, *, drain: bool = True, timeout: float | None = None) -> None:
-        """As ``RerankerPool.close``."""
-        self.is_over = True
-        super().close(drain=drain, timeout=timeout)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return self._asked, (self.spec,)

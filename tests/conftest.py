@@ -152,7 +152,8 @@ def _nothing_left_behind() -> Iterator[None]:
 
     def stuck() -> list[threading.Thread]:  # not joined: one that is just being started cannot be
         ours = ("mp_rerank", "QueueFeederThread")
-        return [t for t in threading.enumerate() if t.name.startswith(ours) and t not in threads_before]
+        old = [*threads_before, *(t for t in threading.enumerate() if t.name == "mp_rerank-server")]  # as in ``stays``
+        return [t for t in threading.enumerate() if t.name.startswith(ours) and t not in old]
 
     deadline = time.monotonic() + PATIENCE
     while stuck() and time.monotonic() < deadline:

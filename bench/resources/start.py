@@ -7,12 +7,14 @@ from __future__ import annotations
 import argparse
 import logging
 import statistics
+import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Sequence
 
 import psutil
 
+from bench.inputs.models import SHAPES, make_model
 from bench.reports.files import add_output, finish
 from bench.reports.report import Report
 from mp_rerank import RerankerPool
@@ -24,7 +26,11 @@ PAIR = ("How many people live in Berlin?", ["Berlin had a population of 3,520,03
 def main(argv: Sequence[str]) -> int:
     """Measure and write."""
     parser = argparse.ArgumentParser(prog="python -m bench start", description=__doc__.partition("\n\n")[0])
-    parser.add_argument("--model", default="builtin", help="a hub name or a folder (default: the built-in model)")
+    parser.add_argument(
+        "--model",
+        default="builtin",
+        help=f"a hub name, a folder, or random weights of a shape: {', '.join(SHAPES)} (default: the built-in model)",
+    )
     parser.add_argument("--workers", type=int, default=2, help="worker processes (default: 2)")
     parser.add_argument("--rounds", type=int, default=3, help="rounds of each start method (default: 3)")
     add_output(parser)
@@ -32,10 +38,15 @@ def main(argv: Sequence[str]) -> int:
     logging.getLogger("mp_rerank").addHandler(logging.NullHandler())  # the killed workers are intended
     report = Report.begin("start", "Starting", options)
     found: dict[str, dict[str, list[float]]] = {method: defaultdict(list) for method in METHODS}
-    for _ in range(options.rounds):
-        for method in METHODS:
-            for name, value in measure(method, options.model, options.workers).items():
-                found[method][name].append(value)
+    with tempfile.TemporaryDirectory() as folder:
+        model = options.model
+        if model in SHAPES:
+            make_model(folder, SHAPES[model])
+            model = folder
+        for _ in range(options.rounds):
+            for method in METHODS:
+                for name, value in measure(method, model, options.workers).items():
+                    found[method][name].append(value)
     for method, row in found.items():
         for name, values in row.items():
             report.add({"start method": method}, name, values)

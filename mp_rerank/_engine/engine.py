@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -22,12 +23,13 @@ from transformers.utils import logging as transformers_logging
 from mp_rerank._engine.backends.base import find_backend, replace_network
 from mp_rerank._engine.compiled import compile_network
 from mp_rerank._engine.loading import load, module_of, prove, torch_dtype, truncation_length, warn_of_slow_dtype
-from mp_rerank._engine.parity import record_calls
-from mp_rerank._engine.pipeline import even_batches, find_pipeline, padded_batches, without_surrogates
+from mp_rerank._engine.parity import Scores, record_calls
+from mp_rerank._engine.pipeline import Pipeline, even_batches, find_pipeline, padded_batches, without_surrogates
 from mp_rerank._engine.prepack import prepack
 from mp_rerank._engine.unpad import cls_only, unpad
 from mp_rerank._engine.weights import make_private, mapped_bytes
 from mp_rerank._pairs import CANARY, Pair, estimate_pair, estimate_text
+from mp_rerank._recipe import Recipe
 from mp_rerank.config import ModelSpec
 
 __all__ = ["Engine"]
@@ -53,9 +55,7 @@ class Engine:
         Exception: whatever loading raises.
 
     Attributes:
-        prepacked: how many linear layers are prepacked.
-        unpadded: whether the network computes no padding.
-        cls_only: whether its last layer computes each pair's first token only.
+        recipe: the optimizations that the model has; none before ``optimize``.
         tokens: of the pairs last scored, after truncation; ``None`` where only ``predict`` knows.
     """
 
@@ -76,22 +76,43 @@ class Engine:
         backend = find_backend(spec, device)  # before the model is loaded: the backend's packages may be missing
         self.batch_tokens = batch_tokens
         self.model = load(spec, device) if loaded is None else loaded
-        self.prepacked = 0
-        self.unpadded = self.cls_only = False
+        self.recipe = Recipe()
         self.tokens: int | None = None
-        self._prove(spec, device)
+        self._spec = spec
+        self._device = device
+        self._on_cpu = device.startswith("cpu")
         # A loader's model, in a process that is not only ours, may be in use elsewhere: it is not changed.
-        may_change = loaded is None or owns_process
+        self._may_change = loaded is None or owns_process
+        self._pipeline: Pipeline | None = None
+        self._prove(spec, device)
         if backend is not None:
             self.dtype = spec.dtype or "float32"
             replace_network(self.model.model, backend, self.dtype, threads, self._predict)
-        else:
-            if device.startswith("cpu"):
-                warn_of_slow_dtype(self.dtype)
-            if may_change:
-                self._optimize(spec, device)
-        self._pipeline = find_pipeline(self.model, self._predict, self.max_length, self.dtype) if may_change else None
-        self.mapped_bytes = mapped_bytes(module_of(self.model))
+        elif self._on_cpu:
+            warn_of_slow_dtype(self.dtype)
+
+    def optimize(self, recipe: Recipe | None = None) -> Engine:
+        """Make the model faster, where that keeps its scores.
+
+        Args:
+            recipe: what another worker has found for the same model: applied, and not proved again. ``None``: try each
+                optimization, and keep those that keep the scores.
+
+        Returns:
+            This engine, whose ``recipe`` now says what was done.
+        """
+        if self._may_change:
+            self._change_network(recipe)
+            if recipe is None or recipe.pipeline:
+                prove = recipe is None
+                self._pipeline = find_pipeline(self.model, self._predict, self.max_length, self.dtype, prove=prove)
+            self.recipe = replace(self.recipe, pipeline=self._pipeline is not None)
+        return self
+
+    @property
+    def mapped_bytes(self) -> int:
+        """Bytes of parameters and buffers that are pages of the checkpoint's file."""
+        return mapped_bytes(module_of(self.model))
 
     def facts(self) -> dict[str, Any]:
         """What there is to say of the loaded model, under ``WorkerFacts``' names."""
@@ -100,6 +121,7 @@ class Engine:
             "weights_bytes": self.weights_bytes,
             "mapped_bytes": self.mapped_bytes,
             "max_length": self.max_length,
+            "recipe": self.recipe,
         }
 
     def predict(self, pairs: list[Pair]) -> npt.NDArray[np.float32]:
@@ -141,19 +163,31 @@ class Engine:
         self.dtype, self.weights_bytes = prove(module, torch.device(device), torch_dtype(spec))
         self.max_length = truncation_length(self.model)
 
-    def _optimize(self, spec: ModelSpec, device: str) -> None:
-        """Make the model faster by those means of ``spec`` that keep its scores here."""
-        module = module_of(self.model)
+    def _change_network(self, recipe: Recipe | None) -> None:
+        """Change the network by ``recipe``, or by those means of the spec that keep its scores here."""
+        spec, module = self._spec, module_of(self.model)
+        if spec.backend != "torch":
+            return
         if spec.weights == "private":
             make_private(module)
         if spec.compile:
-            compile_network(self.model.model, device, self._predict)
+            compile_network(self.model.model, self._device, self._predict)
             return
-        if spec.unpad and device.startswith("cpu") and isinstance(self.model, CrossEncoder):
-            self.unpadded = unpad(self.model.model, self.dtype, self.canary)
-            self.cls_only = self.unpadded and cls_only(self.model.model, self.dtype, self.canary)
+        unpadded = only_cls = False
+        if spec.unpad and self._on_cpu and isinstance(self.model, CrossEncoder):
+            if recipe is None or recipe.unpadded:
+                unpadded = unpad(self.model.model, self.dtype, self._proof(recipe))
+            if unpadded and (recipe is None or recipe.cls_only):
+                only_cls = cls_only(self.model.model, self.dtype, self._proof(recipe))
+        packed: Sequence[str] = ()
         if spec.prepack:
-            self.prepacked = prepack(module, self.dtype, self.canary)
+            names = None if recipe is None else recipe.prepacked
+            packed = prepack(module, self.dtype, self._proof(recipe), names)
+        self.recipe = Recipe(unpadded, only_cls, tuple(packed))
+
+    def _proof(self, recipe: Recipe | None) -> Callable[[], Scores] | None:
+        """What a change must keep the same; nothing where another worker has seen to it."""
+        return self.canary if recipe is None else None
 
     def _score_batches(self, pairs: list[Pair]) -> Iterator[tuple[list[int], Any]]:
         """Indices of ``pairs``, batch by batch, with their scores."""
@@ -164,7 +198,7 @@ class Engine:
         else:
             tokenized = self._pipeline.tokenize(pairs)
             self.tokens = sum(tokenized.lengths)
-            cut = even_batches if self.unpadded else padded_batches
+            cut = even_batches if self.recipe.unpadded else padded_batches
             for batch in cut(tokenized.lengths, self.batch_tokens):
                 yield batch, self._pipeline.score(tokenized, batch)
 

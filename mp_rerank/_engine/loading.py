@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+import os
 from typing import Any
 
 import torch
@@ -22,7 +23,17 @@ logger = logging.getLogger(__name__)
 
 
 def load(spec: ModelSpec, device: str) -> CrossEncoder:
-    """The model of ``spec`` on ``device``. Raises whatever the libraries raise."""
+    """The model of ``spec`` on ``device``.
+
+    Raises:
+        ValueError: the name is a hub's, and there is a folder of that name here, which the libraries would take.
+        Exception: whatever the libraries raise.
+    """
+    if not spec.local and os.path.exists(spec.path):
+        raise ValueError(
+            f"{spec.name!r} was no folder when the pool was made, so it names a model of the hub; now there is a "
+            f"folder of that name in {os.getcwd()}, which is not loaded in its place: give its full path if it is meant"
+        )
     model_kwargs = dict(spec.model_kwargs)
     dtype = torch_dtype(spec)
     if dtype is not None:

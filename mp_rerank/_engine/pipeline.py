@@ -82,13 +82,13 @@ class Pipeline:
         """
         overlong = [] if max_length is None else [[("long", "long " * max_length)], [("long " * max_length, "long")]]
         for batch in (*PROBES, *overlong):
-            self._prove_tensors(predict, batch)
+            self.prove_tensors(predict, batch)
         expected, found = predict(CANARY), self.score(self.tokenize(CANARY), range(len(CANARY)))
         limit = tolerance("same network", dtype)
         if expected.shape != found.shape or not np.allclose(expected, found, rtol=limit, atol=limit):
             raise ValueError(f"predict scores {expected}, not {found}")
 
-    def _prove_tensors(self, predict: Callable[[Pairs], Scores], batch: Pairs) -> None:
+    def prove_tensors(self, predict: Callable[[Pairs], Scores], batch: Pairs) -> None:
         """Raise ``ValueError`` unless ``predict`` calls the network with the tensors made here.
 
         What else ``predict`` gives to the network is kept, to be given to it in every call.
@@ -126,7 +126,7 @@ class Pipeline:
 
 
 def find_pipeline(
-    model: Any, predict: Callable[[Pairs], Scores], max_length: int | None, dtype: str
+    model: Any, predict: Callable[[Pairs], Scores], max_length: int | None, dtype: str, *, prove: bool = True
 ) -> Pipeline | None:
     """A pipeline that does what ``predict`` does, or ``None`` where there is none: ``predict`` is then called.
 
@@ -135,6 +135,7 @@ def find_pipeline(
         predict: scores one batch with it.
         max_length: tokens it truncates a pair to, if it does.
         dtype: of its weights.
+        prove: whether it is not known yet that it does what ``predict`` does.
     """
     if type(model) is not CrossEncoder or "predict" in vars(model):  # a loader's, with a predict of its own
         return None
@@ -144,7 +145,10 @@ def find_pipeline(
         return None
     try:
         pipeline = Pipeline(model)
-        pipeline.prove(predict, max_length, dtype)
+        if prove:
+            pipeline.prove(predict, max_length, dtype)
+        else:
+            pipeline.prove_tensors(predict, CANARY[:1])
     except Exception as error:  # one of many things: another kind of head, a prompt, a processor, an older version
         logger.debug("%s scores by predict only: %s", type(model).__name__, error)
         return None

@@ -42,13 +42,13 @@ KEY_VALUE_NAMES = (("key", "value"), ("k_lin", "v_lin"))
 # A network without padding.
 
 
-def unpad(network: torch.nn.Module, dtype: str, predict: Callable[[], Scores]) -> bool:
+def unpad(network: torch.nn.Module, dtype: str, predict: Callable[[], Scores] | None) -> bool:
     """Let the encoder of ``network`` leave out padding, if scores stay the same.
 
     Args:
         network: a transformers model on a CPU; changed in place, or not at all.
         dtype: of its weights.
-        predict: scores one batch of pairs of unlike lengths with it.
+        predict: scores one batch of pairs of unlike lengths with it; ``None``: scores are known to stay the same.
 
     Returns:
         Whether it leaves out padding now.
@@ -71,15 +71,16 @@ def unpad(network: torch.nn.Module, dtype: str, predict: Callable[[], Scores]) -
         network.set_attn_implementation(attention)
 
     def predict_unpadded() -> Scores:
+        assert predict is not None
         scores = predict()
         if "forward" in vars(encoder) and not unpadded.used:
             raise ValueError("padding does not get as far as the encoder")
         return scores
 
-    return keep_if_equal("no padding", change, undo, predict_unpadded, dtype)
+    return keep_if_equal("no padding", change, undo, predict and predict_unpadded, dtype)
 
 
-def cls_only(network: torch.nn.Module, dtype: str, predict: Callable[[], Scores]) -> bool:
+def cls_only(network: torch.nn.Module, dtype: str, predict: Callable[[], Scores] | None) -> bool:
     """Let the last layer of ``network`` compute each pair's first token only, if scores stay the same.
 
     A head of BERT's family reads that token only ([CLS], or <s>). Its last state depends on the others through
@@ -90,7 +91,7 @@ def cls_only(network: torch.nn.Module, dtype: str, predict: Callable[[], Scores]
     Args:
         network: one that `unpad` let leave out padding; changed in place, or not at all.
         dtype: of its weights.
-        predict: scores one batch of pairs of unlike lengths with it.
+        predict: scores one batch of pairs of unlike lengths with it; ``None``: scores are known to stay the same.
 
     Returns:
         Whether the last layer computes first tokens only now.

@@ -1,9 +1,11 @@
 """Deciding what is scored next, and by whom. One thread owns all of it.
 
     admission.py    the bound on pending work, which a caller's thread passes first
+    callers.py      counts for each caller
     futures.py      how a caller waits for a result
+    streams.py      what a caller iterates over while its request is scored
     request.py      one request: its pairs, its scores so far, its result
-    queue.py        which pairs go next: weighted fair queueing
+    queue.py        which pairs go next: fair between callers, then between a caller's requests
     deployment.py   one model: its queue, its slots, deaths and blame
     dispatcher.py   the thread: inbox, loop, reload, close
 

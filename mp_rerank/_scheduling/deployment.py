@@ -22,12 +22,14 @@ import numpy as np
 
 from mp_rerank._pairs import Score, tolerance
 from mp_rerank._planning.plan import Seat, default_batch_tokens
+from mp_rerank._recipe import Recipe
 from mp_rerank._scheduling.queue import RequestQueue, Slice, Suspect
 from mp_rerank._scheduling.request import Request
 from mp_rerank._workers.child import EXIT_DEVICE_LOST, WorkerFacts
 from mp_rerank._workers.handle import WorkerHandle
+from mp_rerank._workers.launching import LaunchError
 from mp_rerank._workers.logs import POOL_LOGGER, QueuedLogger
-from mp_rerank._workers.slot import Described, Exited, Report, SliceEnded, Slot, SlotState
+from mp_rerank._workers.slot import Described, Exited, Loaded, Report, SliceEnded, Slot, SlotState
 from mp_rerank.config import ModelSpec, PoolConfig
 from mp_rerank.errors import ModelLoadError, RequestTimeoutError, RerankError, ScoringError, WorkerCrashedError
 from mp_rerank.results import ExitReason, PoolStats, WorkerExit, WorkerInfo
@@ -88,6 +90,9 @@ class Deployment:
         self.failure: RerankError | None = None
         self.facts: WorkerFacts | None = None  # of the first worker that was ready; the others must agree with it
         self._canary_device = ""
+        self._fetched = False  # whether a worker has ever loaded the model
+        self._recipes: dict[str, Recipe | None] = {}  # by the kind of device; ``None``: nothing can be optimized
+        self._provers: dict[str, Slot[Slice]] = {}  # whose workers are finding the recipes now
         self._on_done = on_done
         self._counts = counts
         self._leaving: list[tuple[WorkerHandle, float]] = []  # workers let go, and when to kill them
@@ -142,6 +147,8 @@ class Deployment:
                 self._slice_ended(slot, report, now)
         elif report.generation != slot.generation or slot.worker is None or slot.state is SlotState.CLOSED:
             return  # of a worker already let go
+        elif isinstance(report, Loaded):
+            self._loaded(slot, report.error, now)
         elif isinstance(report, Described):
             self._described(slot, report.outcome, now)
         else:
@@ -251,19 +258,60 @@ class Deployment:
                 *(slot.index, slot.seat.device, slot.generation + 1, slot.last_exit.reason),
             )
         # A hub that has given the model once is not asked again: it may be down by then.
-        offline = not self.spec.local and self.facts is not None
+        offline = not self.spec.local and self._fetched
         try:
             slot.launch(self.spec, self.config, self._batch_tokens(slot), offline=offline, now=now)
-        except Exception as error:  # no more processes, no more threads, a fork server that died meanwhile
-            logger.warning("worker %d on %s could not be launched: %s", slot.index, slot.seat.device, error)
-            self._note_exit(slot, "launch_failed")
-            self._count_crash(slot, f"could not be launched: {error}", now)
+        except Exception as error:  # the system has no thread left
+            self._launch_failed(slot, LaunchError.of(error), now)
+
+    def _launch_failed(self, slot: Slot[Slice], error: LaunchError, now: float) -> None:
+        """Try again what may work another time. What never worked and cannot is an error at once."""
+        how = f"could not be launched: {error}"
+        logger.warning("worker %d on %s %s", slot.index, slot.seat.device, how)
+        if error.details:
+            logger.debug("%s", error.details)
+        self._note_exit(slot, "launch_failed")
+        self._end_worker(slot, now)
+        if error.hopeless and not self._started:
+            self._give_up(slot, WorkerCrashedError(f"the worker on {slot.seat.device} {how}", device=slot.seat.device))
+        else:
+            self._count_crash(slot, how, now)
+
+    def _loaded(self, slot: Slot[Slice], error: BaseException | None, now: float) -> None:
+        if isinstance(error, BrokenExecutor):
+            self._make_sure_it_ends(slot, now)
+        elif isinstance(error, LaunchError):
+            self._launch_failed(slot, error, now)
+        elif error is not None:
+            self._load_failed(slot, error, now)
+        else:
+            slot.waiting = self._fetched = True
+            for other in self.slots:
+                if other.generation == 0:
+                    self._launch(other, now)
+            self._describe_waiting()
+
+    def _describe_waiting(self) -> None:
+        """Let workers that have loaded the model make it fast: by the recipe, or one of them to find it.
+
+        What pays differs between kinds of devices, so each kind has a recipe.
+        """
+        for slot in self.slots:
+            if slot.waiting:
+                kind = _kind_of(slot)
+                if kind in self._recipes:
+                    slot.describe(self._recipes[kind])
+                elif kind not in self._provers:
+                    self._provers[kind] = slot
+                    slot.describe(None)
 
     def _described(self, slot: Slot[Slice], outcome: WorkerFacts | BaseException, now: float) -> None:
         if isinstance(outcome, BrokenExecutor):
             self._make_sure_it_ends(slot, now)
             return
         if isinstance(outcome, WorkerFacts):
+            self._recipes.setdefault(_kind_of(slot), outcome.recipe)
+            self._describe_waiting()
             difference = self._differs(slot, outcome)
             if difference is None:
                 slot.facts = outcome
@@ -271,27 +319,27 @@ class Deployment:
                 slot.state = SlotState.READY
                 if self.facts is None:
                     self.facts, self._canary_device = outcome, slot.seat.device
-                    for other in self.slots:
-                        if other.generation == 0:
-                            self._launch(other, now)
                 self._started = self._started or self.ready
                 logger.debug("%r is ready: %s", slot, outcome)
                 return
             outcome = difference
-        if not isinstance(outcome, ModelLoadError):
-            outcome = ModelLoadError(
-                f"{self.spec.name} could not be loaded on {slot.seat.device}: {outcome!r}",
+        self._load_failed(slot, outcome, now)
+
+    def _load_failed(self, slot: Slot[Slice], error: BaseException, now: float) -> None:
+        if not isinstance(error, ModelLoadError):
+            error = ModelLoadError(
+                f"{self.spec.name} could not be loaded on {slot.seat.device}: {error!r}",
                 model=self.spec.name,
                 device=slot.seat.device,
-                cause=repr(outcome),
+                cause=repr(error),
             )
         self._note_exit(slot, "load_failed")
         self._end_worker(slot, now)
         if self._started:
-            logger.warning("worker %d: %s", slot.index, outcome)
-            self._count_crash(slot, str(outcome), now, outcome)
+            logger.warning("worker %d: %s", slot.index, error)
+            self._count_crash(slot, str(error), now, error)
         else:
-            self._give_up(slot, outcome)
+            self._give_up(slot, error)
 
     def _differs(self, slot: Slot[Slice], facts: WorkerFacts) -> ModelLoadError | None:
         """The error for a worker whose model is not that of the others."""
@@ -480,6 +528,10 @@ class Deployment:
 
     def _note_exit(self, slot: Slot[Slice], reason: ExitReason) -> None:
         """Keep, count and log how the slot's worker ended."""
+        slot.waiting = False
+        if self._provers.get(_kind_of(slot)) is slot:  # another is to find the recipe
+            del self._provers[_kind_of(slot)]
+            self._describe_waiting()
         name = _signal_name(slot.exit_code)
         slot.last_exit = WorkerExit(reason, slot.exit_code, name, time.time())
         self._counts.exits[reason] = self._counts.exits.get(reason, 0) + 1
@@ -569,6 +621,11 @@ def _kept_scores(count: int) -> MutableMapping[Hashable, Score] | None:
     from cachetools import LRUCache  # not everybody's
 
     return LRUCache(count)
+
+
+def _kind_of(slot: Slot[Slice]) -> str:
+    """The kind of the slot's device: ``"cpu"``, ``"cuda"``, …"""
+    return slot.seat.device.partition(":")[0]
 
 
 def _reason_of_death(slot: Slot[Slice]) -> ExitReason:

@@ -26,7 +26,6 @@ import queue
 import threading
 import time
 import weakref
-from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -35,10 +34,12 @@ from typing import Any
 
 from mp_rerank._planning.plan import Plan, make_plan
 from mp_rerank._scheduling.admission import Admission
+from mp_rerank._scheduling.callers import CallerCounts
 from mp_rerank._scheduling.deployment import Deployment, Outcome
 from mp_rerank._scheduling.futures import SIGNAL_CHECK_SECONDS, Answer, is_pool_thread
 from mp_rerank._scheduling.request import Request
 from mp_rerank._workers.child import WorkerFacts
+from mp_rerank._workers.green import make_queue
 from mp_rerank._workers.handle import starting_workers
 from mp_rerank._workers.logs import POOL_LOGGER, QueuedLogger
 from mp_rerank._workers.slot import Report
@@ -53,7 +54,7 @@ logger = QueuedLogger(POOL_LOGGER)
 # The longest the loop sleeps at a time: the system's clocks take no timeout of a thousand years.
 MAX_WAIT_SECONDS = 3600.0
 THREAD_START_SECONDS = 5.0
-# With more requests in the inbox than so many, callers wait to be admitted rather than add up what is in it.
+# With more messages in the inbox than so many, callers wait to be admitted.
 MAX_UNSEEN = 100
 
 
@@ -62,17 +63,17 @@ class _Planned:
     outcome: Plan | BaseException
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Submit:
     request: Request
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Cancel:
     request: Request
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Reported:
     deployment: Deployment
     report: Report
@@ -118,10 +119,12 @@ class Dispatcher:
         self.facts: WorkerFacts | None = None
         self.ended: Answer[None] = Answer()
         self._spec = spec
-        self._admission = Admission(config.max_pending_pairs, config.max_pending_tokens, config.overload)
-        self._inbox: queue.SimpleQueue[_Message] = queue.SimpleQueue()
-        self._unseen: deque[Request] = deque()  # on their way into the inbox, or in it
+        self._admission = Admission(
+            config.max_pending_pairs, config.max_pending_tokens, config.overload, config.max_pending_pairs_per_caller
+        )
+        self._inbox: queue.SimpleQueue[_Message] = make_queue()
         self._counts = PoolStats()
+        self._callers = CallerCounts()
         self._pending = 0
         self._deployment: Deployment | None = None
         self._retiring: list[Deployment] = []  # reloaded away, finishing what they had begun
@@ -175,9 +178,7 @@ class Dispatcher:
         if self._closing is not None or self._finished:
             raise PoolClosedError("the pool is closed")
         request.future.add_internal_callback(partial(self._on_future_done, request))
-        self._unseen.append(request)
-        unseen = list(self._unseen)  # in one step
-        sure = len(unseen) < MAX_UNSEEN and self._admission.is_far_from_bound(unseen)
+        sure = self._inbox.qsize() < MAX_UNSEEN and self._admission.is_far_from_bound(request, MAX_UNSEEN)
         self._put(_Submit(request))
         if wait and not sure and not is_pool_thread():
             request.admitted.get()
@@ -202,6 +203,7 @@ class Dispatcher:
                 pending_requests=self._pending,
                 pending_pairs=self._admission.pairs,
                 exits=dict(self._counts.exits),
+                callers=self._callers.snapshot(),
             )
 
         stats: PoolStats = self.ask(snapshot)
@@ -311,7 +313,6 @@ class Dispatcher:
             message.deployment.handle(message.report, time.monotonic())
         elif isinstance(message, _Submit):
             self._enter(message.request)
-            self._unseen.popleft()  # as many are left as are still to come, if perhaps not the same
         elif isinstance(message, _Cancel):
             if self._admission.give_up(message.request):
                 message.request.cancel()
@@ -357,6 +358,7 @@ class Dispatcher:
     def _admitted(self, request: Request) -> None:
         assert self._deployment is not None  # nobody submits before it is ready
         self._counts.submitted += 1
+        self._callers.admitted(request)
         self._pending += 1
         request.admitted.give(None)
         if request.ranking and self.facts is not None and self.facts.num_labels != 1:
@@ -373,6 +375,7 @@ class Dispatcher:
     def _on_done(self, request: Request, outcome: Outcome) -> None:
         self._pending -= 1
         self._admission.leave(request)
+        self._callers.done(request, outcome)
         setattr(self._counts, outcome, getattr(self._counts, outcome) + 1)
 
     # Deployments.
@@ -497,7 +500,6 @@ class Dispatcher:
             except queue.Empty:
                 return
             if isinstance(message, _Submit):
-                self._unseen.popleft()
                 _refuse(message.request, PoolClosedError("the pool is closed"))
             elif isinstance(message, _Ask):
                 _answer(message)

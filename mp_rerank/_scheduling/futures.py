@@ -23,6 +23,8 @@ from concurrent.futures._base import CANCELLED, CANCELLED_AND_NOTIFIED, FINISHED
 from concurrent.futures.process import _ExecutorManagerThread
 from typing import Any, Generic, TypeVar
 
+from mp_rerank._checks import is_for_ever
+
 __all__ = ["SIGNAL_CHECK_SECONDS", "Answer", "PoolFuture", "check_may_wait", "is_pool_thread"]
 
 _T = TypeVar("_T")
@@ -96,7 +98,7 @@ class Answer(Generic[_T]):
         """
         if not self.given:
             check_may_wait()
-        limit = math.inf if timeout is None else time.monotonic() + timeout
+        limit = math.inf if timeout is None or is_for_ever(timeout) else time.monotonic() + timeout
         while not self.given and (left := limit - time.monotonic()) > 0:
             # Whoever is interrupted between these two shuts the gate again; the others then look by the clock.
             if self._gate.acquire(timeout=min(left, SIGNAL_CHECK_SECONDS)):

@@ -1,16 +1,29 @@
 """The queue: which pairs a worker gets next. Pure: no threads, no clock, no processes.
 
-Fairness is weighted fair queueing (Demers, Keshav and Shenker, 1989). The queue's virtual time is what each request
-waiting would have been given by now, per unit of weight, had the workers been shared out exactly. A newcomer starts at
-its present; what is taken from a request moves the request on by its tokens over its weight; and next is whichever
-would be first to finish its next share. So a request of 5,000 documents does not hold up one of 10 that comes after it.
-And since virtual time goes on with every slice, whoever waits is overtaken by later requests for a bounded amount of
-work only: neither a stream of small ones nor any priority starves anybody.
+Fairness has two levels: first between callers, then between the requests of one caller.
+
+Between callers it is start-time fair queueing (Goyal, Vin and Cheng, 1996, also for its hierarchy). Each caller has a
+start: the tokens it was given, on one scale for all. Next is the caller with the least start, and its turn moves its
+start on by the tokens it takes. A turn is what one slice takes from one request. The scale's present is the start of
+the last turn, and a part of the turn itself: its tokens, shared among the callers that wait and one more. (Without
+that part, callers who come once, each under a new name, could keep an old one waiting for ever.) A caller with nothing
+waiting begins again at the present, or at its own start if that is later: it may have been given more than its share.
+So the starts of callers that wait, and the present, are never further apart than one turn, and a newcomer waits for a
+turn or two of each other caller, however many requests these have.
+
+Between the requests of a caller it is weighted fair queueing (Demers, Keshav and Shenker, 1989). The caller's virtual
+time is what each of its requests would have been given by now, per unit of weight, had its share been divided exactly.
+A new request starts at its present; what is taken from a request moves the request on by its tokens over its weight;
+and next is whichever would be first to finish its next share. So a request of 5,000 documents does not hold up one of
+10 that comes after it. And since virtual time goes on with every turn, whoever waits is overtaken by later requests for
+a bounded amount of work only: neither a stream of small ones nor any priority starves anybody.
+
+A turn takes O(log n) steps, of n callers and n requests.
 
 Equal pairs, of one request or of several, are one pair, wanted more than once. It waits in all the requests that want
-it and goes out at the first turn of any of them, which alone is charged for it; its score, or the blame for what it
-does to workers, is for all. So no request waits for another's turn, and what becomes of one (cancelled, expired,
-failed) is nothing to the others: a pair is given up when nobody is left who wants it.
+it and goes out at the first turn of any of them, which alone is charged for it, as its caller is; its score, or the
+blame for what it does to workers, is for all. So no request waits for another's turn, and what becomes of one
+(cancelled, expired, failed) is nothing to the others: a pair is given up when nobody is left who wants it.
 
 A pair is in exactly one place: waiting, in each request that wants it; out in one slice; scored; or dropped with the
 last such request.
@@ -19,8 +32,9 @@ last such request.
 from __future__ import annotations
 
 import heapq
+import itertools
 from collections import deque
-from collections.abc import Hashable, MutableMapping, Sequence
+from collections.abc import Hashable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 
 from mp_rerank._pairs import Pair, Score
@@ -66,6 +80,48 @@ class Suspect:
     attempts: int
 
 
+class _Caller:
+    """The requests of one caller that wait, in the order of their turns.
+
+    Attributes:
+        name: as its requests have it.
+        start: the tokens it was given, on the queue's scale; it has its turn before those with a later start.
+        place: the number of its entry in the queue's order of callers; ``None``: it has none.
+        live: how many live requests it has.
+        weight: of its requests with pairs waiting; weights are powers of two, so the sum stays exact.
+        virtual_time: what its requests were given, per unit of weight.
+        order: a heap of its requests' numbers; those that do not wait any more are passed over.
+    """
+
+    __slots__ = ("live", "name", "order", "place", "start", "virtual_time", "weight")
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.start = 0.0
+        self.place: int | None = None
+        self.live = 0
+        self.weight = 0.0
+        self.virtual_time = 0.0
+        self.order: list[tuple[float, int]] = []
+
+    def push(self, request: Request) -> None:
+        """Let ``request`` stand in the order of service, once, whatever others have done to its place."""
+        if not request.queued:
+            request.queued = True
+            finish = request.virtual_time + min(request.waiting_tokens, TURN_TOKENS) / request.weight
+            heapq.heappush(self.order, (finish, request.number))
+
+    def first(self, live: Mapping[int, Request]) -> Request:
+        """The request whose turn it is; there is one while ``weight`` is not 0."""
+        while True:
+            request = live.get(self.order[0][1])
+            if request is not None and request.waiting:
+                return request
+            heapq.heappop(self.order)
+            if request is not None:
+                request.queued = False
+
+
 class RequestQueue:
     """The live requests of one model, and the order they are served in.
 
@@ -92,10 +148,14 @@ class RequestQueue:
         self._kept = kept
         self._counts = PoolStats() if counts is None else counts
         self._pending: dict[Hashable, PendingPair] = {}  # those that equal ones may join: neither scored nor dropped
-        self._virtual_time = 0.0
-        self._weight = 0.0  # of the requests with pairs waiting; weights are powers of two, so the sum stays exact
-        # Heaps of numbers, so that an entry waiting to be passed over keeps no finished request in memory.
-        self._order: list[tuple[float, int]] = []
+        self._callers: dict[str, _Caller] = {}  # those with live requests, and those that were given more than others
+        self._order: list[tuple[float, int, _Caller]] = []  # a heap; entries that are not a caller's place are stale
+        self._places = itertools.count()
+        self._waiting_callers = 0
+        self._present = 0.0  # where a newcomer's start is, at least
+        self._latest = 0.0  # the latest start of any caller
+        self._ahead: list[tuple[float, str]] = []  # a heap of callers without live requests, whose start is to come
+        # A heap of numbers, so that an entry waiting to be passed over keeps no finished request in memory.
         self._deadlines: list[tuple[float, int]] = []
 
     def __repr__(self) -> str:
@@ -124,14 +184,18 @@ class RequestQueue:
             request.wanted.append(pair)
         request.waiting_tokens += new_tokens
         self.waiting_tokens += new_tokens
+        if request.missing < len(request.pairs):
+            request.tell(pair for pair in request.wanted if pair.state is SCORED)  # kept ones: each is there once
         if not request.missing:
             return False
         request.todo.extend([request.wanted[i] for i in request.order])
         self.live[request.number] = request
-        request.virtual_time = self._virtual_time
+        caller = self._caller(request)
+        caller.live += 1
+        request.virtual_time = caller.virtual_time
         if request.waiting:
-            self._weight += request.weight
-            self._push(request)
+            self._begin_to_wait(request)
+            caller.push(request)
         if request.deadline is not None:
             heapq.heappush(self._deadlines, (request.deadline, request.number))
         return True
@@ -139,23 +203,25 @@ class RequestQueue:
     def take(self, budget: int) -> Slice | None:
         """The next slice: of at most ``budget`` tokens, or of a single pair; ``None`` if nothing waits.
 
-        It holds pairs of the request whose turn it is and, if that is all of it, what else comes next and fits whole: a
-        small request neither waits for a large one's pairs in its slice nor is split to fill another's.
+        It holds pairs of the request whose turn it is and, if that is all of it, what else comes next and fits whole,
+        of this caller or of another: a small request neither waits for a large one's pairs in its slice nor is split to
+        fill another's.
         """
         parts: list[tuple[Request, list[PendingPair]]] = []
         tokens = 0
-        weight = self._weight
         while self._order and tokens < budget:
-            request = self.live.get(self._order[0][1])
-            if request is None or not request.waiting:
+            start, place, caller = self._order[0]
+            if place != caller.place or not caller.weight:
                 heapq.heappop(self._order)
-                if request is not None:
-                    request.queued = False
+                if place == caller.place:
+                    caller.place = None
                 continue
+            request = caller.first(self.live)
             suspect = _suspect(request.alone)
             if parts and (suspect is not None or tokens + request.waiting_tokens > budget):
                 break
             heapq.heappop(self._order)
+            heapq.heappop(caller.order)
             request.queued = False
             if suspect is not None:
                 pairs, cost = [suspect], suspect.tokens
@@ -163,21 +229,26 @@ class RequestQueue:
                 budget = 0
             else:
                 pairs, cost = _take_waiting(request.todo, budget - tokens)
+            caller.virtual_time += cost / caller.weight
+            self._move_on(start, cost)
             self._sent(pairs)
             parts.append((request, pairs))
             tokens += cost
             request.slices += 1
             request.virtual_time += cost / request.weight
             if request.waiting:
-                self._push(request)
-        if not parts:
-            return None
-        self._virtual_time += tokens / weight
-        return Slice(parts, tokens)
+                caller.push(request)
+            caller.start = start + cost
+            caller.place = None
+            if caller.weight:
+                self._stand(caller)
+        self._forget_callers()
+        return Slice(parts, tokens) if parts else None
 
     def fill(self, slice_: Slice, scores: Scores) -> list[Request]:
         """Take the scores of ``slice_``; returns the requests that now have all of theirs, no longer live."""
         complete = []
+        told: dict[Request, list[PendingPair]] = {}
         spared = 0
         for pair, score in zip(slice_.pending, scores.tolist(), strict=True):
             pair.score = score
@@ -192,8 +263,12 @@ class RequestQueue:
                 request.missing -= times
                 if not request.missing:
                     complete.append(request)
+                if request.on_scores is not None:
+                    told.setdefault(request, []).append(pair)
             pair.wanted_by.clear()
         self._counts.coalesced_pairs += spared
+        for request, pairs in told.items():
+            request.tell(pairs)
         for request in complete:
             self.drop(request)
         return complete
@@ -235,8 +310,10 @@ class RequestQueue:
         """Forget ``request``: it is complete, cancelled, expired or failed. Pairs only it wanted never go out."""
         if self.live.pop(request.number, None) is None:
             return
+        caller = self._caller(request)
+        caller.live -= 1
         if request.waiting:
-            self._weight -= request.weight
+            self._end_to_wait(request)
         if request.missing:
             for pair in dict.fromkeys(request.wanted):
                 if pair.state is not SCORED:
@@ -246,6 +323,10 @@ class RequestQueue:
         request.waiting = request.waiting_tokens = 0
         request.todo.clear()
         request.alone.clear()
+        if not caller.live:
+            caller.order.clear()
+            heapq.heappush(self._ahead, (caller.start, caller.name))
+            self._forget_callers()
         if len(self._deadlines) > 2 * len(self.live) + 100:  # entries of the finished, most of them
             self._deadlines = [entry for entry in self._deadlines if entry[1] in self.live]
             heapq.heapify(self._deadlines)
@@ -272,12 +353,55 @@ class RequestQueue:
             heapq.heappop(self._deadlines)
         return self._deadlines[0][0] if self._deadlines else None
 
-    def _push(self, request: Request) -> None:
-        """Let ``request`` stand in the order of service, once, whatever others have done to its place."""
-        if not request.queued:
-            request.queued = True
-            finish = request.virtual_time + min(request.waiting_tokens, TURN_TOKENS) / request.weight
-            heapq.heappush(self._order, (finish, request.number))
+    # Callers.
+
+    def _caller(self, request: Request) -> _Caller:
+        """Whose request it is."""
+        caller = self._callers.get(request.caller)
+        if caller is None:
+            caller = self._callers[request.caller] = _Caller(request.caller)
+        return caller
+
+    def _begin_to_wait(self, request: Request) -> None:
+        """Count ``request``, which has pairs waiting now and had none, as its caller's."""
+        caller = self._caller(request)
+        if not caller.weight:
+            caller.start = max(caller.start, self._present)
+            self._waiting_callers += 1
+            self._stand(caller)
+        caller.weight += request.weight
+
+    def _end_to_wait(self, request: Request) -> None:
+        """Count ``request``, which has no pairs waiting any more, as its caller's no longer."""
+        caller = self._caller(request)
+        caller.weight -= request.weight
+        self._waiting_callers -= not caller.weight
+
+    def _move_on(self, start: float, cost: int) -> None:
+        """Let time go on by a turn of the caller at ``start``, which is the least, of ``cost`` tokens."""
+        present = max(self._present, start)
+        self._present = max(present, min(start + cost, present + cost / (self._waiting_callers + 1)))
+        self._latest = max(self._latest, start + cost)
+
+    def _stand(self, caller: _Caller) -> None:
+        """Let ``caller`` stand in the order of callers at its start; its entry there, if it has one, is stale now."""
+        caller.place = next(self._places)
+        heapq.heappush(self._order, (caller.start, caller.place, caller))
+
+    def _forget_callers(self) -> None:
+        """Forget those without live requests, but for those that were given more than others who still wait."""
+        if not self.waiting_tokens:
+            self._present = self._latest  # nobody waits: all begin anew as equals
+        while self._ahead and self._ahead[0][0] <= self._present:
+            _, name = heapq.heappop(self._ahead)
+            caller = self._callers.get(name)
+            if caller is not None and not caller.live and caller.start <= self._present:
+                del self._callers[name]
+        if len(self._order) > 2 * len(self._callers) + 100:  # stale entries, most of them
+            self._order = [entry for entry in self._order if entry[1] == entry[2].place and entry[2].weight]
+            heapq.heapify(self._order)
+
+    # Pairs.
 
     def _recall(self, request: Request, pair: PendingPair) -> bool:
         """Give ``pair``, which is only ``request``'s, its score if that was kept; whether it was."""
@@ -311,7 +435,7 @@ class RequestQueue:
                 request.waiting -= 1
                 request.waiting_tokens -= pair.tokens
                 if not request.waiting:
-                    self._weight -= request.weight
+                    self._end_to_wait(request)
 
     def _return(self, pairs: Sequence[PendingPair], state: PairState = WAITING) -> None:
         """Let ``pairs``, which were out, wait again, unless nobody wants them any more."""
@@ -327,12 +451,12 @@ class RequestQueue:
                 else:
                     request.todo.appendleft(pair)
                 if not request.waiting:
-                    self._weight += request.weight
+                    self._begin_to_wait(request)
                 request.waiting += 1
                 request.waiting_tokens += pair.tokens
                 returned[request] = None
         for request in returned:
-            self._push(request)
+            self._caller(request).push(request)
 
     def _blame(self, pair: PendingPair, attempts: int) -> list[Suspect]:
         """Forget ``pair``, which is out, and the requests that want it."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import enum
 import itertools
 from collections import deque
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from concurrent.futures import InvalidStateError
 from typing import Any
 
@@ -16,7 +16,19 @@ from mp_rerank._pairs import Pair, Score, estimate_pair, estimate_text
 from mp_rerank._scheduling.futures import Answer, PoolFuture
 from mp_rerank.results import RerankResult, Scores
 
-__all__ = ["PairState", "PendingPair", "Request", "all_scores", "estimate_lengths", "rank"]
+__all__ = [
+    "DEFAULT_CALLER",
+    "PairState",
+    "PendingPair",
+    "Request",
+    "all_scores",
+    "estimate_lengths",
+    "nothing",
+    "rank",
+]
+
+#: whose requests are that name nobody
+DEFAULT_CALLER = "default"
 
 _numbers = itertools.count()
 
@@ -67,12 +79,14 @@ class Request:
         finish: makes the future's result of the scores, shape (n,) or (n, num_labels), and a mask, shape (n,), of which
             are there; the rest of the scores is NaN.
         keys: for each pair what equal pairs have in common; ``None``: the pairs themselves.
-        priority: each step doubles its share of the workers.
+        caller: whose it is.
+        priority: each step doubles its share of what its caller is given.
         deadline: when it expires, on the monotonic clock.
         timeout: the limit behind the deadline, in seconds, for the error message.
         partial: whether it then gets what is scored, rather than ``RequestTimeoutError``.
         num_labels: scores a pair that the model gives, as far as is known while there are none.
         ranking: whether ``finish`` needs that to be one.
+        on_scores: given the scores as they come: lists of an index and its score. For what is known to be quick.
 
     Attributes:
         future: gets the result.
@@ -86,12 +100,14 @@ class Request:
         finish: Callable[[Scores, npt.NDArray[np.bool_]], Any],
         *,
         keys: Sequence[Hashable] | None = None,
+        caller: str = DEFAULT_CALLER,
         priority: int = 0,
         deadline: float | None = None,
         timeout: float | None = None,
         partial: bool = False,
         num_labels: int = 1,
         ranking: bool = False,
+        on_scores: Callable[[list[tuple[int, Score]]], object] | None = None,
     ) -> None:
         self.number = next(_numbers)
         self.pairs = pairs
@@ -99,12 +115,14 @@ class Request:
         self.total_tokens = sum(tokens)
         self.keys: Sequence[Hashable] = pairs if keys is None else keys
         self.finish = finish
+        self.caller = caller
         self.weight = 2.0**priority
         self.deadline = deadline
         self.timeout = timeout
         self.partial = partial
         self.num_labels = num_labels
         self.ranking = ranking
+        self.on_scores = on_scores
         self.future = PoolFuture()
         self.admitted = Answer[None]()
 
@@ -128,10 +146,22 @@ class Request:
         self.slices = 0
         self.virtual_time = 0.0
         self.queued = False  # whether it stands in the queue's order of service
+        self._places: dict[PendingPair, list[int]] = {}  # of ``wanted``, once somebody follows the scores
 
     def __repr__(self) -> str:
         state = "done" if self.done else f"{len(self.pairs) - self.missing}/{len(self.pairs)} scored"
         return f"<Request {self.number}: {state}>"
+
+    def tell(self, pairs: Iterable[PendingPair]) -> None:
+        """Give the scores of ``pairs``, which are new, to whoever follows them."""
+        if self.on_scores is None:
+            return
+        if not self._places:
+            for index, pair in enumerate(self.wanted):
+                self._places.setdefault(pair, []).append(index)
+        self.on_scores(
+            [(index, pair.score) for pair in pairs for index in self._places[pair] if pair.score is not None]
+        )
 
     def resolve(self) -> None:
         """Give the future its result: everything, or what is there."""
@@ -167,6 +197,7 @@ class Request:
 
     def _settle(self, result: Any = None, error: BaseException | None = None) -> None:
         self.done = True
+        self._places = {}
         self.wanted = []  # a future that somebody keeps keeps this request, and need not keep what it shared
         if not self.future.claim():
             return
@@ -211,3 +242,7 @@ def rank(
 def all_scores(scores: Scores, scored: npt.NDArray[np.bool_]) -> Scores:
     """What ``finish`` makes of the scores where they are the result: NaN is where there is none."""
     return scores
+
+
+def nothing(scores: Scores, scored: npt.NDArray[np.bool_]) -> None:
+    """What ``finish`` makes of the scores of a request that somebody has followed."""

@@ -3,11 +3,12 @@
     initialize_process(...)   in a worker process, before anything heavy is imported: threads, signals, logs, the watch
                               over the parent
     LoadedModel.load          loads the model and proves it; keeps the outcome, since an executor would swallow it
-    LoadedModel.describe      the first call: that outcome, as facts or as ModelLoadError
+    LoadedModel.loaded        the first call: that outcome
+    LoadedModel.describe      the second: makes the model fast, by a recipe or by proofs, and scores the canary; facts
     LoadedModel.score         every other call
 
-A worker on a thread has its ``LoadedModel`` in its handle. A worker process has one, which ``describe`` and ``score``
-of this module ask. Exceptions leave as this package's own, holding text.
+A worker on a thread has its ``LoadedModel`` in its handle. A worker process has one, which the functions of the same
+names in this module ask. Exceptions leave as this package's own, holding text.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import logging
 import os
 import pickle
 import signal
+import sys
 import threading
 import time
 import traceback
@@ -28,9 +30,10 @@ from multiprocessing.util import Finalize
 from typing import TYPE_CHECKING, Any, NoReturn, Protocol
 
 from mp_rerank._pairs import CANARY, Pair, estimate_pair, estimate_text
+from mp_rerank._recipe import Recipe
+from mp_rerank._shadowing import shadowing
 from mp_rerank._workers.lazy_import import deferred
 from mp_rerank._workers.logs import redirect_output
-from mp_rerank._workers.shadowing import shadowing
 from mp_rerank.config import ModelSpec
 from mp_rerank.errors import ModelLoadError, ScoringError
 
@@ -44,8 +47,10 @@ __all__ = [
     "Scored",
     "WorkerFacts",
     "describe",
+    "die_with_parent_thread",
     "in_worker_process",
     "initialize_process",
+    "loaded",
     "score",
     "set_threads",
 ]
@@ -64,8 +69,11 @@ THREAD_VARIABLES = (
 # Any of these, or OMP_PROC_BIND=true, makes a process bind its threads from the first CPU on: measured, every worker of
 # one thread then sits on CPU 0.
 BINDING_VARIABLES = ("GOMP_CPU_AFFINITY", "KMP_AFFINITY", "OMP_PLACES")
+PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 # The exit code of a worker whose process can use its GPU no more: another process can.
 EXIT_DEVICE_LOST = 75
+# What a worker process sends first of all, through the pipe of its logs: it has come as far as running this module.
+FIRST_WORD = b"began"
 QUIET_VARIABLES = {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "TQDM_DISABLE": "1"}
 
 # A second model loading in another thread is the very race this package is about.
@@ -110,7 +118,7 @@ class Scorer(Protocol):
 
 @dataclass(frozen=True)
 class WorkerFacts:
-    """What a worker says of itself once its model is loaded and proved."""
+    """What a worker says of itself once its model is loaded, made fast and proved."""
 
     pid: int
     dtype: str
@@ -121,6 +129,7 @@ class WorkerFacts:
     max_length: int | None
     canary: tuple[float, ...]
     tokens_per_second: float
+    recipe: Recipe | None = None  # None: the model cannot be optimized
 
 
 @dataclass(frozen=True)
@@ -134,53 +143,78 @@ class Scored:
 
 
 class LoadedModel:
-    """A worker's model: loaded once, described once, then scoring. One thread calls it."""
+    """A worker's model: loaded once, made fast and described once, then scoring. One thread calls it."""
 
     def __init__(self, launch: Launch) -> None:
         self._launch = launch
+        self._model = "the model"
         self._scorer: Scorer
-        self._outcome: WorkerFacts | ModelLoadError
+        self._facts: dict[str, Any]
+        self._load_seconds = 0.0
+        self._error: ModelLoadError | None = None
 
     def load(self) -> None:
-        """Load the model and prove it.
+        """Load the model and prove it whole.
 
         Never raises: an exception in an initializer would reach the parent as a bare ``BrokenProcessPool``.
-        ``describe`` tells.
+        ``loaded`` tells.
         """
-        device = self._launch.device
-        model = "the model"
         try:
             with _one_load_at_a_time:
                 start = time.perf_counter()
                 spec: ModelSpec = pickle.loads(self._launch.spec)
-                model = spec.name if spec.loader is None else str(spec.loader)
-                self._scorer, facts = _load(spec, self._launch)
-                load_seconds = time.perf_counter() - start
-            canary, tokens_per_second = _score_canary(self._scorer)
-            self._outcome = WorkerFacts(
-                pid=os.getpid(),
-                load_seconds=load_seconds,
-                num_labels=len(canary) // len(CANARY),
-                canary=canary,
-                tokens_per_second=tokens_per_second,
-                **facts,
-            )
+                self._model = spec.name if spec.loader is None else str(spec.loader)
+                self._scorer, self._facts = _load(spec, self._launch)
+                self._load_seconds = time.perf_counter() - start
         except BaseException as error:
-            cause = _in_words(error) + shadowing(error)
-            self._outcome = ModelLoadError(
-                f"{model} could not be loaded on {device}: {cause}",
-                model=model,
-                device=device,
-                cause=cause,
-                details=traceback.format_exc(),
-            )
+            self._error = self._in_words(error)
 
-    def describe(self) -> WorkerFacts:
-        """The facts of this worker; raises the ``ModelLoadError`` that loading ended in."""
-        if isinstance(self._outcome, ModelLoadError):
-            logging.getLogger(__name__).debug("%s", self._outcome.details)
-            raise self._outcome
-        return self._outcome
+    def loaded(self) -> None:
+        """Return once the model is loaded; raises the ``ModelLoadError`` that loading ended in."""
+        if self._error is not None:
+            logging.getLogger(__name__).debug("%s", self._error.details)
+            raise self._error
+
+    def describe(self, recipe: Recipe | None) -> WorkerFacts:
+        """Make the loaded model fast, score the canary, and say what there is to say of this worker.
+
+        Args:
+            recipe: what another worker with this model has found; ``None``: find it.
+
+        Raises:
+            ModelLoadError: what is wrong with the model.
+        """
+        try:
+            with _one_load_at_a_time:
+                return self._prepare(recipe)
+        except BaseException as error:
+            failure = self._in_words(error)
+            logging.getLogger(__name__).debug("%s", failure.details)
+            raise failure from None
+
+    def _prepare(self, recipe: Recipe | None) -> WorkerFacts:
+        facts = self._facts
+        if hasattr(self._scorer, "optimize"):
+            facts = self._scorer.optimize(recipe).facts()
+        canary, tokens_per_second = _score_canary(self._scorer)
+        return WorkerFacts(
+            pid=os.getpid(),
+            load_seconds=self._load_seconds,
+            num_labels=len(canary) // len(CANARY),
+            canary=canary,
+            tokens_per_second=tokens_per_second,
+            **facts,
+        )
+
+    def _in_words(self, error: BaseException) -> ModelLoadError:
+        cause = _in_words(error) + shadowing(error)
+        return ModelLoadError(
+            f"{self._model} could not be loaded on {self._launch.device}: {cause}",
+            model=self._model,
+            device=self._launch.device,
+            cause=cause,
+            details=traceback.format_exc(),
+        )
 
     def score(self, pairs: Pairs) -> Scored:
         """Scores of ``pairs`` in their order. Raises ``ScoringError`` with whatever the model raised, as text."""
@@ -214,7 +248,12 @@ def initialize_process(launch: Launch, logs: Connection, log_level: int) -> None
         logs: where to send what is logged and printed here, from ``log_level`` up.
     """
     global _model
+    logs.send_bytes(FIRST_WORD)
     _model = LoadedModel(launch)
+    if hasattr(signal, "pthread_sigmask"):  # the thread that started this process had it blocked
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGPIPE})
+    die_with_parent_thread()
+    _let_go_of_server()
     # Before there is a second thread, which would inherit the old affinity.
     pinned = not launch.cpus or _pin(launch.cpus)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
@@ -233,10 +272,16 @@ def initialize_process(launch: Launch, logs: Connection, log_level: int) -> None
     _model.load()
 
 
-def describe() -> WorkerFacts:
+def loaded() -> None:
+    """In a worker process: ``LoadedModel.loaded``."""
+    assert _model is not None
+    _model.loaded()
+
+
+def describe(recipe: Recipe | None) -> WorkerFacts:
     """In a worker process: ``LoadedModel.describe``."""
     assert _model is not None
-    return _model.describe()
+    return _model.describe(recipe)
 
 
 def score(pairs: Pairs) -> Scored:
@@ -343,6 +388,32 @@ def _leave_at_once() -> NoReturn:
     """End this process without taking the interpreter apart, which takes a second with torch in it."""
     logging.shutdown()
     os._exit(0)
+
+
+def die_with_parent_thread() -> None:
+    """Have the system kill this process when the thread that started it ends (Linux), even if this process is stopped.
+
+    A worker is started by a thread that watches it to its end, or by the fork server, which has only one.
+    """
+    if not sys.platform.startswith("linux"):
+        return
+    import ctypes
+
+    try:
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    except (AttributeError, OSError):  # another kind of C library; the watch over the parent is there too
+        pass
+
+
+def _let_go_of_server() -> None:
+    """In a worker that was forked by a server: close what tells the server that somebody needs it.
+
+    multiprocessing hands it to every child. So a server would stay for as long as any worker does, stopped ones too.
+    """
+    server: Any = getattr(sys.modules.get("multiprocessing.forkserver"), "_forkserver", None)
+    if server is not None and server._forkserver_alive_fd is not None and server._inherited_fds is not None:
+        os.close(server._forkserver_alive_fd)
+        server._forkserver_alive_fd = None
 
 
 def _leave_with_parent() -> NoReturn:

@@ -4,21 +4,30 @@ The first start pays for the imports once, for all workers; each later one takes
 and shares the imported code's memory. One server serves every pool of this process, for as long as one is open. It is
 not multiprocessing's own, which belongs to the program: that one would lend other people's children what is imported
 and set here.
+
+The server is started by a thread that stays until the server has ended: the system then kills the server with this
+process, even while it imports. Whoever asks it for a worker may be kept waiting for its imports, and can give up.
 """
 
 from __future__ import annotations
 
+import io
 import os
 import signal
 import threading
 from contextlib import suppress
-from multiprocessing import forkserver, popen_forkserver
+from multiprocessing import context, forkserver, popen_forkserver, reduction, spawn, util
 from multiprocessing.connection import wait
 from typing import Any
+
+from mp_rerank._workers.green import threads_are_green
+from mp_rerank._workers.surroundings import worker_surroundings
 
 __all__ = ["Popen", "lease", "release"]
 
 PRELOADED = ["mp_rerank._workers.preload"]
+# How soon somebody who waits for the server gives up, once nobody wants the worker any more.
+GIVE_UP_SECONDS = 0.1
 
 
 def lease() -> None:
@@ -32,15 +41,37 @@ def release() -> None:
 
 
 class Popen(popen_forkserver.Popen):
-    """A worker process forked by the server."""
+    """A worker process forked by the server.
+
+    Raises:
+        RuntimeError: the server ended, or nobody wants the worker any more, before the server answered.
+    """
+
+    _fds: list[int]  # what the worker inherits
 
     def __init__(self, process: Any) -> None:
         self._reading = threading.Lock()
-        _asking.for_worker = True
+        super().__init__(process)
+
+    def _launch(self, process: Any) -> None:
+        # As multiprocessing has it, except for the server that is asked and for the end.
+        told = io.BytesIO()
+        context.set_spawning_popen(self)
         try:
-            super().__init__(process)
+            reduction.dump(spawn.get_preparation_data(process.name), told)
+            reduction.dump(process, told)
         finally:
-            _asking.for_worker = False
+            context.set_spawning_popen(None)
+        self.sentinel, to_child = _server.connect(self._fds)
+        parent_alive = os.dup(to_child)  # the worker's sign that this process is there
+        self.finalizer = util.Finalize(self, util.close_fds, (parent_alive, self.sentinel))  # type: ignore[attr-defined]
+        with open(to_child, "wb") as pipe:
+            pipe.write(told.getbuffer())
+        _wait_unless_unwanted(self.sentinel, process.unwanted)
+        try:
+            self.pid = forkserver.read_signed(self.sentinel)
+        except EOFError:
+            raise RuntimeError("the fork server ended before it had forked this worker") from None
 
     def poll(self, flag: int = os.WNOHANG) -> int | None:
         # The exit code comes down a pipe, once: a second thread that reads would take the end of the pipe for the
@@ -52,62 +83,113 @@ class Popen(popen_forkserver.Popen):
             return code
 
 
+def _wait_unless_unwanted(pipe: int, unwanted: threading.Event) -> None:
+    """Wait until the server writes: it may still be importing.
+
+    One who has given up closes the pipes. The worker that the server forks in the end finds itself without a parent,
+    and leaves.
+    """
+    while not wait([pipe], GIVE_UP_SECONDS):
+        if unwanted.is_set():
+            raise RuntimeError("nobody wants this worker any more")
+
+
+class _ForkServer(forkserver.ForkServer):
+    """multiprocessing's, started by a thread that stays with it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._starting = threading.Lock()
+        self._keeper: threading.Thread | None = None
+        self.set_forkserver_preload(PRELOADED)
+
+    def ensure_running(self) -> None:
+        with self._starting:
+            if self._keeper is not None and self._keeper.is_alive():
+                return
+            started = threading.Event()
+            errors: list[BaseException] = []
+            self._keeper = threading.Thread(
+                target=self._keep, args=(started, errors), name="mp_rerank-server", daemon=True
+            )
+            self._keeper.start()
+            started.wait()
+            if errors:
+                raise errors[0]
+
+    def _keep(self, started: threading.Event, errors: list[BaseException]) -> None:
+        try:
+            with worker_surroundings():
+                super().ensure_running()
+        except BaseException as error:
+            errors.append(error)
+            return
+        finally:
+            started.set()
+        if threads_are_green():
+            return  # the thread they share stays anyway, and looking whether the server is alive costs little
+        self.wait_for_end()
+
+    def wait_for_end(self) -> None:
+        """Wait until the server has ended, and leave its exit code to whoever takes it."""
+        with suppress(AttributeError, OSError, TypeError):
+            os.waitid(os.P_PID, self._forkserver_pid, os.WEXITED | os.WNOWAIT)  # type: ignore[attr-defined]
+
+    def wait_for_keeper(self) -> None:
+        """Wait until the thread that stays with a server that has ended has ended too."""
+        keeper = self._keeper
+        if keeper is not None and keeper is not threading.current_thread():
+            keeper.join()
+
+
 class _Server:
     def __init__(self) -> None:
-        self._lock = threading.Lock()
         self._begin()
 
     def _begin(self) -> None:
+        self._lock = threading.Lock()
         self._owner = os.getpid()
         self._leases = 0
-        self._standard: Any = forkserver.ForkServer()
-        self._standard.set_forkserver_preload(PRELOADED)
+        self._standard: Any = _ForkServer()
 
     def lease(self) -> None:
         with self._lock:
-            if os.getpid() != self._owner:  # a fork has the old one's numbers, but it is not its child
-                self._begin()
             self._leases += 1
 
     def release(self) -> None:
         with self._lock:
-            if os.getpid() != self._owner:
-                return
             self._leases -= 1
             if self._leases == 0:
                 self._end()
 
     def _end(self) -> None:
-        pid = self._standard._forkserver_pid
-        if pid is not None:
+        standard = self._standard
+        if standard._forkserver_pid is not None:
             # Asked nicely it would wait until every copy of its pipe is closed, a fork's of this process too.
             with suppress(OSError):
-                os.kill(pid, signal.SIGKILL)
+                os.kill(standard._forkserver_pid, signal.SIGKILL)
             with suppress(OSError):
-                self._standard._stop()
+                standard._stop()
+        self._standard = _ForkServer()
+
+    def forget(self) -> None:
+        """In a fork: the server is the parent's, and ends with that, not with this process."""
+        if self._standard._forkserver_alive_fd is not None:
+            with suppress(OSError):
+                os.close(self._standard._forkserver_alive_fd)
         self._begin()
 
     def connect(self, fds: list[int]) -> tuple[int, int]:
+        standard = self._standard
         try:
-            pipes: tuple[int, int] = self._standard.connect_to_new_process(fds)
+            pipes: tuple[int, int] = standard.connect_to_new_process(fds)
         except ConnectionError:  # it is just dying; once it has, another is started
-            with suppress(OSError):
-                os.waitid(os.P_PID, self._standard._forkserver_pid, os.WEXITED | os.WNOWAIT)
-            pipes = self._standard.connect_to_new_process(fds)
+            standard.wait_for_end()
+            standard.wait_for_keeper()
+            pipes = standard.connect_to_new_process(fds)
         return pipes
 
 
 _server = _Server()
-_asking = threading.local()
-_connect_to_standard = forkserver.connect_to_new_process
 
-
-def _connect(fds: list[int]) -> tuple[int, int]:
-    """Ours while this thread starts a worker: multiprocessing has no setting for which server a process comes from."""
-    if getattr(_asking, "for_worker", False):
-        return _server.connect(fds)
-    pipes: tuple[int, int] = _connect_to_standard(fds)
-    return pipes
-
-
-forkserver.connect_to_new_process = _connect  # type: ignore[assignment]
+os.register_at_fork(after_in_child=lambda: _server.forget())

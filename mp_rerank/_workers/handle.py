@@ -12,8 +12,10 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Protocol
 
+from mp_rerank._recipe import Recipe
 from mp_rerank._workers.child import Launch, Pairs, Scored, WorkerFacts
-from mp_rerank._workers.process import ProcessHandle, check_may_spawn
+from mp_rerank._workers.may_start import check_may_spawn, check_may_start_threads
+from mp_rerank._workers.process import ProcessHandle
 from mp_rerank._workers.thread import ThreadHandle
 from mp_rerank.config import PoolConfig
 
@@ -21,21 +23,25 @@ __all__ = ["WorkerHandle", "check_may_start", "make_handle", "starting_workers"]
 
 
 class WorkerHandle(Protocol):
-    """One worker, of whichever kind: it loads its model as it is made.
+    """One worker, of whichever kind: it begins to load its model as it is made, and making it takes no time.
 
     Attributes:
-        described: the worker's first words: its facts, or ``ModelLoadError``.
+        loaded: the worker's first words: that it has loaded its model, or ``ModelLoadError``; ``LaunchError`` if no
+            worker came of it.
         killable: whether ``kill`` ends it. One that cannot be killed is never called hung.
-        pid: the process it is in.
+        pid: the process it is in, once there is one.
     """
 
-    described: Future[WorkerFacts]
+    loaded: Future[None]
     killable: bool
     pid: int | None
 
     @property
     def alive(self) -> bool:
         """Whether there is still something to wait for in ``join``."""
+
+    def describe(self, recipe: Recipe | None) -> Future[WorkerFacts]:
+        """Once it has loaded the model: make it fast, by ``recipe`` or by proofs; its facts. Raises as ``score``."""
 
     def score(self, pairs: Pairs) -> Future[Scored]:
         """Score ``pairs`` after what it has. Raises ``RuntimeError`` once it has ended or been told to leave."""
@@ -65,7 +71,7 @@ def make_handle(config: PoolConfig, launch: Launch, on_exit: Callable[[int | Non
         on_exit: called once, on some thread, with the exit code of a worker process that has ended.
 
     Raises:
-        OSError, RuntimeError: the system would start no other process, or no other thread.
+        RuntimeError: the system would start no other thread.
     """
     if config.isolation == "thread":
         # The process is the caller's: its thread settings change only where that is asked for.
@@ -90,5 +96,6 @@ def starting_workers(config: PoolConfig) -> Iterator[None]:
 
 def check_may_start(config: PoolConfig) -> None:
     """Raise ``RuntimeError``, saying why, where workers of the kind ``config`` asks for must not be started."""
+    check_may_start_threads()
     if config.isolation == "process":
         check_may_spawn()

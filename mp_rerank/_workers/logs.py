@@ -23,6 +23,7 @@ from types import FrameType
 from typing import Any
 
 from mp_rerank._text import one_line, printable
+from mp_rerank._workers.green import make_queue
 
 __all__ = ["POOL_LOGGER", "WORKER_LOGGER", "QueuedLogger", "flush", "redirect_output", "repeat_log"]
 
@@ -74,7 +75,7 @@ class QueuedLogger:
 
 
 # The thread that calls handlers. No lock is held while they run: `_handling` only says whether there is such a thread.
-_records: queue.SimpleQueue[logging.LogRecord | threading.Lock] = queue.SimpleQueue()
+_records: queue.SimpleQueue[logging.LogRecord | threading.Lock] = make_queue()  # of the threads that there are now
 _handling = threading.Lock()
 _dropped = 0
 
@@ -137,7 +138,7 @@ def _handle(record: logging.LogRecord | threading.Lock) -> None:
 def _forget_thread() -> None:
     """In a fork of this process: it has no such thread, and nothing to say of its parent's pools."""
     global _records, _handling
-    _records = queue.SimpleQueue()
+    _records = make_queue()
     _handling = threading.Lock()
 
 

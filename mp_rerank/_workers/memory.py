@@ -10,7 +10,10 @@ __all__ = ["memory_of"]
 
 
 def memory_of(pid: int, weights_bytes: int = 0, mapped_bytes: int = 0) -> WorkerMemory | None:
-    """Memory of process ``pid``, beside what is known of the weights in it; ``None`` where it has ended."""
+    """Memory of process ``pid``, beside what is known of the weights in it; ``None`` where it has ended.
+
+    Where psutil cannot read it (a system without ``/proc``), all is 0.
+    """
     try:
         process = psutil.Process(pid)
         try:
@@ -20,3 +23,5 @@ def memory_of(pid: int, weights_bytes: int = 0, mapped_bytes: int = 0) -> Worker
             return WorkerMemory(pid, process.memory_info().rss, None, None, weights_bytes, mapped_bytes)
     except psutil.NoSuchProcess:
         return None
+    except (psutil.Error, OSError):
+        return WorkerMemory(pid, 0, None, None, weights_bytes, mapped_bytes)

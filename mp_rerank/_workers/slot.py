@@ -4,7 +4,7 @@ A slot outlives its workers and counts them as generations. Nothing here decides
 send and end; the slot does it and reports what comes of it through ``notify``, from whichever thread learns it. A
 report names its generation, so that the last words of a dead worker are not taken for its successor's.
 
-    STARTING ---- described: facts ----> READY ---- worn out -----> DRAINING
+    STARTING ---- loaded, described ---> READY ---- worn out -----> DRAINING
        |  ^                              ^   |                          |
        |  | died, and is tried again     |   | died, hung               | its slices are back
        |  |                    described |   v                          v
@@ -27,12 +27,13 @@ from typing import Any, Generic, Protocol, TypeVar
 
 from mp_rerank._pairs import Pair
 from mp_rerank._planning.plan import Seat
+from mp_rerank._recipe import Recipe
 from mp_rerank._workers.child import Launch, Scored, WorkerFacts
 from mp_rerank._workers.handle import WorkerHandle, make_handle
 from mp_rerank.config import ModelSpec, PoolConfig
 from mp_rerank.results import ExitReason, WorkerExit, WorkerInfo
 
-__all__ = ["Described", "Exited", "Report", "SliceEnded", "Slot", "SlotState"]
+__all__ = ["Described", "Exited", "Loaded", "Report", "SliceEnded", "Slot", "SlotState"]
 
 
 class Work(Protocol):
@@ -68,8 +69,17 @@ class SlotState(enum.Enum):
 
 
 @dataclass(frozen=True)
+class Loaded:
+    """A worker has loaded its model, or could not: then with the error."""
+
+    slot: Slot[Any]
+    generation: int
+    error: BaseException | None
+
+
+@dataclass(frozen=True)
 class Described:
-    """A worker has loaded its model, or could not."""
+    """A worker has made its model fast and proved it, or could not."""
 
     slot: Slot[Any]
     generation: int
@@ -95,13 +105,14 @@ class Exited:
     exit_code: int | None
 
 
-Report = Described | SliceEnded | Exited
+Report = Loaded | Described | SliceEnded | Exited
 
 
 class Slot(Generic[_Slice]):
     """A seat and its present worker. The dispatcher's thread alone calls it and reads it.
 
     Attributes:
+        waiting: whether the worker has loaded its model, and waits to be told how to make it fast.
         outstanding: the slices its worker has: the first is running.
         lost: slices of a worker that died, in the order they were sent.
         since: when the worker began what it is doing: loading, or the first of ``outstanding``.
@@ -126,6 +137,7 @@ class Slot(Generic[_Slice]):
         self.generation = 0
         self.worker: WorkerHandle | None = None
         self.facts: WorkerFacts | None = None
+        self.waiting = False
         self.outstanding: deque[_Slice] = deque()
         self.lost: list[_Slice] = []
         self.since = 0.0
@@ -162,6 +174,7 @@ class Slot(Generic[_Slice]):
         """Start the next generation. Raises ``OSError`` or ``RuntimeError`` where the system would start no more."""
         self.generation += 1
         self.worker = None
+        self.waiting = False
         self.facts = None
         self.restart_at = None
         self.ended_at = None
@@ -185,11 +198,28 @@ class Slot(Generic[_Slice]):
         )
         self.worker = make_handle(config, launch, lambda code: self.notify(Exited(self, generation, code)))
 
+        def loaded(future: Future[None]) -> None:
+            outcome = _outcome(future)
+            self.notify(Loaded(self, generation, outcome if isinstance(outcome, BaseException) else None))
+
+        self.worker.loaded.add_done_callback(loaded)
+
+    def describe(self, recipe: Recipe | None) -> None:
+        """Have the worker, which has loaded its model, make it fast and prove it."""
+        assert self.worker is not None
+        self.waiting = False
+        generation = self.generation
+        try:
+            future = self.worker.describe(recipe)
+        except RuntimeError:  # broken or shut down a moment ago
+            self.notify(Described(self, generation, BrokenExecutor()))
+            return
+
         def described(future: Future[WorkerFacts]) -> None:
             outcome = _outcome(future)
             self.notify(Described(self, generation, outcome))
 
-        self.worker.described.add_done_callback(described)
+        future.add_done_callback(described)
 
     def send(self, slice_: _Slice, now: float) -> None:
         """Give ``slice_`` to the worker."""

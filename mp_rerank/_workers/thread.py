@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 from concurrent.futures import Future, ThreadPoolExecutor
 
+from mp_rerank._recipe import Recipe
 from mp_rerank._workers.child import Launch, LoadedModel, Pairs, Scored, WorkerFacts
+from mp_rerank._workers.green import make_queue
 
 __all__ = ["ThreadHandle"]
 
@@ -22,8 +24,13 @@ class ThreadHandle:
     def __init__(self, launch: Launch) -> None:
         self._model = LoadedModel(launch)
         self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix=launch.name, initializer=self._model.load)
-        self.described: Future[WorkerFacts] = self._executor.submit(self._model.describe)
+        # The executor takes whichever queue is there, which under a half monkey-patched library is another thread's.
+        self._executor._work_queue = make_queue()
+        self.loaded: Future[None] = self._executor.submit(self._model.loaded)
         self.pid: int | None = os.getpid()
+
+    def describe(self, recipe: Recipe | None) -> Future[WorkerFacts]:
+        return self._executor.submit(self._model.describe, recipe)
 
     def score(self, pairs: Pairs) -> Future[Scored]:
         return self._executor.submit(self._model.score, pairs)

@@ -21,7 +21,7 @@ pytestmark = [pytest.mark.real, needs_interface]
 
 
 def engine(folder: str, **options: Any) -> Engine:
-    return Engine(ModelSpec(folder, prepack=False, **options), "cpu", None, 256)
+    return Engine(ModelSpec(folder, prepack=False, **options), "cpu", None, 256).optimize()
 
 
 @pytest.mark.parametrize("num_labels", [1, 3])
@@ -29,7 +29,7 @@ def engine(folder: str, **options: Any) -> Engine:
 def test_scores_are_the_whole_layer_s(family: str, num_labels: int, tmp_path: Path) -> None:
     folder = models.build(family, tmp_path, num_labels)
     reduced, plain = engine(folder), models.load(folder, "cpu")
-    assert reduced.cls_only
+    assert reduced.recipe.cls_only
     for pairs in (PAIRS, PAIRS[:1], PAIRS[:1] * 5, PAIRS[:2]):
         np.testing.assert_allclose(reduced.predict(pairs), plain.predict(pairs), rtol=1e-5, atol=1e-5)
 
@@ -88,5 +88,5 @@ def test_logits_are_compared_too_where_a_sigmoid_is_flat(tmp_path: Path) -> None
 def test_in_bfloat16_too(tmp_path: Path) -> None:
     folder = models.build("bert", tmp_path)
     reduced, whole = engine(folder, dtype="bfloat16"), engine(folder, dtype="bfloat16", unpad=False)
-    assert (reduced.cls_only, whole.cls_only) == (True, False)
+    assert (reduced.recipe.cls_only, whole.recipe.cls_only) == (True, False)
     np.testing.assert_allclose(reduced.predict(PAIRS), whole.predict(PAIRS), atol=0.05)

@@ -263,6 +263,17 @@ def test_a_name_no_hub_gives_is_refused(make_pool: MakePool, monkeypatch: pytest
     assert error.cause.startswith(("OSError", "LocalEntryNotFoundError", "OfflineModeIsEnabled"))
 
 
+def test_a_folder_that_takes_a_hub_model_s_name_later_is_not_loaded_in_its_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, folder: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    spec = ModelSpec("somebody/reranker")
+    (tmp_path / "somebody").mkdir()
+    (tmp_path / "somebody" / "reranker").symlink_to(folder)
+    with pytest.raises(ValueError, match=r"a folder of that name in .* is not loaded in its place"):
+        Engine(spec, "cpu", None, 256)
+
+
 # The parent.
 
 LIGHT = """

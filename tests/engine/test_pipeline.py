@@ -28,7 +28,7 @@ def bert(tmp_path_factory: pytest.TempPathFactory) -> str:
 def engine(folder: str, loaded: Any = None, **options: Any) -> Engine:
     return Engine(
         ModelSpec(folder, prepack=False, **options), "cpu", None, 256, loaded, owns_process=loaded is not None
-    )
+    ).optimize()
 
 
 def count_calls(model: Any, name: str, monkeypatch: pytest.MonkeyPatch) -> list[Any]:

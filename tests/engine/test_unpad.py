@@ -26,7 +26,7 @@ needs_interface = pytest.mark.skipif(not UNPADDED, reason="this transformers' BE
 
 
 def engine(folder: str, **options: Any) -> Engine:
-    return Engine(ModelSpec(folder, prepack=False, **options), "cpu", None, 256)
+    return Engine(ModelSpec(folder, prepack=False, **options), "cpu", None, 256).optimize()
 
 
 def left_alone(network: Any) -> bool:
@@ -40,7 +40,7 @@ def left_alone(network: Any) -> bool:
 def test_scores_are_the_padded_model_s(family: str, num_labels: int, tmp_path: Path) -> None:
     folder = models.build(family, tmp_path, num_labels)
     unpadded, plain = engine(folder), models.load(folder, "cpu")
-    assert unpadded.unpadded == (family in UNPADDED)
+    assert unpadded.recipe.unpadded == (family in UNPADDED)
     for pairs in (PAIRS, PAIRS[:1], PAIRS[:1] * 5, PAIRS[:2]):
         np.testing.assert_allclose(unpadded.predict(pairs), plain.predict(pairs), rtol=1e-5, atol=1e-5)
 
@@ -82,7 +82,7 @@ def test_attention_pads_pairs_to_full_vector_registers(tmp_path: Path, monkeypat
 def test_in_bfloat16_too(tmp_path: Path) -> None:
     folder = models.build("bert", tmp_path)
     unpadded, padded = engine(folder, dtype="bfloat16"), engine(folder, dtype="bfloat16", unpad=False)
-    assert (unpadded.unpadded, padded.unpadded) == (True, False)
+    assert (unpadded.recipe.unpadded, padded.recipe.unpadded) == (True, False)
     assert left_alone(padded.model.model)
     np.testing.assert_allclose(unpadded.predict(PAIRS), padded.predict(PAIRS), atol=0.05)
 
@@ -102,7 +102,7 @@ def test_an_encoder_that_would_score_otherwise_is_put_back(
 
     monkeypatch.setattr(module, "_attend", wrong)
     padded = engine(folder)
-    assert not padded.unpadded
+    assert not padded.recipe.unpadded
     assert left_alone(padded.model.model)
     np.testing.assert_allclose(padded.predict(PAIRS), models.load(folder, "cpu").predict(PAIRS), atol=1e-6)
 
@@ -111,5 +111,5 @@ def test_an_encoder_that_would_score_otherwise_is_put_back(
 def test_other_attention_is_left_alone(tmp_path: Path) -> None:
     """Whoever asks for an attention gets that one."""
     chosen = engine(models.build("bert", tmp_path), model_kwargs={"attn_implementation": "eager"})
-    assert not chosen.unpadded
+    assert not chosen.recipe.unpadded
     assert chosen.model.model.config._attn_implementation == "eager"

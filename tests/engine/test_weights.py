@@ -35,7 +35,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 
 def engine(spec: ModelSpec) -> Engine:
-    return Engine(spec, "cpu", None, 256)
+    return Engine(spec, "cpu", None, 256).optimize()
 
 
 def test_weights_are_the_file_s_pages_unless_they_are_to_be_private_and_score_the_same(folder: str) -> None:
@@ -56,10 +56,10 @@ def test_prepacked_layers_are_a_worker_s_own_and_the_others_still_shared(
     monkeypatch.setattr("mp_rerank._engine.prepack._share_of_time", lambda *times: 0.0)
     packed = engine(ModelSpec(folder))
     linears = sum(part.weight.numel() * 4 for part in packed.model.modules() if type(part) is torch.nn.Linear)
-    assert packed.prepacked > 6
+    assert len(packed.recipe.prepacked) > 6
     assert packed.mapped_bytes == sum(tensor.nbytes for tensor in packed.model.parameters()) - linears
     private = engine(ModelSpec(folder, weights="private"))
-    assert (private.prepacked, private.mapped_bytes) == (packed.prepacked, 0)
+    assert (len(private.recipe.prepacked), private.mapped_bytes) == (len(packed.recipe.prepacked), 0)
 
 
 def test_what_the_file_does_not_hold_as_it_is_needed_is_a_copy(folder: str, tmp_path: Path) -> None:

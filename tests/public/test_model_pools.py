@@ -658,3 +658,22 @@ def test_mistakes_are_named_where_they_are_made(make_pools: MakePools) -> None:
     with pytest.raises(RerankError, match=r"ask pools\.pool\(\.\.\.\) for the other one"):
         pools.pool(A).reload(B)
     assert pools.stats().models == ()
+
+
+def test_streams_and_callers_hold_their_pool_too(make_pools: MakePools, fifo: Fifo) -> None:
+    pools = make_pools(SIZE)
+    caller = pools.pool(A).for_caller("agent")
+    assert caller.rerank("query", DOCUMENTS) == ranked("query", DOCUMENTS)
+    assert "agent" in pools.pool(A).stats().callers
+
+    async def all_of() -> dict[int, Any]:
+        return {index: score async for index, score in pools.pool(B).astream("query", DOCUMENTS)}
+
+    for found in (dict(pools.pool(A).stream("query", DOCUMENTS)), asyncio.run(all_of())):
+        assert [found[i] for i in range(10)] == [score_of("query", document) for document in DOCUMENTS]
+    with pools.pool(A).stream("query", [fifo.order]) as stream:
+        fifo.wait_until_read()
+        assert [kept.requests for kept in pools.stats().models if kept.model == "A"] == [1]
+        fifo.release()
+        assert len(list(stream)) == 1
+    until(lambda: all(kept.requests == 0 for kept in pools.stats().models))

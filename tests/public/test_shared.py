@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import copy
 import multiprocessing
@@ -222,18 +223,23 @@ def test_a_closed_one_is_replaced() -> None:
         first.rerank("query", DOCUMENTS)
 
 
-def test_one_that_could_not_start_is_replaced(tmp_path: Path) -> None:
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_one_that_could_not_start_is_replaced(tmp_path: Path, asynchronous: bool) -> None:
     order = ModelSpec(f"!once {tmp_path / 'met'} !raise not yet", loader="fakes:load_obeying")
+    pool = shared_pool(order, "cpu", workers=1)
     with pytest.raises(ModelLoadError, match="not yet"):
-        shared_pool(order, "cpu", workers=1).rerank("query", DOCUMENTS)
+        asyncio.run(pool.arerank("query", DOCUMENTS)) if asynchronous else pool.rerank("query", DOCUMENTS)
     assert shared_pool(order, "cpu", workers=1).rerank("query", DOCUMENTS, top_n=1)
 
 
-def test_one_that_could_not_start_for_where_it_was_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_one_that_could_not_start_for_where_it_was_is_not_kept(
+    monkeypatch: pytest.MonkeyPatch, asynchronous: bool
+) -> None:
     monkeypatch.setitem(multiprocessing.process.current_process()._config, "daemon", True)  # type: ignore[attr-defined]
     first = shared_pool(FAKE, "cpu", workers=1)
     with pytest.raises(RuntimeError, match="daemonic"):
-        first.rerank("query", DOCUMENTS)
+        asyncio.run(first.arerank("query", DOCUMENTS)) if asynchronous else first.rerank("query", DOCUMENTS)
     second = shared_pool(FAKE, "cpu", isolation="thread")
     assert second is not first
     assert second.rerank("query", DOCUMENTS, top_n=1)

@@ -364,7 +364,7 @@ def test_a_worker_that_cannot_be_launched_is_tried_again(make_pool: MakePool, mo
     import mp_rerank._workers.slot
 
     real = mp_rerank._workers.handle.ProcessHandle
-    refusals = iter([OSError("no more processes"), RuntimeError("can't start new thread")])
+    refusals = iter([RuntimeError("can't start new thread")] * 2)
 
     def launch(*args: object, **options: object) -> object:
         error = next(refusals, None)
@@ -393,7 +393,7 @@ def test_a_thread_that_cannot_be_started_leaves_no_process(
     pool = make_pool(workers=1, max_restarts=1)
     with monkeypatch.context() as patch:
         patch.setattr(threading.Thread, "start", refuse)
-        with pytest.raises(WorkerCrashedError, match="could not be launched: can't start new thread"):
+        with pytest.raises(WorkerCrashedError, match="could not be launched: RuntimeError: can't start new thread"):
             pool.start()
 
 

@@ -16,30 +16,36 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from mp_rerank._pairs import digests
 from mp_rerank._scheduling.queue import TURN_TOKENS, RequestQueue, Slice, Suspect
-from mp_rerank._scheduling.request import PairState, PendingPair, Request
+from mp_rerank._scheduling.request import DEFAULT_CALLER, PairState, PendingPair, Request
 from mp_rerank.results import PoolStats, Scores
 
 MAX_ATTEMPTS = 3
 SLICE = 900  # tokens
+MAX_BUDGET = 1500
 
 lengths = st.integers(1, 300)
 priorities = st.integers(-8, 8)
 documents = st.lists(st.integers(0, 25), min_size=1, max_size=20)  # few enough that many are equal
+callers = st.sampled_from(["a", "b", "c"])
 
 _numbers = itertools.count()
 
 
-def make_request(tokens: list[int], priority: int = 0, deadline: float | None = None) -> Request:
+def make_request(
+    tokens: list[int], priority: int = 0, deadline: float | None = None, caller: str = DEFAULT_CALLER
+) -> Request:
     """A request whose pairs are no other's."""
     pairs = [("query", f"document {next(_numbers)}") for _ in tokens]
-    return Request(pairs, tokens, lambda scores, scored: scores, priority=priority, deadline=deadline)
+    return Request(pairs, tokens, lambda scores, _: scores, caller=caller, priority=priority, deadline=deadline)
 
 
-def make_alike(documents: list[int], priority: int = 0, deadline: float | None = None) -> Request:
+def make_alike(
+    documents: list[int], priority: int = 0, deadline: float | None = None, caller: str = DEFAULT_CALLER
+) -> Request:
     """A request whose pairs may be others' too: each is known by its number."""
     pairs = [("query", str(document)) for document in documents]
     tokens = [document * 37 % 300 + 1 for document in documents]
-    return Request(pairs, tokens, lambda scores, scored: scores, priority=priority, deadline=deadline)
+    return Request(pairs, tokens, lambda scores, _: scores, caller=caller, priority=priority, deadline=deadline)
 
 
 def scores_of(slice_: Slice, model: int = 0) -> Scores:
@@ -52,9 +58,11 @@ def numbers_of(slice_: Slice) -> list[int]:
 
 
 class QueueMachine(RuleBasedStateMachine):
-    """Any interleaving of what can happen to requests that hold equal pairs, under two models, one after the other.
+    """Any interleaving of what can happen to requests that hold equal pairs, of several callers, under two models, one
+    after the other.
 
-    A pair is waiting in all live requests that want it, or out in one slice, or scored: never two, never none.
+    A pair is waiting in all live requests that want it, or out in one slice, or scored: never two, never none. Callers
+    that wait are never further apart than one turn.
     """
 
     @initialize(coalesce=st.booleans(), kept=st.sampled_from([0, 0, 3, 100]))
@@ -70,15 +78,15 @@ class QueueMachine(RuleBasedStateMachine):
         self.out: list[tuple[RequestQueue, Slice]] = []
         self.scored_pairs = self.answered_pairs = 0
 
-    @rule(documents=documents, priority=priorities, patience=st.none() | st.integers(0, 10))
-    def add(self, documents: list[int], priority: int, patience: int | None) -> None:
-        request = make_alike(documents, priority, None if patience is None else self.now + patience)
+    @rule(documents=documents, priority=priorities, patience=st.none() | st.integers(0, 10), caller=callers)
+    def add(self, documents: list[int], priority: int, patience: int | None, caller: str) -> None:
+        request = make_alike(documents, priority, None if patience is None else self.now + patience, caller)
         if (self.next_queue if self.reloaded else self.queue).add(request):
             self.live[request.number] = request
         else:
             self.conclude(request, int(self.reloaded))
 
-    @rule(budget=st.integers(1, 1500), which=st.booleans())
+    @rule(budget=st.integers(1, MAX_BUDGET), which=st.booleans())
     def take(self, budget: int, which: bool) -> None:
         queue = self.next_queue if which else self.queue
         waiting = queue.waiting_tokens
@@ -191,13 +199,13 @@ class QueueMachine(RuleBasedStateMachine):
                     elif pair.state is PairState.SCORED:
                         assert pair.score == 1000 * model + int(pair.texts[1])
                     assert pair.wanted_by.count(request) == (pair.state is not PairState.SCORED)
-                assert [number for _, number in queue._order].count(request.number) == request.queued
+                order = [number for _, number in queue._callers[request.caller].order]
+                assert order.count(request.number) == request.queued
                 assert request.queued or not request.waiting
             for pair in (*found, *out):
                 assert all(request.number in queue.live for request in pair.wanted_by)
             waiting = [pair for pair in found if pair.state in (PairState.WAITING, PairState.ALONE)]
             assert queue.waiting_tokens == sum(pair.tokens for pair in waiting)
-            assert queue._weight == sum(request.weight for request in queue.live.values() if request.waiting)
             if self.coalesce:
                 pending = {pair for pair in found if pair.state is not PairState.SCORED} | set(out)
                 assert {*queue._pending.values()} == pending
@@ -205,6 +213,24 @@ class QueueMachine(RuleBasedStateMachine):
             else:
                 assert not queue._pending
                 assert all(len(pair.wanted_by) <= 1 for pair in found)
+
+    @invariant()
+    def callers_are_known_while_they_matter(self) -> None:
+        for queue in (self.queue, self.next_queue):
+            live = Counter(request.caller for request in queue.live.values())
+            assert live.keys() <= queue._callers.keys()
+            for name, caller in queue._callers.items():
+                waiting = [request for request in queue.live.values() if request.caller == name and request.waiting]
+                assert (caller.name, caller.live) == (name, live[name])
+                assert caller.weight == sum(request.weight for request in waiting)
+                assert caller.live or caller.start > queue._present
+                entries = [entry for entry in queue._order if entry[1:] == (caller.place, caller)]
+                if waiting:
+                    assert entries == [(caller.start, caller.place, caller)]
+            starts = [caller.start for caller in queue._callers.values() if caller.weight]
+            assert queue._waiting_callers == len(starts)
+            if starts:
+                assert max(*starts, queue._present) - min(*starts, queue._present) <= MAX_BUDGET
 
     def teardown(self) -> None:
         """Left alone, every request that is left comes to its end."""
@@ -544,6 +570,203 @@ def test_a_request_of_higher_priority_comes_before_those_that_wait() -> None:
     urgent = make_request([80] * 10, 3)
     queue.add(urgent)
     assert served_before(queue, urgent) == 0
+
+
+# Callers.
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    backlogs=st.lists(
+        st.lists(st.tuples(st.lists(lengths, min_size=1, max_size=20), priorities), min_size=1, max_size=30), max_size=5
+    ),
+    begun=st.integers(0, 30),
+    newcomer=st.lists(lengths, min_size=1, max_size=60),
+)
+def test_a_newcomer_waits_for_other_callers_not_for_each_of_their_requests(
+    backlogs: list[list[tuple[list[int], int]]], begun: int, newcomer: list[int]
+) -> None:
+    """Each other caller is served no more than the newcomer is large, and two turns: whatever it has waiting."""
+    queue = RequestQueue()
+    for number, backlog in enumerate(backlogs):
+        for tokens, priority in backlog:
+            queue.add(make_request(tokens, priority, caller=f"caller {number}"))
+    for _ in range(begun):
+        queue.take(SLICE)
+    request = make_request(newcomer, -8, caller="newcomer")
+    queue.add(request)
+    others = served_before(queue, request)
+    # Whoever is served with the newcomer's last pairs counts too, and these are a slice.
+    assert others <= len(backlogs) * (sum(newcomer) + 2 * SLICE) + SLICE
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    size=st.integers(1, 20),
+    begun=st.integers(0, 40),
+    alike=st.booleans(),
+    newcomer=st.lists(lengths, min_size=1, max_size=20),
+)
+def test_500_requests_of_a_caller_delay_another_s_as_one_does(
+    size: int, begun: int, alike: bool, newcomer: list[int]
+) -> None:
+    """But for a slice or two, since turns are cut at slices. The one is as large as each of them, for a newcomer that
+    needs no second turn; else it is as large as all of them.
+    """
+
+    def delay(requests: int, size: int) -> int:
+        queue = RequestQueue()
+        for i in range(requests):
+            queue.add(make_request([80] * size, i % 5, caller="agent"))
+        for _ in range(0 if alike else begun):
+            queue.take(SLICE)
+        request = make_request(newcomer, caller="newcomer")
+        queue.add(request)
+        return served_before(queue, request)
+
+    if alike:
+        newcomer = newcomer[:3]
+        assert delay(500, size) <= delay(1, size) + SLICE
+    else:
+        assert delay(500, size) <= delay(1, 500 * size) + 2 * SLICE
+
+
+@pytest.mark.parametrize("priority", [-8, 0, 8])
+@pytest.mark.parametrize("requests", [1, 300])
+def test_callers_have_equal_shares_however_many_requests_of_whatever_priority_they_have(
+    requests: int, priority: int
+) -> None:
+    queue = RequestQueue()
+    for _ in range(requests):
+        queue.add(make_request([30] * (30_000 // requests), priority, caller="one"))
+    queue.add(make_request([30] * 30_000, caller="other"))
+    taken = Counter[str]()
+    while max(taken.values(), default=0) < 15_000:
+        slice_ = queue.take(SLICE)
+        assert slice_ is not None
+        for request, pairs in slice_.parts:
+            taken[request.caller] += len(pairs)
+    assert taken["one"] / taken["other"] == pytest.approx(1.0, rel=0.01)
+
+
+@pytest.mark.parametrize("steps", [-2, 1, 3])
+def test_priorities_act_inside_a_caller(steps: int) -> None:
+    queue = RequestQueue()
+    plain, urgent = make_request([30] * 20_000, caller="a"), make_request([30] * 20_000, steps, caller="a")
+    other = make_request([30] * 20_000, 8, caller="b")
+    taken = {plain: 0, urgent: 0, other: 0}
+    for request in taken:
+        queue.add(request)
+    while max(taken.values()) < 15_000:
+        slice_ = queue.take(SLICE)
+        assert slice_ is not None
+        for request, pairs in slice_.parts:
+            taken[request] += len(pairs)
+    assert taken[urgent] / taken[plain] == pytest.approx(2.0**steps, rel=0.03)
+    assert (taken[urgent] + taken[plain]) / taken[other] == pytest.approx(1.0, rel=0.02)
+
+
+@settings(max_examples=60, deadline=None)
+@given(at_once=st.integers(1, 8), size=st.integers(1, 12), old_size=st.integers(1, 40))
+def test_no_endless_stream_of_new_callers_starves_anybody(at_once: int, size: int, old_size: int) -> None:
+    queue = RequestQueue()
+    old = make_request([50] * old_size, -8, caller="old")
+    queue.add(old)
+    newcomers, stream = 0, 0
+    turn = max(SLICE, 50 * size)
+    while old.waiting:
+        while len(queue.live) <= at_once:
+            queue.add(make_request([50] * size, 8, caller=f"newcomer {newcomers}"))
+            newcomers += 1
+        slice_ = queue.take(SLICE)
+        assert slice_ is not None
+        stream += sum(pair.tokens for r, pairs in slice_.parts for pair in pairs if r is not old)
+        queue.fill(slice_, scores_of(slice_))
+        assert stream <= (at_once + 2) * (50 * old_size + 2 * turn)
+
+
+def test_a_caller_that_comes_and_goes_does_not_get_more_than_its_share() -> None:
+    """Its requests come one at a time, each as the one before is done; another's wait all the time."""
+    queue = RequestQueue()
+    for _ in range(50):
+        queue.add(make_request([80] * 100, caller="steady"))
+    taken = Counter[str]()
+    single = make_request([80] * 10, caller="single")
+    queue.add(single)
+    for _ in range(200):
+        slice_ = queue.take(SLICE)
+        assert slice_ is not None
+        for request, pairs in slice_.parts:
+            taken[request.caller] += sum(pair.tokens for pair in pairs)
+        if single in queue.fill(slice_, scores_of(slice_)):
+            single = make_request([80] * 10, caller="single")
+            queue.add(single)
+    assert taken["single"] / taken["steady"] == pytest.approx(1.0, rel=0.1)
+
+
+def test_a_caller_that_was_idle_is_owed_nothing() -> None:
+    """It comes back as a newcomer, and does not get the workers to itself until it has caught up."""
+    queue = RequestQueue()
+    queue.add(make_request([80], caller="idle"))
+    queue.add(make_request([80] * 5000, caller="steady"))
+    for _ in range(100):
+        queue.take(SLICE)
+    queue.add(make_request([80] * 5000, caller="idle"))
+    taken = Counter[str]()
+    for _ in range(40):
+        slice_ = queue.take(SLICE)
+        assert slice_ is not None
+        for request, pairs in slice_.parts:
+            taken[request.caller] += len(pairs)
+    assert taken["idle"] / taken["steady"] == pytest.approx(1.0, rel=0.1)
+
+
+def test_one_caller_s_turn_serves_all_who_want_the_same() -> None:
+    """The one whose turn it was is charged for it, and nobody else."""
+    queue = RequestQueue()
+    taker, other = make_alike([1, 2, 3], caller="taker"), make_alike([1, 2, 3], caller="other")
+    queue.add(taker)
+    queue.add(other)
+    slice_ = queue.take(SLICE)
+    assert slice_ is not None
+    assert [request for request, _ in slice_.parts] == [taker]
+    assert queue.take(SLICE) is None
+    own = make_alike([4], caller="other")
+    queue.add(own)
+    assert queue._callers["taker"].start > 0
+    queue.put_back(slice_)
+    again = queue.take(1)
+    assert again is not None
+    assert again.parts[0][0].caller == "other"
+    queue.put_back(again)
+    while (slice_ := queue.take(SLICE)) is not None:
+        queue.fill(slice_, scores_of(slice_))
+    assert not queue.live
+    for request in (taker, other, own):
+        request.resolve()
+        assert request.future.result(0).tolist() == [int(document) for _, document in request.pairs]
+
+
+def test_callers_that_have_left_are_forgotten() -> None:
+    queue = RequestQueue()
+    steady = make_request([80] * 5000, caller="steady")
+    queue.add(steady)
+    most = 0
+    for i in range(1000):
+        queue.add(make_request([80] * 5, caller=f"caller {i}"))
+        if i % 3 == 0:
+            queue.drop(next(reversed(queue.live.values())))
+        slice_ = queue.take(SLICE)
+        assert slice_ is not None
+        queue.fill(slice_, scores_of(slice_))
+        most = max(most, len(queue._callers), len(queue._order), len(queue._ahead))
+    assert most < 250
+    queue.drop(steady)
+    while (slice_ := queue.take(SLICE)) is not None:
+        queue.fill(slice_, scores_of(slice_))
+    assert not queue._callers
+    assert not queue._ahead
+    assert len(queue._order) <= 100
 
 
 def test_a_finished_request_is_not_kept_for_its_deadline() -> None:

@@ -59,10 +59,13 @@ CALLS: dict[str, Callable[[RerankerPool], object]] = {
     "rerank": lambda pool: pool.rerank("query", documents(3)),
     "cancel": lambda pool: pool.submit("query", documents(3)).cancel(),
     "stats": lambda pool: pool.stats(),
+    "stream": lambda pool: list(pool.stream("query", documents(3))),
+    "stream, left early": lambda pool: next(pool.stream("query", documents(3))),
 }
 HANDLERS: dict[str, Callable[[RerankerPool], object]] = {
     "stats": lambda pool: pool.stats(),
     "submit": lambda pool: pool.rerank("query", documents(2)),
+    "stream": lambda pool: list(pool.for_caller("handler").stream("query", documents(2))),
 }
 
 

@@ -8,11 +8,15 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-from collections.abc import Callable
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import psutil
 import pytest
-from conftest import ranked, until
+from conftest import PATIENCE, ranked, until
 
 from mp_rerank import RerankerPool
 
@@ -75,3 +79,188 @@ def test_a_server_that_dies_takes_nothing_along(forking: Callable[..., RerankerP
     assert server_of(pool) != server
     _, alive = psutil.wait_procs(before, timeout=30)
     assert not alive
+
+
+# A server that imports for a long time.
+
+SLEEPING = """
+import os, signal, sys, threading, time
+from mp_rerank import ModelSpec, RerankerPool, RequestTimeoutError
+FAKE = ModelSpec("fake", loader="fakes:load")
+options = dict(devices="cpu", workers=1, start_method="forkserver", restart_backoff=0.01)
+
+def say(*words):
+    print(*words, flush=True)
+"""
+
+# Python runs it first of all in every process: in the server it holds an import up while the file is there.
+SITECUSTOMIZE = """
+import os, sys, time
+
+class Sleeping:
+    def find_spec(self, name, path=None, target=None):
+        while name == "mp_rerank._engine.engine" and os.path.exists(os.environ["ASLEEP"]):
+            time.sleep(0.01)
+
+if "forkserver" in " ".join(sys.orig_argv):
+    sys.meta_path.insert(0, Sleeping())
+"""
+
+
+class Program:
+    """A program whose server's imports sleep for as long as the file ``asleep`` is there."""
+
+    def __init__(self, directory: Path, text: str) -> None:
+        self.asleep = directory / "asleep"
+        self.asleep.touch()
+        (directory / "sitecustomize.py").write_text(SITECUSTOMIZE)
+        tests = Path(__file__).parents[1]
+        path = os.pathsep.join(str(p) for p in (directory, tests, tests.parent))
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", SLEEPING + text],
+            env={**os.environ, "PYTHONPATH": path, "ASLEEP": str(self.asleep)},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+
+    def read(self) -> str:
+        assert self.process.stdout is not None
+        return self.process.stdout.readline().strip()
+
+    def go_on(self) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.write("\n")
+        self.process.stdin.flush()
+
+    def server(self, *, importing: bool = True) -> psutil.Process:
+        """The server; while it imports, it has a second thread, which watches."""
+        found: list[psutil.Process] = []
+
+        def look() -> bool:
+            children = psutil.Process(self.process.pid).children()
+            found[:] = [child for child in children if "forkserver" in " ".join(child.cmdline())]
+            return bool(found) and (found[0].num_threads() > 1 or not importing)
+
+        until(look)
+        return found[0]
+
+    def end(self) -> None:
+        self.process.kill()
+        self.process.wait()
+        for pipe in (self.process.stdin, self.process.stdout):
+            assert pipe is not None
+            pipe.close()
+
+
+@pytest.fixture
+def program(tmp_path: Path) -> Iterator[Callable[[str], Program]]:
+    pytest.importorskip("mp_rerank._workers.forkserver", exc_type=ImportError)
+    programs: list[Program] = []
+
+    def start(text: str) -> Program:
+        programs.append(Program(tmp_path, text))
+        return programs[-1]
+
+    yield start
+    for started in programs:
+        started.end()
+
+
+def test_start_timeout_covers_the_imports_of_the_server(program: Callable[[str], Program]) -> None:
+    running = program(
+        """
+start = time.monotonic()
+try:
+    RerankerPool(FAKE, start_timeout=0.5, max_restarts=1, **options).start()
+except Exception as error:
+    say(type(error).__name__, error, time.monotonic() - start < 5)
+"""
+    )
+    said = running.read()
+    assert "WorkerCrashedError 2 workers in a row ended on cpu" in said
+    assert said.endswith("hung and was killed True")
+    assert running.process.wait(PATIENCE) == 0
+
+
+def test_ctrl_c_while_the_server_imports(program: Callable[[str], Program]) -> None:
+    running = program(
+        """
+try:
+    RerankerPool(FAKE, **options).start()
+except KeyboardInterrupt:
+    say("interrupted")
+"""
+    )
+    server = running.server()
+    running.process.send_signal(signal.SIGINT)
+    start = time.monotonic()
+    assert running.read() == "interrupted"
+    assert time.monotonic() - start < 3
+    assert running.process.wait(PATIENCE) == 0
+    until(lambda: not server.is_running())
+
+
+def test_the_server_ends_with_a_killed_parent_while_it_imports(program: Callable[[str], Program]) -> None:
+    running = program("RerankerPool(FAKE, **options).start()")
+    server = running.server()
+    running.process.kill()
+    _, alive = psutil.wait_procs([server], timeout=20)
+    assert not alive
+
+
+def test_deadlines_are_kept_while_a_new_server_imports(program: Callable[[str], Program]) -> None:
+    """The old one was killed, and took its worker along."""
+    running = program(
+        """
+pool = RerankerPool(FAKE, **options).start()
+say(pool.workers()[0].pid)
+sys.stdin.readline()
+start = time.monotonic()
+try:
+    pool.submit("query", ["document"], timeout=0.5).result()
+except RequestTimeoutError:
+    say("in time", time.monotonic() - start < 1.5)
+sys.stdin.readline()
+say(len(pool.rerank("query", ["document"] * 3)))
+pool.close()
+"""
+    )
+    running.asleep.unlink()
+    worker = psutil.Process(int(running.read()))
+    server = worker.parent()
+    assert server is not None
+    running.asleep.touch()
+    server.kill()
+    psutil.wait_procs([worker], timeout=20)
+    running.go_on()
+    assert running.read() == "in time True"
+    running.asleep.unlink()
+    running.go_on()
+    assert running.read() == "3"
+    assert running.process.wait(PATIENCE) == 0
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
+def test_a_fork_of_the_program_keeps_no_server_alive(program: Callable[[str], Program]) -> None:
+    running = program(
+        """
+pool = RerankerPool(FAKE, **options).start()
+fork = os.fork()
+if fork == 0:
+    time.sleep(60)
+    os._exit(0)
+say(fork)
+time.sleep(60)
+"""
+    )
+    running.asleep.unlink()
+    fork = psutil.Process(int(running.read()))
+    server = running.server(importing=False)
+    running.process.kill()
+    try:
+        _, alive = psutil.wait_procs([server], timeout=20)
+        assert not alive
+        assert fork.is_running()
+    finally:
+        fork.kill()

@@ -14,6 +14,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -723,3 +724,22 @@ def test_submitting_from_many_threads_while_it_closes(make_pool: MakePool) -> No
     for thread in agents:
         thread.join(PATIENCE)
     assert all(outcomes)
+
+
+@pytest.mark.parametrize(
+    ("options", "error"),
+    [({"drain": "false"}, TypeError), ({"timeout": "1"}, TypeError), ({"timeout": -1}, ValueError)],
+)
+def test_a_mistake_in_closing_closes_nothing(
+    make_pool: MakePool, options: dict[str, Any], error: type[Exception]
+) -> None:
+    pool = make_pool(workers=1).start()
+    with pytest.raises(error, match=next(iter(options))):
+        pool.close(**options)
+    assert pool.rerank("query", ["document"])
+    pool.close(timeout=10**400)  # no limit
+
+
+def test_no_clock_is_too_short_for_a_patient_caller(make_pool: MakePool) -> None:
+    with make_pool(workers=1) as pool:
+        assert pool.submit("query", ["document"]).result(10**400)

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from conftest import PATIENCE
 
-from mp_rerank._workers.shadowing import shadowing
+from mp_rerank._shadowing import shadowing
 
 ROOT = Path(__file__).parents[2]
 
@@ -110,6 +110,22 @@ def test_in_a_directory_that_was_deleted_nothing_is_named(
     monkeypatch.syspath_prepend("")
     (tmp_path / "gone").rmdir()
     assert shadowing() == shadowing(failing_import("import no_such_module")) == ""
+
+
+@pytest.mark.parametrize("name", ["logging", "select", "random"])
+def test_importing_a_name_of_the_package_says_which_file_is_in_the_way(name: str, tmp_path: Path) -> None:
+    (tmp_path / f"{name}.py").write_text("")
+    done = subprocess.run(
+        [sys.executable, "-c", "from mp_rerank import RerankerPool; RerankerPool().plan"],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+    )
+    said = done.stderr.strip().splitlines()[-1]
+    assert said.startswith("ImportError: mp_rerank.")
+    assert said.endswith(f"({tmp_path / name}.py shadows the standard library's module {name}: rename it)")
 
 
 @pytest.mark.real

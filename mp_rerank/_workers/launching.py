@@ -1,0 +1,135 @@
+"""How the process of a worker is started: the context that an executor makes its one process with.
+
+    WorkerContext    given to the executor; its process is a worker's
+    LaunchError      the system would not start the process, or the process never came to run anything of ours
+
+Nothing here waits for long, except for a fork server that is still importing: that wait can be given up.
+"""
+
+from __future__ import annotations
+
+import errno
+import multiprocessing.process
+import os
+import threading
+import traceback
+import weakref
+from multiprocessing.context import SpawnContext, SpawnProcess
+from typing import Any
+
+from mp_rerank._workers.green import threads_are_green
+from mp_rerank._workers.surroundings import worker_surroundings
+
+__all__ = ["LaunchError", "WorkerContext"]
+
+# The system says these when it has too little of something, which may be otherwise a moment later.
+PASSING_ERRORS = (errno.EAGAIN, errno.ENOMEM, errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.EINTR)
+
+F_SETPIPE_SZ = 1031  # of linux/fcntl.h; the module fcntl has had it since Python 3.10, but not everywhere
+PIPE_BYTES = 2**20
+
+
+class LaunchError(RuntimeError):
+    """No worker came of a launch.
+
+    Attributes:
+        hopeless: whether another try would end in the same way.
+        details: the traceback.
+    """
+
+    def __init__(self, message: str, *, hopeless: bool, details: str = "") -> None:
+        super().__init__(message)
+        self.hopeless = hopeless
+        self.details = details
+
+    @classmethod
+    def of(cls, error: BaseException) -> LaunchError:
+        """For ``error``, which is being handled."""
+        words = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+        return cls(words, hopeless=not _is_passing(error), details=traceback.format_exc().rstrip())
+
+
+def _is_passing(error: BaseException) -> bool:
+    """Whether what raised ``error`` may work in a moment: the system lacks something, or another process just died."""
+    if isinstance(error, OSError):
+        return error.errno is None or error.errno in PASSING_ERRORS or isinstance(error, ConnectionError)
+    # RuntimeError: "can't start new thread".
+    return isinstance(error, MemoryError | EOFError | RuntimeError)
+
+
+class WorkerContext(SpawnContext):
+    """The context of one executor, which makes one process: ``started``.
+
+    Args:
+        name: the worker's.
+        start_method: ``"spawn"`` or ``"forkserver"``.
+        unwanted: set once nobody wants the worker any more; looked at while a fork server is waited for.
+    """
+
+    def __init__(self, name: str, start_method: str, unwanted: threading.Event) -> None:
+        self.worker_name = name
+        self.worker_start_method = start_method
+        self.unwanted = unwanted
+        self.started: _WorkerProcess | None = None
+
+    def Process(self, *, target: Any, args: Any) -> multiprocessing.process.BaseProcess:  # type: ignore[override]
+        self.started = process = _WorkerProcess(target=target, args=args, name=self.worker_name)
+        process.by_server = self.worker_start_method == "forkserver"
+        process.unwanted = self.unwanted
+        return process
+
+
+class _WorkerProcess(SpawnProcess):
+    """A process that does not run the parent's main module; spawned, or forked by the server."""
+
+    by_server = False
+    unwanted: threading.Event
+
+    @staticmethod
+    def _Popen(process_obj: Any) -> Any:
+        with worker_surroundings():
+            if process_obj.by_server:
+                from mp_rerank._workers import forkserver  # not on every system
+
+                return forkserver.Popen(process_obj)
+            return SpawnProcess._Popen(process_obj)
+
+    def start(self) -> None:
+        tasks, results = self._args[:2]  # type: ignore[attr-defined]
+        super().start()
+        _processes.add(self)
+        # What only the worker uses of its two pipes is closed here, so that its death is the end of both: with this
+        # process's own copies open, a thread of the executor would wait for ever for somebody to read the rest of a
+        # large task (Python 3.10), or to write the rest of a result that its writer died in.
+        tasks._reader.close()
+        results._writer.close()
+        if threads_are_green():
+            _enlarge(tasks._writer.fileno())
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = self.__dict__.copy()
+        state.pop("unwanted", None)  # the parent's to ask
+        return state
+
+
+def _enlarge(pipe: int) -> None:
+    """Make room in ``pipe`` for the slices a worker has waiting (Linux): writing to a full one stops all greenlets."""
+    try:
+        import fcntl
+
+        fcntl.fcntl(pipe, F_SETPIPE_SZ, PIPE_BYTES)
+    except (ImportError, OSError):  # not on this system, or more than it lets us have
+        pass
+
+
+_processes: weakref.WeakSet[_WorkerProcess] = weakref.WeakSet()
+
+
+def _after_fork() -> None:
+    """In a fork of this process: its workers are not the fork's children, to be waited for when that exits."""
+    for process in _processes:
+        multiprocessing.process._children.discard(process)  # type: ignore[attr-defined]
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
