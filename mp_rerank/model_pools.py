@@ -25,6 +25,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from typing import Any, NoReturn, SupportsIndex
 
+from mp_rerank._calls import Asked
 from mp_rerank._checks import check_flag, check_seconds, memory_size
 from mp_rerank._model_manager import Acquire, Lease, Leased, Manager, Retire, key_of
 from mp_rerank._scheduling.dispatcher import Dispatcher
@@ -33,7 +34,7 @@ from mp_rerank._scheduling.request import Request
 from mp_rerank._scheduling.streams import Feed
 from mp_rerank.config import ModelSpec, PoolConfig
 from mp_rerank.errors import PoolClosedError, RequestTimeoutError, RerankError
-from mp_rerank.pool import RerankerPool, _Asked, _given, _spec
+from mp_rerank.pool import RerankerPool, given, spec_of
 from mp_rerank.results import ModelPoolsStats
 
 __all__ = ["ModelPools"]
@@ -82,7 +83,7 @@ class ModelPools:
         Raises:
             TypeError, ValueError: as for ``RerankerPool``.
         """
-        return _Handle(self, self._manager, _spec(model), {**self._options, **options})
+        return _Handle(self, self._manager, spec_of(model), {**self._options, **options})
 
     def stats(self) -> ModelPoolsStats:
         """Which models are kept, and what they take."""
@@ -186,7 +187,7 @@ class _Handle(RerankerPool):
         self._lease(None).give_up()
         return self
 
-    def _lease(self, asked: _Asked | None) -> Leased:
+    def _lease(self, asked: Asked | None) -> Leased:
         """Wait for a lease, until the request expires."""
         leased: Leased = self._begin()
         try:
@@ -197,7 +198,7 @@ class _Handle(RerankerPool):
             raise
         return leased
 
-    def _check_leased(self, leased: Leased, asked: _Asked | None) -> None:
+    def _check_leased(self, leased: Leased, asked: Asked | None) -> None:
         if asked is not None and not leased.started.given:
             timeout = asked.options.timeout or 0.0
             words = f"the request waited {timeout:g} s for {self.spec.name} to be loaded"
@@ -205,14 +206,14 @@ class _Handle(RerankerPool):
         if leased.started.error is not None:
             raise copy.copy(leased.started.error)
 
-    def _submit(self, asked: _Asked) -> Future[Any]:
+    def _submit(self, asked: Asked) -> Future[Any]:
         try:
             leased: Any = self._lease(asked)
         except RequestTimeoutError as error:
             return _unscored(asked, error)
         return self._enter(leased, self._request(asked, leased), wait=True)
 
-    def _result(self, asked: _Asked) -> Any:
+    def _result(self, asked: Asked) -> Any:
         try:
             leased: Any = self._lease(asked)
         except RequestTimeoutError as error:
@@ -223,12 +224,12 @@ class _Handle(RerankerPool):
         finally:
             request.future.cancel()  # of a finished one: nothing
 
-    async def _awaited(self, asked: _Asked) -> Any:
+    async def _awaited(self, asked: Asked) -> Any:
         leased = self._begin()
         try:
             limit = None if asked.deadline is None else _seconds_left(asked.deadline)
             try:
-                await asyncio.wait_for(_given(leased.started), limit)
+                await asyncio.wait_for(given(leased.started), limit)
             except asyncio.TimeoutError:  # another than the built-in one before Python 3.11
                 pass
             self._check_leased(leased, asked)
@@ -241,7 +242,7 @@ class _Handle(RerankerPool):
             raise
         return await asyncio.wrap_future(future)
 
-    def _request(self, asked: _Asked, dispatcher: Any, feed: Feed | None = None) -> Request:
+    def _request(self, asked: Asked, dispatcher: Any, feed: Feed | None = None) -> Request:
         try:
             return super()._request(asked, dispatcher, feed)
         except BaseException:
@@ -249,7 +250,7 @@ class _Handle(RerankerPool):
             raise
 
 
-def _unscored(asked: _Asked, error: RequestTimeoutError) -> Future[Any]:
+def _unscored(asked: Asked, error: RequestTimeoutError) -> Future[Any]:
     """The future of a request that expired before there was a pool for it, if it is a partial one; else ``error``."""
     if asked.options.on_timeout != "partial":
         raise error

@@ -6,43 +6,27 @@ import asyncio
 import copy
 import os
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
-from functools import partial
-from typing import TYPE_CHECKING, Any, SupportsIndex
-
-import numpy as np
-import numpy.typing as npt
+from typing import Any, SupportsIndex
 
 from mp_rerank._arguments import (
-    Document,
-    RequestKeywords,
-    RequestOptions,
     check_caller,
-    check_top_n,
-    deadline_of,
-    documents_of,
-    pairs_of,
-    text_of,
 )
+from mp_rerank._calls import Asked, RerankerCalls
 from mp_rerank._checks import check_flag, check_seconds, is_for_ever
-from mp_rerank._cross_encoder import CrossEncoderCalls
-from mp_rerank._pairs import Pair, digests
+from mp_rerank._pairs import digests
 from mp_rerank._planning.plan import Plan, make_plan
 from mp_rerank._scheduling.dispatcher import Dispatcher, leave_with_interpreter
 from mp_rerank._scheduling.futures import Answer, check_may_wait, is_pool_thread
-from mp_rerank._scheduling.request import DEFAULT_CALLER, Request, all_scores, estimate_lengths, nothing, rank
+from mp_rerank._scheduling.request import DEFAULT_CALLER, Request, estimate_lengths
 from mp_rerank._scheduling.streams import AsyncScoreStream, Feed, ScoreStream
 from mp_rerank._workers.handle import check_may_start
 from mp_rerank._workers.logs import flush
 from mp_rerank._workers.memory import memory_of
 from mp_rerank.config import BUILTIN, ModelSpec, PoolConfig
 from mp_rerank.errors import PoolClosedError
-from mp_rerank.results import PoolMemory, PoolStats, RerankResult, Scores, WorkerInfo
-
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
+from mp_rerank.results import PoolMemory, PoolStats, WorkerInfo
 
 __all__ = ["RerankerPool"]
 
@@ -50,49 +34,7 @@ __all__ = ["RerankerPool"]
 LOG_SECONDS = 1.0
 
 
-@dataclass
-class _Asked:
-    """What a caller asks for, checked: all that a request needs but what workers say of their model.
-
-    Attributes:
-        pairs: the pairs to score.
-        finish: what becomes of their scores; see `Request`.
-        ranking: whether ``finish`` needs one score a pair.
-        options: the request's.
-        deadline: when it expires, on the monotonic clock.
-    """
-
-    pairs: list[Pair]
-    finish: Callable[[Scores, npt.NDArray[np.bool_]], Any]
-    ranking: bool
-    options: RequestOptions
-    deadline: float | None
-
-    @classmethod
-    def ranking_of(
-        cls, query: str, documents: Iterable[Document], top_n: SupportsIndex | None, keywords: RequestKeywords
-    ) -> _Asked:
-        options = RequestOptions.of(keywords)
-        text = text_of("query", query)
-        kept = documents_of(documents)
-        finish = partial(rank, kept.given, check_top_n(top_n), records=kept.records)
-        pairs = [(text, document) for document in kept.texts]
-        return cls(pairs, finish, True, options, deadline_of(options.timeout))
-
-    @classmethod
-    def scores_of(cls, pairs: Iterable[Sequence[str]], keywords: RequestKeywords) -> _Asked:
-        options = RequestOptions.of(keywords)
-        return cls(pairs_of(pairs), all_scores, False, options, deadline_of(options.timeout))
-
-    @classmethod
-    def stream_of(cls, query: str, documents: Iterable[Document], keywords: RequestKeywords) -> _Asked:
-        options = RequestOptions.of(keywords)
-        text = text_of("query", query)
-        pairs = [(text, document) for document in documents_of(documents).texts]
-        return cls(pairs, nothing, False, options, deadline_of(options.timeout))
-
-
-class RerankerPool(CrossEncoderCalls):
+class RerankerPool(RerankerCalls):
     """A pool of workers, each with its own model on its own device, for any number of threads.
 
         with RerankerPool("cross-encoder/ms-marco-MiniLM-L6-v2") as pool:
@@ -124,7 +66,7 @@ class RerankerPool(CrossEncoderCalls):
         threads_per_worker: int | None = None,
         **options: Any,
     ) -> None:
-        self.spec = _spec(model)
+        self.spec = spec_of(model)
         options.update(devices=devices, workers=workers, threads_per_worker=threads_per_worker)
         self.config = PoolConfig.of(options)
         self.spec.check_devices(self.config.devices)
@@ -214,146 +156,11 @@ class RerankerPool(CrossEncoderCalls):
             ModelLoadError: it could not be loaded; the pool goes on with the old one.
             RerankError: another reload is under way.
         """
-        spec = _spec(model)
+        spec = spec_of(model)
         spec.check_devices(self.config.devices)
         dispatcher = self._running()
         dispatcher.reload(spec).get()
         self.spec = spec
-
-    # Work.
-
-    def submit(
-        self,
-        query: str,
-        documents: Iterable[Document],
-        *,
-        top_n: SupportsIndex | None = None,
-        **options: Unpack[RequestKeywords],
-    ) -> Future[list[RerankResult]]:
-        """Rank ``documents`` by relevance to ``query``.
-
-        Args:
-            query: the query.
-            documents: the documents, any number of them, from any iterable in an order: texts, and dicts with a text
-                under ``"text"``, whose result has the dict as its ``record``.
-            top_n: how many of the best to return; ``None``: all.
-            timeout: seconds from now until the request expires; what is not scored then is dropped. ``None``: never.
-            priority: from -8 to 8; each step doubles the request's share of what its caller gets, and none starves the
-                others.
-            on_timeout: ``"raise"`` RequestTimeoutError, or ``"partial"``: the ranking of what is scored by then,
-                followed by the rest with a ``relevance_score`` of ``None``.
-            caller: whose request it is: any string but an empty one. Callers that wait share the workers equally,
-                however many requests each has. ``None``: this pool's own caller; see ``for_caller``.
-
-        Returns:
-            A future of the results, best first; equal scores in the order submitted. ``cancel()`` works until it is
-            done, and its done-callbacks run on threads of their own. It may hold RequestTimeoutError, ScoringError,
-            WorkerCrashedError or PoolClosedError.
-
-        Raises:
-            TypeError, ValueError: naming the argument; also for a model of several labels, which ranks nothing.
-            PoolClosedError, PoolOverloadedError: the request was not taken.
-            ModelLoadError: from ``start``, if this is the first request.
-        """
-        return self._submit(_Asked.ranking_of(query, documents, top_n, options))
-
-    def submit_pairs(self, pairs: Iterable[Sequence[str]], **options: Unpack[RequestKeywords]) -> Future[Scores]:
-        """Score ``(query, document)`` pairs, as ``CrossEncoder.predict`` does.
-
-        Args:
-            pairs: the pairs, in any mixture of queries.
-            timeout, priority, on_timeout, caller: as for ``submit``; a partial result has NaN where there is no score.
-
-        Returns:
-            A future of float32 scores in the order of ``pairs``: shape (n,), or (n, num_labels) if there are several.
-
-        Raises:
-            As ``submit``.
-        """
-        return self._submit(_Asked.scores_of(pairs, options))
-
-    def rerank(
-        self,
-        query: str,
-        documents: Iterable[Document],
-        *,
-        top_n: SupportsIndex | None = None,
-        **options: Unpack[RequestKeywords],
-    ) -> list[RerankResult]:
-        """``submit(...).result()``: rank and wait. Interrupted, it cancels the request."""
-        results: list[RerankResult] = self._result(_Asked.ranking_of(query, documents, top_n, options))
-        return results
-
-    async def arerank(
-        self,
-        query: str,
-        documents: Iterable[Document],
-        *,
-        top_n: SupportsIndex | None = None,
-        **options: Unpack[RequestKeywords],
-    ) -> list[RerankResult]:
-        """``submit`` for asyncio: the loop goes on meanwhile, even while the pool starts or is full.
-
-        Cancelling the task cancels the request.
-        """
-        results: list[RerankResult] = await self._awaited(_Asked.ranking_of(query, documents, top_n, options))
-        return results
-
-    async def asubmit_pairs(self, pairs: Iterable[Sequence[str]], **options: Unpack[RequestKeywords]) -> Scores:
-        """``submit_pairs`` for asyncio, as ``arerank`` is ``submit``: the scores."""
-        scores: Scores = await self._awaited(_Asked.scores_of(pairs, options))
-        return scores
-
-    def stream(self, query: str, documents: Iterable[Document], **options: Unpack[RequestKeywords]) -> ScoreStream:
-        """Score ``documents``, and give each score as soon as it is there: for progress bars, or to stop early.
-
-            for index, score in pool.stream(query, documents):
-                ...
-
-        Args:
-            query, documents, timeout, priority, on_timeout, caller: as for ``submit``. With ``on_timeout="partial"``
-                the iterator ends at the deadline.
-
-        Returns:
-            An iterator of ``(index, score)``, once for each document, a slice at a time and in no promised order. The
-            score is the one that ``submit`` has; it is a list of numbers if the model gives several. Scores wait in the
-            iterator for a slow caller, who delays nobody. ``close()``, leaving ``with`` or Ctrl-C cancels the rest, and
-            so does losing the iterator, as ``break`` does. What came before an error is given first, then the iterator
-            raises one of those that the future of ``submit`` may hold.
-
-        Raises:
-            As ``submit``, but for models of several labels.
-        """
-        asked = _Asked.stream_of(query, documents, options)
-        dispatcher = self._running()
-        feed = Feed()
-        stream = ScoreStream(feed)
-        try:
-            request = self._request(asked, dispatcher, feed)
-            stream.follow(request.future)
-            self._enter(dispatcher, request, wait=True)
-        except BaseException:
-            stream.close()
-            raise
-        return stream
-
-    def astream(
-        self, query: str, documents: Iterable[Document], **options: Unpack[RequestKeywords]
-    ) -> AsyncScoreStream:
-        """``stream`` for asyncio, to be used with ``async for``; ``aclose()`` closes it.
-
-        Arguments are checked, and the timeout begins, with this call. The request is submitted when the first item is
-        asked for, without holding up the loop. Leaving the ``async for`` early, or cancelling the task, cancels the
-        rest.
-        """
-        asked = _Asked.stream_of(query, documents, options)
-        feed = Feed()
-
-        async def enter() -> Future[Any]:
-            dispatcher = await self._ready()
-            return self._enter(dispatcher, self._request(asked, dispatcher, feed), wait=False)
-
-        return AsyncScoreStream(feed, enter)
 
     # Callers.
 
@@ -451,12 +258,12 @@ class RerankerPool(CrossEncoderCalls):
             assert dispatcher is not None
         return dispatcher
 
-    def _submit(self, asked: _Asked) -> Future[Any]:
+    def _submit(self, asked: Asked) -> Future[Any]:
         """Hand a request over, once there is room for it; its future."""
         dispatcher = self._running()
         return self._enter(dispatcher, self._request(asked, dispatcher), wait=True)
 
-    def _result(self, asked: _Asked) -> Any:
+    def _result(self, asked: Asked) -> Any:
         """Hand a request over and wait for its result. Interrupted, cancel it."""
         dispatcher = self._running()
         request = self._request(asked, dispatcher)
@@ -465,7 +272,7 @@ class RerankerPool(CrossEncoderCalls):
         finally:
             request.future.cancel()  # of a finished one: nothing
 
-    async def _awaited(self, asked: _Asked) -> Any:
+    async def _awaited(self, asked: Asked) -> Any:
         """Hand a request over and wait for its result, on no thread. Cancelled, cancel it."""
         dispatcher = await self._ready()
         future = self._enter(dispatcher, self._request(asked, dispatcher), wait=False)
@@ -474,17 +281,35 @@ class RerankerPool(CrossEncoderCalls):
     async def _ready(self) -> Dispatcher:
         """The dispatcher, once the workers have started; waited for on no thread."""
         dispatcher = self._begin()
-        await _given(dispatcher.started)
+        await given(dispatcher.started)
         if dispatcher.started.error is not None:
             dispatcher.close(drain=False)
             raise copy.copy(dispatcher.started.error)
         return dispatcher
 
-    def _score_pairs(self, pairs: Iterable[Sequence[str]]) -> Scores:
-        scores: Scores = self._result(_Asked.scores_of(pairs, {}))
-        return scores
+    def _stream(self, asked: Asked) -> ScoreStream:
+        dispatcher = self._running()
+        feed = Feed()
+        stream = ScoreStream(feed)
+        try:
+            request = self._request(asked, dispatcher, feed)
+            stream.follow(request.future)
+            self._enter(dispatcher, request, wait=True)
+        except BaseException:
+            stream.close()
+            raise
+        return stream
 
-    def _request(self, asked: _Asked, dispatcher: Dispatcher, feed: Feed | None = None) -> Request:
+    def _astream(self, asked: Asked) -> AsyncScoreStream:
+        feed = Feed()
+
+        async def enter() -> Future[Any]:
+            dispatcher = await self._ready()
+            return self._enter(dispatcher, self._request(asked, dispatcher, feed), wait=False)
+
+        return AsyncScoreStream(feed, enter)
+
+    def _request(self, asked: Asked, dispatcher: Dispatcher, feed: Feed | None = None) -> Request:
         facts = dispatcher.facts
         assert facts is not None
         if asked.ranking and facts.num_labels != 1:
@@ -595,13 +420,13 @@ class _CallerHandle(RerankerPool):
         return RerankerPool.for_caller, (self._pool, self._caller)
 
 
-def _spec(model: str | os.PathLike[str] | ModelSpec) -> ModelSpec:
+def spec_of(model: str | os.PathLike[str] | ModelSpec) -> ModelSpec:
     spec = model if isinstance(model, ModelSpec) else ModelSpec(model)  # type: ignore[arg-type]  # a path becomes a str
     spec.check_exists()
     return spec
 
 
-async def _given(answer: Answer[None]) -> None:
+async def given(answer: Answer[None]) -> None:
     """Wait until ``answer`` is given, a value or an error, on no thread."""
     loop = asyncio.get_running_loop()
     given = asyncio.Event()

@@ -314,6 +314,7 @@ def test_closing_the_pool_ends_it(make_pool: MakePool, fifo: Fifo) -> None:
     pool = make_pool(workers=1, slice_tokens=1).start()
     stream = pool.stream("query", texts_and_gate(fifo))
     fifo.wait_until_read()
+    until(lambda: pool.stats().scored_pairs == 5)  # the worker is at the gate a moment before its scores are here
     pool.close(drain=False)
     assert len([next(stream) for _ in range(5)]) == 5
     with pytest.raises(PoolClosedError):
