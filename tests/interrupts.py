@@ -1,4 +1,4 @@
-"""Ctrl-C at a chosen moment, as often as it takes to have seen every one."""
+"""Something that happens at a chosen moment of a call, as often as it takes to have seen every one."""
 
 from __future__ import annotations
 
@@ -8,9 +8,25 @@ from types import FrameType
 
 
 def interrupted(call: Callable[[], object], moment: int) -> bool:
-    """Make ``call``, and raise KeyboardInterrupt at the ``moment``-th chance from 1 on; whether it came that far.
+    """Make ``call``, and raise KeyboardInterrupt, as Ctrl-C does, at its ``moment``-th moment; see ``at_moment``."""
+    came_that_far = False
 
-    CPython looks whether there was a signal as a function starts and after each call: so does this, and nowhere else.
+    def interrupt() -> None:
+        nonlocal came_that_far
+        came_that_far = True
+        raise KeyboardInterrupt
+
+    try:
+        at_moment(call, moment, interrupt)
+    except KeyboardInterrupt:
+        pass
+    return came_that_far
+
+
+def at_moment(call: Callable[[], object], moment: int, act: Callable[[], object]) -> bool:
+    """Make ``call``, and ``act`` at its ``moment``-th moment, from 1 on; whether it came that far.
+
+    CPython looks whether there was a signal as a function starts and after each call: these are the moments.
     """
     left = moment
 
@@ -20,13 +36,11 @@ def interrupted(call: Callable[[], object], moment: int) -> bool:
             left -= 1
             if left == 0:
                 sys.setprofile(None)
-                raise KeyboardInterrupt
+                act()
 
     sys.setprofile(look)
     try:
         call()
-    except KeyboardInterrupt:
-        pass
     finally:
         sys.setprofile(None)
     return left <= 0

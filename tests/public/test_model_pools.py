@@ -9,20 +9,20 @@ import os
 import pickle
 import random
 import signal
-import sys
 import threading
 import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
-from types import FrameType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 from conftest import FAKE, PATIENCE, Fifo, ranked, until
 from fakes import score_of
+from interrupts import at_moment
 
 from mp_rerank import (
     ModelLoadError,
@@ -541,26 +541,8 @@ def test_no_lock_is_held_while_a_caller_s_code_can_run(make_pools: MakePools) ->
         leased.started.wait(PATIENCE)
         leased.give_up()
 
-    def at_moment(moment: int) -> bool:
-        left, called = moment, []
-
-        def look(frame: FrameType, event: str, argument: object) -> None:
-            nonlocal left
-            left -= 1
-            if left == 0:
-                sys.setprofile(None)
-                call()
-                called.append(True)
-
-        sys.setprofile(look)
-        try:
-            call()
-        finally:
-            sys.setprofile(None)
-        return bool(called)
-
     moment = 1
-    while at_moment(moment):
+    while at_moment(call, moment, call):
         moment += 1
     assert moment > 20
     assert [kept.requests for kept in pools.stats().models] == [0]

@@ -19,12 +19,12 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import pytest
 from conftest import FAKE, PATIENCE
 from fakes import scores_of
+from interrupts import at_moment
 
 from mp_rerank import ModelLoadError, ModelSpec, PoolClosedError, PoolConfig, RerankerPool, shared, shared_pool
 
@@ -94,28 +94,19 @@ def test_many_threads_replacing_a_closed_one_at_once_get_one() -> None:
 def test_it_may_be_asked_for_in_the_middle_of_asking_for_it() -> None:
     """By a signal handler, or a finalizer: at whatever moment, it waits for nothing, and all get the same pool."""
 
-    def at_moment(moment: int) -> bool:
+    def asked_twice(moment: int) -> bool:
         shared._places.clear()
-        left, found = moment, []
-
-        def look(frame: FrameType, event: str, argument: object) -> None:
-            nonlocal left
-            left -= 1
-            if left == 0:
-                sys.setprofile(None)
-                found.append(shared_pool(FAKE, "cpu"))
-
-        sys.setprofile(look)
-        try:
-            pool = shared_pool(FAKE, "cpu")
-        finally:
-            sys.setprofile(None)
-        assert all(one is pool for one in found), moment
-        assert shared_pool(FAKE, "cpu") is pool
-        return bool(found)
+        found: list[RerankerPool] = []
+        outer: list[RerankerPool] = []
+        came_that_far = at_moment(
+            lambda: outer.append(shared_pool(FAKE, "cpu")), moment, lambda: found.append(shared_pool(FAKE, "cpu"))
+        )
+        assert all(one is outer[0] for one in found), moment
+        assert shared_pool(FAKE, "cpu") is outer[0]
+        return came_that_far
 
     moment = 1
-    while at_moment(moment):
+    while asked_twice(moment):
         moment += 1
     assert moment > 100
 

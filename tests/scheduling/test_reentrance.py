@@ -9,13 +9,14 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import pytest
 from conftest import FAKE, PATIENCE, Fifo, ranked, until
+from interrupts import at_moment
 
 from mp_rerank import PoolClosedError, RerankerPool
 from mp_rerank._scheduling.futures import PoolFuture
@@ -30,28 +31,6 @@ def documents(count: int) -> list[str]:
 
 
 # A signal handler, at every moment of a call.
-
-
-@contextmanager
-def handling(handler: Callable[[], object], moment: int) -> Iterator[Callable[[], bool]]:
-    """Within, call ``handler`` at the ``moment``-th chance that CPython has to run a signal handler in this thread;
-    gives whether it came that far.
-    """
-    left = moment
-
-    def look(frame: FrameType, event: str, argument: object) -> None:
-        nonlocal left
-        if event in ("call", "return", "c_return"):
-            left -= 1
-            if left == 0:
-                sys.setprofile(None)
-                handler()
-
-    sys.setprofile(look)
-    try:
-        yield lambda: left <= 0
-    finally:
-        sys.setprofile(None)
 
 
 CALLS: dict[str, Callable[[RerankerPool], object]] = {
@@ -77,9 +56,7 @@ def test_a_handler_may_use_the_pool_at_any_moment_of_a_call(
 ) -> None:
     with make_pool(workers=1, max_pending_pairs=bound) as pool:
         for moment in range(1, 1000):
-            with handling(lambda: HANDLERS[handler](pool), moment) as came_that_far:
-                CALLS[call](pool)
-            if not came_that_far():
+            if not at_moment(partial(CALLS[call], pool), moment, partial(HANDLERS[handler], pool)):
                 break
         assert 5 < moment < 999
         assert pool.rerank("query", documents(3)) == ranked("query", documents(3))
@@ -91,13 +68,14 @@ def test_a_handler_may_close_the_pool_at_any_moment_of_a_call(make_pool: MakePoo
         pass  # the modules that a first pool imports are no moments of the call
     for moment in range(1, 400, 7):
         pool = make_pool(workers=1).start()
-        with handling(pool.close, moment) as came_that_far:
-            try:
+
+        def until_closed(pool: RerankerPool = pool) -> None:
+            with suppress(PoolClosedError):
                 CALLS[call](pool)
-            except PoolClosedError:
-                pass
+
+        came_that_far = at_moment(until_closed, moment, pool.close)
         pool.close()
-        if not came_that_far():
+        if not came_that_far:
             break
     assert 5 < moment < 399
 
@@ -108,18 +86,16 @@ def test_a_handler_may_use_or_close_the_pool_at_any_moment_of_its_start(make_poo
         pool = make_pool(workers=1)
 
         def handle(pool: RerankerPool = pool) -> None:
-            try:
+            with suppress(PoolClosedError):
                 pool.close() if handler == "close" else pool.rerank("query", documents(2))
-            except PoolClosedError:
-                pass
 
-        with handling(handle, moment) as came_that_far:
-            try:
+        def start(pool: RerankerPool = pool) -> None:
+            with suppress(PoolClosedError):
                 pool.start()
-            except PoolClosedError:
-                pass
+
+        came_that_far = at_moment(start, moment, handle)
         pool.close()
-        if not came_that_far():
+        if not came_that_far:
             break
     assert 5 < moment < 999
 
