@@ -31,6 +31,7 @@ import numpy as np
 import torch
 import transformers
 
+from mp_rerank._engine.loading import module_of
 from mp_rerank.race import cases
 from mp_rerank.race.command import versions
 from mp_rerank.race.rounds import MODELS, kind_of, only_json, requests, together
@@ -234,7 +235,7 @@ def predicting(send: Connection, folder: Path, threads: int) -> None:
     """What ``predict`` changes of the model that threads share: its device, its mode, its tokenizer, its activation."""
     asked = requests(threads)
     model = cases.load(folder)
-    network = cases.network(model)
+    network = module_of(model)
     backend = type(model.tokenizer)
     places = watch(
         backend, "set_truncation_and_padding", "the tokenizer's truncation", lambda: _truncation(model.tokenizer)

@@ -17,7 +17,7 @@ from sentence_transformers import CrossEncoder
 
 from mp_rerank.config import ModelSpec
 
-__all__ = ["load", "module_of", "prove", "torch_dtype", "truncation_length", "warn_of_slow_dtype"]
+__all__ = ["load", "module_of", "prove", "torch_dtype", "truncation_length", "version_of", "warn_of_slow_dtype"]
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +37,7 @@ def load(spec: ModelSpec, device: str) -> CrossEncoder:
     model_kwargs = dict(spec.model_kwargs)
     dtype = torch_dtype(spec)
     if dtype is not None:
-        argument = "dtype" if _version(transformers) >= (4, 56) else "torch_dtype"
+        argument = "dtype" if version_of(transformers) >= (4, 56) else "torch_dtype"
         model_kwargs[argument] = dtype if dtype == "auto" else getattr(torch, dtype)
     arguments: dict[tuple[str, ...], Any] = {  # under their names in sentence-transformers, the newest first
         ("model_kwargs", "automodel_args"): model_kwargs,
@@ -145,6 +145,7 @@ def _activation(path: str) -> Any:
     return found() if isinstance(found, type) else found
 
 
-def _version(package: Any) -> tuple[int, int]:
+def version_of(package: Any) -> tuple[int, int]:
+    """Major and minor version of ``package``."""
     major, minor = package.__version__.split(".")[:2]
     return int(major), int(minor)

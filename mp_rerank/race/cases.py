@@ -26,6 +26,7 @@ from sentence_transformers import CrossEncoder
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import BertConfig, BertForMaskedLM, BertForSequenceClassification, PreTrainedTokenizerFast
 
+from mp_rerank._engine.loading import module_of, version_of
 from mp_rerank.race.rounds import (
     HUNG,
     MODELS,
@@ -54,7 +55,6 @@ __all__ = [
     "load",
     "make_models",
     "named",
-    "network",
     "predict",
 ]
 
@@ -120,18 +120,8 @@ def load(folder: Path, name: str = MODELS[0], dtype: str | None = None) -> Any:
     return CrossEncoder(str(folder / name), device="cpu", **options)
 
 
-def version_of(package: Any) -> tuple[int, int]:
-    major, minor = package.__version__.split(".")[:2]
-    return int(major), int(minor)
-
-
-def network(model: Any) -> torch.nn.Module:
-    """The torch module of a ``CrossEncoder``, which is one itself since sentence-transformers 4."""
-    return model if isinstance(model, torch.nn.Module) else model.model
-
-
 def dtypes_of(model: Any) -> set[torch.dtype]:
-    return {parameter.dtype for parameter in network(model).parameters()}
+    return {parameter.dtype for parameter in module_of(model).parameters()}
 
 
 def predict(model: Any, pairs: Pairs, activation: torch.nn.Module | None = None, **options: Any) -> np.ndarray:
