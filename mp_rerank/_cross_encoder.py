@@ -9,6 +9,7 @@ from typing import Any, SupportsIndex
 import numpy as np
 
 from mp_rerank._arguments import Document, check_predict_options, items_of
+from mp_rerank._checks import check_flag
 from mp_rerank.results import RerankResult, Scores
 
 __all__ = ["CrossEncoderCalls"]
@@ -59,6 +60,9 @@ class CrossEncoderCalls(ABC):
         """
         del batch_size, show_progress_bar
         check_predict_options(activation_fn=activation_fn, **rest)
+        check_flag("convert_to_numpy", convert_to_numpy)
+        check_flag("convert_to_tensor", convert_to_tensor)
+        check_flag("apply_softmax", False if apply_softmax is None else apply_softmax)
         given = items_of("inputs", inputs if inputs is not None else sentences, "pairs of (query, document) are needed")
         single = len(given) > 0 and isinstance(given[0], str)
         pairs = [given] if single else given
@@ -94,6 +98,7 @@ class CrossEncoderCalls(ABC):
         """
         del batch_size, show_progress_bar
         check_predict_options(activation_fn=activation_fn, **rest)
+        check_flag("return_documents", return_documents)
         ranked = self.rerank(query, documents, top_n=top_k)
         results: list[dict[str, Any]] = [{"corpus_id": r.index, "score": r.relevance_score} for r in ranked]
         if return_documents:

@@ -30,6 +30,7 @@ from mp_rerank._planning.plan import estimate_memory, make_plan
 from mp_rerank._scheduling.dispatcher import Dispatcher
 from mp_rerank._scheduling.futures import Answer, is_pool_thread
 from mp_rerank._scheduling.request import Request
+from mp_rerank._workers.green import make_queue
 from mp_rerank._workers.logs import POOL_LOGGER, QueuedLogger
 from mp_rerank.config import ModelSpec, PoolConfig
 from mp_rerank.errors import ModelLoadError, PoolClosedError
@@ -274,7 +275,7 @@ class Manager:
         self.owner = os.getpid()
         self._started = self._retired = self._failed = 0
         self._retirements: list[tuple[Answer[None], list[_Tenant]]] = []  # who waits until which are gone
-        self._inbox: queue.SimpleQueue[_Message] = queue.SimpleQueue()
+        self._inbox: queue.SimpleQueue[_Message] = make_queue()
         self._running = threading.Lock()  # taken, and never given back, by the thread that runs the loop
         self._finished = False
 

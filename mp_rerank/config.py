@@ -24,6 +24,8 @@ from mp_rerank._text import one_line
 __all__ = ["BUILTIN", "ModelSpec", "PoolConfig"]
 
 BUILTIN = "builtin"
+# More than any machine has cores; a larger number is a slip.
+MAX_WORKERS = 10_000
 BUILTIN_FOLDER = Path(__file__).parent / "builtin"
 
 # What each backend computes in.
@@ -254,6 +256,8 @@ class PoolConfig:
             checked[name] = check_count(name, getattr(self, name), least=0)
         for name, number in checked.items():
             object.__setattr__(self, name, number)
+        if self.workers is not None and self.workers > MAX_WORKERS:
+            raise ValueError(f"workers: at most {MAX_WORKERS} are started, not {self.workers}")
         for name in ("pin", "tuned", "coalesce"):
             check_flag(name, getattr(self, name))
         self._check_kind_of_worker()

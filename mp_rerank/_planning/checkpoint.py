@@ -11,8 +11,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mp_rerank.config import ModelSpec
+from mp_rerank.errors import ModelLoadError
 
-__all__ = ["folder_of", "weight_files", "will_be_mapped"]
+__all__ = ["check_hub_cache", "folder_of", "weight_files", "will_be_mapped"]
 
 # Floating-point types by their names in safetensors.
 STORED_AS = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
@@ -70,6 +71,15 @@ def _dtypes(file: Path) -> set[str]:
             raise ValueError(f"{file} is no safetensors file")
         header = json.loads(opened.read(length))
     return {tensor["dtype"] for name, tensor in header.items() if name != "__metadata__"}
+
+
+def check_hub_cache(spec: ModelSpec) -> None:
+    """Raise ``ModelLoadError`` where there is no place for a hub's models: no home folder, and no variable instead."""
+    if not spec.local and str(_hub_cache()).startswith("~"):
+        cause = (
+            "there is no home folder to keep a hub's models in: set HF_HOME to a folder that this process may write to"
+        )
+        raise ModelLoadError(f"{spec.name} could not be loaded: {cause}", model=spec.name, cause=cause)
 
 
 def _hub_cache() -> Path:

@@ -237,6 +237,9 @@ class Deployment:
             if leaving.alive:
                 leaving.kill()
                 leaving.join(GRACE_SECONDS)
+            if leaving.alive:
+                logger.error("process %s was killed and has not ended: it is not waited for any more", leaving.pid)
+                leaving.abandon()
         self._leaving.clear()
 
     def workers(self) -> list[WorkerInfo]:

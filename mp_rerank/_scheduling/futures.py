@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import logging
 import math
+import re
 import threading
 import time
 from collections import deque
@@ -35,6 +36,8 @@ logger = logging.getLogger("mp_rerank.pool")
 # a lock (measured: 5 of 8 times while another thread started a process), and Ctrl-C would wait for the answer.
 SIGNAL_CHECK_SECONDS = 0.5
 
+# Of threads that pools depend on: their own, and those of their workers, which are named for slot and generation.
+OURS = re.compile(r"mp_rerank-(dispatcher|models|plan|server|log|\d+\.\d+)\b")
 CALLBACK_THREAD = "mp_rerank-callback"
 
 
@@ -44,8 +47,11 @@ def is_pool_thread() -> bool:
     User code gets there all the same: a finalizer, a log handler, a model on a thread.
     """
     thread = threading.current_thread()
-    ours = thread.name.startswith("mp_rerank-") and thread.name != CALLBACK_THREAD
-    return ours or thread.name == "QueueFeederThread" or isinstance(thread, _ExecutorManagerThread)
+    return (
+        bool(OURS.match(thread.name))
+        or thread.name == "QueueFeederThread"
+        or isinstance(thread, _ExecutorManagerThread)
+    )
 
 
 def check_may_wait() -> None:

@@ -19,6 +19,7 @@ from typing import Any
 
 from mp_rerank._pairs import Score
 from mp_rerank._scheduling.futures import SIGNAL_CHECK_SECONDS, check_may_wait
+from mp_rerank._workers.green import make_queue
 
 __all__ = ["AsyncScoreStream", "Feed", "ScoreStream"]
 
@@ -29,7 +30,7 @@ class Feed:
     """The scores of one request, on their way to one stream."""
 
     def __init__(self) -> None:
-        self._queue: queue.SimpleQueue[_Scored | None] = queue.SimpleQueue()
+        self._queue: queue.SimpleQueue[_Scored | None] = make_queue()
         self._wakes: deque[Callable[[], object]] = deque()
 
     def put(self, scored: _Scored) -> None:
@@ -84,6 +85,7 @@ class _Stream:
         self._feed = feed
         self._came: deque[tuple[int, Score]] = deque()
         self._future: Future[Any] | None = None
+        self._told = False  # whether the end of the request has been seen, and its error raised
         self._closed = False
 
     def follow(self, future: Future[Any]) -> None:
@@ -109,15 +111,18 @@ class _Stream:
             return None
 
     def _raise_error(self) -> None:
-        """Raise what the request ended with, if that is an error, once: the stream is closed then."""
+        """Raise what the request ended with, if that is an error, once.
+
+        The stream is not closed for it: another thread may hold the last scores at this moment.
+        """
         future = self._future
-        if future is None:
+        if future is None or self._told:
             return
+        self._told = True
         try:
             error = future.exception(0)
         except CancelledError:  # closed, by another thread
             return
-        self._close()
         if error is not None:
             try:
                 raise error
@@ -132,19 +137,20 @@ class ScoreStream(_Stream):
         return self
 
     def __next__(self) -> tuple[int, Score]:
+        ended = False
         try:
-            while not self._closed:
+            while not (self._closed or ended):
                 item = self._take()
                 if item is not None:
                     return item
                 scored = self._feed.get()
-                if scored is None:
-                    self._raise_error()
-                    break
-                self._came.extend(scored)
+                ended = scored is None
+                self._came.extend(scored or ())
         except BaseException:  # Ctrl-C: what has been taken, and not given, is lost
             self._close()
             raise
+        if ended:
+            self._raise_error()
         raise StopIteration
 
     def close(self) -> None:
@@ -174,22 +180,23 @@ class AsyncScoreStream(_Stream):
         return self
 
     async def __anext__(self) -> tuple[int, Score]:
+        ended = False
         try:
             enter, self._enter = self._enter, None
             if enter is not None and not self._closed:
                 self.follow(await enter())
-            while not self._closed:
+            while not (self._closed or ended):
                 item = self._take()
                 if item is not None:
                     return item
                 scored = await self._next()
-                if scored is None:
-                    self._raise_error()
-                    break
-                self._came.extend(scored)
+                ended = scored is None
+                self._came.extend(scored or ())
         except BaseException:  # the task is cancelled
             self._close()
             raise
+        if ended:
+            self._raise_error()
         raise StopAsyncIteration
 
     async def _next(self) -> _Scored | None:

@@ -15,6 +15,7 @@ import io
 import os
 import signal
 import threading
+import time
 from contextlib import suppress
 from multiprocessing import context, forkserver, popen_forkserver, reduction, spawn, util
 from multiprocessing.connection import wait
@@ -25,6 +26,8 @@ from mp_rerank._workers.surroundings import worker_surroundings
 
 __all__ = ["Popen", "lease", "release"]
 
+# How long a server that takes no more workers is given to end.
+DYING_SECONDS = 5.0
 PRELOADED = ["mp_rerank._workers.preload"]
 # How soon somebody who waits for the server gives up, once nobody wants the worker any more.
 GIVE_UP_SECONDS = 0.1
@@ -128,18 +131,12 @@ class _ForkServer(forkserver.ForkServer):
             started.set()
         if threads_are_green():
             return  # the thread they share stays anyway, and looking whether the server is alive costs little
-        self.wait_for_end()
+        self._wait_for_end()
 
-    def wait_for_end(self) -> None:
+    def _wait_for_end(self) -> None:
         """Wait until the server has ended, and leave its exit code to whoever takes it."""
         with suppress(AttributeError, OSError, TypeError):
             os.waitid(os.P_PID, self._forkserver_pid, os.WEXITED | os.WNOWAIT)  # type: ignore[attr-defined]
-
-    def wait_for_keeper(self) -> None:
-        """Wait until the thread that stays with a server that has ended has ended too."""
-        keeper = self._keeper
-        if keeper is not None and keeper is not threading.current_thread():
-            keeper.join()
 
 
 class _Server:
@@ -180,14 +177,16 @@ class _Server:
         self._begin()
 
     def connect(self, fds: list[int]) -> tuple[int, int]:
-        standard = self._standard
-        try:
-            pipes: tuple[int, int] = standard.connect_to_new_process(fds)
-        except ConnectionError:  # it is just dying; once it has, another is started
-            standard.wait_for_end()
-            standard.wait_for_keeper()
-            pipes = standard.connect_to_new_process(fds)
-        return pipes
+        until = time.monotonic() + DYING_SECONDS
+        while True:
+            try:
+                pipes: tuple[int, int] = self._standard.connect_to_new_process(fds)
+                return pipes
+            except ConnectionError:
+                # It is just dying, and may be another's by now: once it has ended, somebody starts another.
+                if time.monotonic() > until:
+                    raise
+                time.sleep(0.01)
 
 
 _server = _Server()

@@ -228,6 +228,8 @@ class ProcessHandle:
         if isinstance(error, BrokenPipeError) and self._start_method == "spawn":
             # The one who reads is multiprocessing's resource tracker, started before the worker and in the same way.
             return self._never_began("a helper of multiprocessing's", str(of), of.details)
+        if isinstance(error, ConnectionError) or "fork server" in str(error):
+            return self._never_began("the fork server", str(of), of.details)
         return of
 
     def _never_began(self, who: str, how: str, details: str = "") -> LaunchError:

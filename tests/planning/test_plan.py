@@ -12,7 +12,7 @@ import psutil
 import pytest
 from conftest import FAKE
 
-from mp_rerank import ModelSpec, PoolConfig, RerankerPool
+from mp_rerank import ModelLoadError, ModelSpec, PoolConfig, RerankerPool
 from mp_rerank._planning import tuning_cache
 from mp_rerank._planning.checkpoint import weight_files, will_be_mapped
 from mp_rerank._planning.machine import Machine, Node
@@ -246,6 +246,16 @@ def test_a_model_in_the_hub_s_cache_has_its_size_by_branch_and_by_commit(
         assert weight_files(elsewhere) == []
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "elsewhere"))
     assert weight_files(ModelSpec("some/model")) == []
+
+
+def test_a_hub_model_without_a_home_folder_is_an_error_at_once_that_names_the_cure(
+    make_pool: MakePool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("HOME", "HF_HOME", "HF_HUB_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("os.path.expanduser", lambda path: path)  # as where there is no passwd entry either
+    with pytest.raises(ModelLoadError, match="set HF_HOME to a folder"):
+        make_pool("somebody/reranker").start()
 
 
 def test_a_user_without_a_home_folder_has_a_plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

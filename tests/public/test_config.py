@@ -377,3 +377,18 @@ def test_making_a_pool_starts_nothing() -> None:
     RerankerPool(FAKE)
     assert threading.active_count() == threads
     assert psutil.Process().children() == children
+
+
+def test_a_slip_of_a_number_is_no_number_of_workers() -> None:
+    with pytest.raises(ValueError, match="workers: at most 10000"):
+        PoolConfig(workers=10**30)
+
+
+@pytest.mark.parametrize("name", ["convert_to_tensor", "convert_to_numpy", "apply_softmax"])
+def test_a_word_is_no_flag_of_predict(make_pool: MakePool, name: str) -> None:
+    pool = make_pool()
+    with pytest.raises(TypeError, match=f"{name}: True or False is needed"):
+        pool.predict([("query", "document")], **{name: "false"})
+    with pytest.raises(TypeError, match="return_documents: True or False is needed"):
+        pool.rank("query", ["document"], return_documents="false")  # type: ignore[arg-type]
+    assert pool.workers() == [], "nothing was started for it"

@@ -560,7 +560,7 @@ def test_threads_of_pools_do_not_wait_for_them(make_pools: MakePools) -> None:
         pools.pool(A).close()
         found.append(pools.stats())
 
-    thread = threading.Thread(target=ask, name="mp_rerank-test")
+    thread = threading.Thread(target=ask, name="mp_rerank-plan")
     thread.start()
     thread.join(PATIENCE)
     assert not thread.is_alive()

@@ -179,6 +179,16 @@ def test_a_worker_that_cannot_be_killed_is_given_up_and_its_slices_go_elsewhere_
     assert slot.state is SlotState.FAILED
 
 
+def test_closing_does_not_wait_for_a_worker_that_cannot_be_killed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor does the interpreter's exit, for what is abandoned."""
+    monkeypatch.setattr("mp_rerank._scheduling.deployment.GRACE_SECONDS", 0.0)
+    deployment, standing, _ = busy_deployment(10, 0.001)
+    deployment.close(0.0, kill=True)
+    deployment.join()
+    assert standing.killed
+    assert standing.abandoned
+
+
 def test_one_slice_measured_too_fast_makes_the_next_not_hung() -> None:
     deployment, _, slice_ = busy_deployment(1000, 0.1, hang_timeout=60.0)
     [slot] = deployment.slots

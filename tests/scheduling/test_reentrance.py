@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
@@ -301,3 +302,9 @@ def test_a_future_is_cancelled_or_resolved_and_not_both(make_pool: MakePool, fif
         assert not held.cancel()
         assert not held.cancelled()
         assert pool.spec == FAKE
+
+
+def test_a_caller_s_thread_may_have_a_name_like_ours(make_pool: MakePool) -> None:
+    with make_pool(workers=1) as pool, ThreadPoolExecutor(1, thread_name_prefix="mp_rerank-agents") as agents:
+        found = agents.submit(pool.rerank, "query", documents(2)).result(PATIENCE)
+        assert found == ranked("query", documents(2))

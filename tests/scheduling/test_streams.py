@@ -22,6 +22,8 @@ from mp_rerank import (
     RerankerPool,
     ScoringError,
 )
+from mp_rerank._scheduling.futures import PoolFuture
+from mp_rerank._scheduling.streams import Feed, ScoreStream
 
 MakePool = Callable[..., RerankerPool]
 Scored = list[tuple[int, float | list[float]]]
@@ -416,3 +418,19 @@ def test_what_is_ready_is_given_at_once(make_pool: MakePool) -> None:
         for i in range(20):
             assert len(list(pool.stream(f"query {i}", documents(5)))) == 5
         assert time.monotonic() - start < 8
+
+
+def test_a_thread_that_sees_the_end_leaves_the_others_what_they_hold() -> None:
+    """One has taken the last scores from the feed as another finds that nothing more comes."""
+    feed = Feed()
+    stream = ScoreStream(feed)
+    future = PoolFuture()
+    stream.follow(future)
+    feed.put([(0, 0.5), (1, 0.25)])
+    assert next(stream) == (0, 0.5)
+    held = stream._came.popleft()  # as a thread does between the feed and the next look
+    future.set_result(None)
+    feed.end()
+    assert list(stream) == []
+    stream._came.append(held)
+    assert list(stream) == [(1, 0.25)]

@@ -196,6 +196,7 @@ pool = make(workers=2).start()
 asking = [gevent.spawn(pool.rerank, f"query {{i}}", ["document"] * 50) for i in range(20)]
 gevent.joinall(asking)
 print([len(asked.value or ()) for asked in asking] == [50] * 20)
+print(len(list(pool.stream("query", ["document"] * 50))))
 os.kill(pool.workers()[0].pid, signal.SIGKILL)
 print(len(pool.rerank("query", [f"document {{i}}" for i in range(500)])))
 while pool.workers()[0].generation == 1 or pool.workers()[0].state != "ready":
@@ -219,7 +220,7 @@ def test_gevent(patched: str, start_method: str) -> None:
         assert "RuntimeError: a RerankerPool cannot be started here: threads are greenlets" in done.stderr
         assert "monkey.patch_all() of gevent before anything else is imported" in done.stderr
     else:
-        assert done.stdout == "True\n500\nTrue\n", done.stderr
+        assert done.stdout == "True\n50\n500\nTrue\n", done.stderr
 
 
 def test_gevent_and_a_worker_on_a_thread() -> None:
