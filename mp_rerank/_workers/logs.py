@@ -79,6 +79,11 @@ _records: queue.SimpleQueue[logging.LogRecord | threading.Lock] = make_queue()  
 _handling = threading.Lock()
 _dropped = 0
 
+# Taken while a handler runs, for `_before_fork` alone, which waits no longer than this.
+_calling = threading.Lock()
+FORK_SECONDS = 0.1
+_paused = threading.local()
+
 
 def flush(timeout: float) -> None:
     """Wait until what was logged so far has been handled, ``timeout`` seconds at most: a handler may block."""
@@ -130,20 +135,34 @@ def _handle(record: logging.LogRecord | threading.Lock) -> None:
         if _dropped:
             dropped, _dropped = _dropped, 0
             logger.warning("%d log records were dropped: a handler was too slow for them", dropped)
-        logger.handle(record)
+        with _calling:
+            logger.handle(record)
     except BaseException:  # SystemExit too: there is nobody to tell
         pass
 
 
+def _before_fork() -> None:
+    """Let a handler finish what it writes: a fork made in the middle finds the lock of the standard error taken by
+    nobody, and waits for ever as it exits.
+    """
+    _paused.taken = _calling.acquire(timeout=FORK_SECONDS)
+
+
+def _after_fork() -> None:
+    if _paused.taken:
+        _calling.release()
+
+
 def _forget_thread() -> None:
     """In a fork of this process: it has no such thread, and nothing to say of its parent's pools."""
-    global _records, _handling
+    global _records, _handling, _calling
+    _calling = threading.Lock()
     _records = make_queue()
     _handling = threading.Lock()
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_forget_thread)
+    os.register_at_fork(before=_before_fork, after_in_parent=_after_fork, after_in_child=_forget_thread)
 
 
 _TRACEBACKS = logging.Formatter()

@@ -62,3 +62,39 @@ with RerankerPool(ModelSpec("!say loading", loader="fakes:load_obeying"), device
         [sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=PATIENCE
     )
     assert (done.stdout, done.stderr, done.returncode) == ("", "", 0)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+def test_a_fork_is_made_between_two_records_and_not_while_one_is_written() -> None:
+    """Else the fork has the lock of a stream that nobody will let go, and hangs as it exits."""
+    program = """
+import logging, os, sys, warnings
+warnings.simplefilter("ignore")
+from mp_rerank._workers import logs
+writing, seen = [], []
+class Handler(logging.Handler):
+    def emit(self, record):
+        writing.append(1)
+        os.write(2, b"x" * 1000)
+        writing.pop()
+logging.getLogger("mp_rerank.pool").addHandler(Handler())
+logger = logs.QueuedLogger("mp_rerank.pool")
+for i in range(300):
+    for _ in range(5):
+        logger.warning("record")
+    pid = os.fork()
+    if pid == 0:
+        os._exit(len(writing))
+    seen.append(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
+print(set(seen))
+"""
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        timeout=PATIENCE,
+    )
+    assert done.stdout == "{0}\n"
