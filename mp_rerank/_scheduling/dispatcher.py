@@ -36,7 +36,7 @@ from mp_rerank._planning.plan import Plan, make_plan
 from mp_rerank._scheduling.admission import Admission
 from mp_rerank._scheduling.callers import CallerCounts
 from mp_rerank._scheduling.deployment import Deployment, Outcome
-from mp_rerank._scheduling.futures import SIGNAL_CHECK_SECONDS, Answer, is_pool_thread
+from mp_rerank._scheduling.futures import Answer, is_pool_thread
 from mp_rerank._scheduling.request import Request
 from mp_rerank._workers.child import WorkerFacts
 from mp_rerank._workers.green import make_queue
@@ -134,7 +134,7 @@ class Dispatcher:
         self._finished = False
         self._begun = False  # whether a thread has been started
         self._running = threading.Lock()  # taken, and never given back, by the thread that runs the loop
-        self._thread: threading.Thread | None = None
+        self._left: Answer[None] = Answer()  # given by that thread as the last thing it does
         self._owner = os.getpid()
 
     def __repr__(self) -> str:
@@ -225,21 +225,20 @@ class Dispatcher:
         self._put(_Close(drain))
 
     def join(self, timeout: float | None = None) -> bool:
-        """Wait for the thread; whether it has ended. On a thread of a pool, or in a fork, it does not wait."""
+        """Wait for the thread; whether it has ended. On a thread of a pool, or in a fork, it does not wait.
+
+        Not by ``Thread.join``: interrupted by Ctrl-C that takes the thread for ended from then on (Python 3.10 to 3.12,
+        python/cpython#90882), and the interpreter would leave in the middle of the clearing up.
+        """
         if not self._begun or os.getpid() != self._owner or is_pool_thread():
             return True
-        now = time.monotonic()
-        limit = math.inf if timeout is None else now + timeout
-        while (left := limit - time.monotonic()) > 0:
-            if self._thread is None:  # it does not run yet; or never will, if Ctrl-C came as it was being started
-                if time.monotonic() > now + THREAD_START_SECONDS:
-                    return True
-                time.sleep(0.001)
-            elif self._thread.is_alive():
-                self._thread.join(min(left, SIGNAL_CHECK_SECONDS))
-            else:
-                return True
-        return False
+        limit = math.inf if timeout is None else time.monotonic() + timeout
+        if not self._running.locked():  # not yet; or never, if Ctrl-C came as the thread was being started
+            self._left.wait(min(limit - time.monotonic(), THREAD_START_SECONDS))
+            if not self._running.locked():
+                return time.monotonic() < limit
+        self._left.wait(limit - time.monotonic())
+        return self._left.given
 
     def _put(self, message: _Message) -> None:
         self._inbox.put(message)
@@ -256,7 +255,12 @@ class Dispatcher:
     def _run(self) -> None:
         if not self._running.acquire(blocking=False):
             return  # another thread was first
-        self._thread = threading.current_thread()
+        try:
+            self._serve()
+        finally:
+            self._left.give(None)
+
+    def _serve(self) -> None:
         error = PoolClosedError("the pool was closed")
         try:
             with starting_workers(self.config):

@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import threading
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -367,6 +368,30 @@ def test_ctrl_c_again_and_again(run: Callable[..., Script], state: str) -> None:
             pass
     script.end()
     assert "spawn_main" not in script.errors  # tracebacks are the main thread's own
+
+
+def test_ctrl_c_while_closing_waits_takes_nothing_for_ended(make_pool: MakePool, fifo: Fifo) -> None:
+    """As ``Thread.join`` does before Python 3.13, once it was interrupted: the thread it waited for is "not alive"."""
+    pool = make_pool(workers=1).start()
+    held = pool.submit("query", [fifo.order])
+    fifo.wait_until_read()
+    dispatcher = pool._dispatcher
+    assert dispatcher is not None
+    main = threading.main_thread().ident
+    assert main is not None
+
+    def interrupt() -> None:
+        until(lambda: "join" in [frame.name for frame in traceback.extract_stack(sys._current_frames()[main])])
+        os.kill(os.getpid(), signal.SIGINT)
+
+    interrupting = threading.Thread(target=interrupt)
+    interrupting.start()
+    with pytest.raises(KeyboardInterrupt):
+        dispatcher.join()
+    interrupting.join(PATIENCE)
+    assert not dispatcher.join(0.05)
+    fifo.release()
+    assert held.result(PATIENCE)
 
 
 SPAWNING = """
