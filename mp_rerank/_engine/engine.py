@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -24,11 +24,21 @@ from mp_rerank._engine.backends.base import find_backend, replace_network
 from mp_rerank._engine.compiled import compile_network
 from mp_rerank._engine.loading import load, module_of, prove, torch_dtype, truncation_length, warn_of_slow_dtype
 from mp_rerank._engine.parity import Scores, record_calls
-from mp_rerank._engine.pipeline import Pipeline, even_batches, find_pipeline, padded_batches, without_surrogates
+from mp_rerank._engine.pipeline import (
+    Pipeline,
+    Tokenized,
+    equal_batches,
+    even_batches,
+    find_pipeline,
+    has_modules,
+    padded_batches,
+    shared_batches,
+    without_surrogates,
+)
 from mp_rerank._engine.prepack import prepack
-from mp_rerank._engine.unpad import cls_only, unpad
+from mp_rerank._engine.unpad import has_vocabulary_score, head_only, score_logits, share_beginnings, unpad
 from mp_rerank._engine.weights import make_private, mapped_bytes
-from mp_rerank._pairs import CANARY, Pair, estimate_pair, estimate_text
+from mp_rerank._pairs import CANARY, Pair, estimate_pair, estimate_text, tolerance
 from mp_rerank._recipe import Recipe
 from mp_rerank.config import ModelSpec
 
@@ -84,6 +94,7 @@ class Engine:
         # A loader's model, in a process that is not only ours, may be in use elsewhere: it is not changed.
         self._may_change = loaded is None or owns_process
         self._pipeline: Pipeline | None = None
+        self._off: dict[str, str] = {}  # optimizations that are not on, and why
         self._prove(spec, device)
         if backend is not None:
             self.dtype = spec.dtype or "float32"
@@ -102,11 +113,20 @@ class Engine:
             This engine, whose ``recipe`` now says what was done.
         """
         if self._may_change:
+            self._off.clear()
+            equal_lengths = self._feels_padding() if recipe is None else recipe.equal_lengths
             self._change_network(recipe)
             if recipe is None or recipe.pipeline:
-                prove = recipe is None
-                self._pipeline = find_pipeline(self.model, self._predict, self.max_length, self.dtype, prove=prove)
-            self.recipe = replace(self.recipe, pipeline=self._pipeline is not None)
+                name = None if recipe is None else recipe.pipeline
+                self._pipeline, why_not = find_pipeline(self.model, self._predict, self.max_length, self.dtype, name)
+                self._note("pipeline", why_not)
+            self.recipe = replace(
+                self.recipe,
+                pipeline=self._pipeline.name if self._pipeline else "",
+                equal_lengths=equal_lengths and not self.recipe.unpadded,
+            )
+            if recipe is None:
+                self._say()
         return self
 
     @property
@@ -140,18 +160,17 @@ class Engine:
         """
         if not isinstance(self.model, CrossEncoder):
             return np.asarray(self._predict(CANARY))
-        network = self.model.model
-        forward = network.forward
+        called = self.model if has_modules(self.model) else self.model.model
+        forward = called.forward
         found: list[Any] = []
 
-        def keep_logits(**arguments: Any) -> Any:
-            output = forward(**arguments)
-            logits = output.logits
-            if logits.ndim == 2:  # else a generating model's, of every token
-                found.append(logits.float().cpu().numpy().ravel())
+        def keep_logits(*features: Any, **arguments: Any) -> Any:
+            output = forward(*features, **arguments)
+            logits = output["scores" if has_modules(self.model) else "logits"]
+            found.append(logits.float().cpu().numpy().ravel())
             return output
 
-        record_calls(network, lambda pairs: found.append(np.ravel(self._predict(pairs))), CANARY, keep_logits)
+        record_calls(called, lambda pairs: found.append(np.ravel(self._predict(pairs))), CANARY, keep_logits)
         return np.concatenate(found)
 
     def _prove(self, spec: ModelSpec, device: str) -> None:
@@ -173,17 +192,53 @@ class Engine:
         if spec.compile:
             compile_network(self.model.model, self._device, self._predict)
             return
-        unpadded = only_cls = False
-        if spec.unpad and self._on_cpu and isinstance(self.model, CrossEncoder):
-            if recipe is None or recipe.unpadded:
-                unpadded = unpad(self.model.model, self.dtype, self._proof(recipe))
-            if unpadded and (recipe is None or recipe.cls_only):
-                only_cls = cls_only(self.model.model, self.dtype, self._proof(recipe))
-        packed: Sequence[str] = ()
+        proof = self._proof(recipe)
+        self.recipe = Recipe()
+        if isinstance(self.model, CrossEncoder) and self._on_cpu:
+            network = self.model.model
+            if spec.unpad and (recipe is None or recipe.unpadded):
+                self._try("unpadded", unpad(network, self.dtype, proof))
+            if self.recipe.unpadded and (recipe is None or recipe.shares_beginnings):
+                self._try("shares_beginnings", share_beginnings(network, self.dtype, proof))
+            if self.recipe.unpadded and (recipe is None or recipe.head_only):
+                self._try("head_only", head_only(network, self.dtype, proof))
+            if spec.unpad and has_vocabulary_score(self.model) and (recipe is None or recipe.score_logits):
+                self._try("score_logits", score_logits(self.model, self.dtype, proof))
         if spec.prepack:
             names = None if recipe is None else recipe.prepacked
-            packed = prepack(module, self.dtype, self._proof(recipe), names)
-        self.recipe = Recipe(unpadded, only_cls, tuple(packed))
+            packed, why_not = prepack(module, self.dtype, proof, names)
+            self.recipe = replace(self.recipe, prepacked=tuple(packed))
+            self._note("prepacked", why_not)
+
+    def _try(self, name: str, why_not: str) -> None:
+        """Keep in the recipe that the optimization ``name`` is on, or why it is not."""
+        change: dict[str, Any] = {name: not why_not}
+        self.recipe = replace(self.recipe, **change)
+        self._note(name, why_not)
+
+    def _note(self, name: str, why_not: str) -> None:
+        if why_not:
+            self._off[name] = why_not
+
+    def _say(self) -> None:
+        """Log what makes this model faster, and what does not and why."""
+        off = "; ".join(f"{name}: {why_not}" for name, why_not in self._off.items())
+        logger.info("faster by: %s. Left out: %s", ", ".join(self.recipe.names()) or "nothing", off or "nothing")
+        if self.recipe.equal_lengths:
+            logger.warning(
+                "this model scores a pair differently when it is padded, so a batch is of pairs of one length: slower; "
+                "does its config's pad_token_id (%s) agree with its tokenizer's (%s)?",
+                getattr(getattr(self.model.model, "config", None), "pad_token_id", None),
+                getattr(self.model.tokenizer, "pad_token_id", None),
+            )
+
+    def _feels_padding(self) -> bool:
+        """Whether a pair's score depends on how long the others of its batch are."""
+        if not isinstance(self.model, CrossEncoder):
+            return False
+        limit = tolerance("optimized", self.dtype)
+        alone, padded = self._predict(CANARY[:1])[0], self._predict(CANARY)[0]
+        return not np.allclose(alone, padded, rtol=limit, atol=limit)
 
     def _proof(self, recipe: Recipe | None) -> Callable[[], Scores] | None:
         """What a change must keep the same; nothing where another worker has seen to it."""
@@ -193,14 +248,21 @@ class Engine:
         """Indices of ``pairs``, batch by batch, with their scores."""
         if self._pipeline is None:
             lengths = [estimate_pair(estimate_text(query), document, self.max_length) for query, document in pairs]
-            for batch in padded_batches(lengths, self.batch_tokens):
+            alone = [[i] for i in range(len(pairs))]
+            for batch in alone if self.recipe.equal_lengths else padded_batches(lengths, self.batch_tokens):
                 yield batch, self._predict([pairs[i] for i in batch])
         else:
             tokenized = self._pipeline.tokenize(pairs)
             self.tokens = sum(tokenized.lengths)
-            cut = even_batches if self.recipe.unpadded else padded_batches
-            for batch in cut(tokenized.lengths, self.batch_tokens):
+            for batch in self._cut(tokenized):
                 yield batch, self._pipeline.score(tokenized, batch)
+
+    def _cut(self, tokenized: Tokenized) -> Iterable[list[int]]:
+        """Which pairs go into one batch."""
+        if self.recipe.shares_beginnings:
+            return shared_batches(tokenized.inputs["input_ids"], self.batch_tokens)
+        cut = equal_batches if self.recipe.equal_lengths else even_batches if self.recipe.unpadded else padded_batches
+        return cut(tokenized.lengths, self.batch_tokens)
 
     def _predict(self, batch: Sequence[Pair]) -> Any:
         """Scores of one batch by the model's own ``predict``."""

@@ -271,6 +271,7 @@ class Slot(Generic[_Slice]):
             mapped_bytes=facts.mapped_bytes,
             num_labels=facts.num_labels,
             max_length=facts.max_length,
+            optimizations=facts.recipe.names() if facts.recipe else (),
             canary=facts.canary,
             tokens_per_second=1.0 / max(self.seconds_per_token, 1e-9),
         )

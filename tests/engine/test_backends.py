@@ -71,8 +71,8 @@ def test_a_pool_scores_as_a_cross_encoder_whoever_asks_at_once(backend: str, ber
 
 @pytest.mark.parametrize("family", [*models.ENCODERS, *models.DECODERS, models.LOGIT_SCORE])
 def test_every_architecture(backend: str, family: str, tmp_path: Path) -> None:
-    if (backend, family) == ("openvino", models.LOGIT_SCORE):
-        pytest.skip("OpenVINO makes NaN of padding on the left, which the proof finds")
+    if backend == "openvino" and family in (models.LOGIT_SCORE, "mistral", "gemma3"):
+        pytest.skip("OpenVINO makes NaN of tokens that may attend to none, which the proof finds")
     if family == models.LOGIT_SCORE and not models.has_logit_score():
         pytest.skip("this sentence-transformers takes a decoder only with a classification head")
     folder = models.build(family, tmp_path)

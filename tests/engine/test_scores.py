@@ -67,12 +67,10 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., str]:
     return folder
 
 
-@pytest.fixture(scope="module", params=[*models.ENCODERS, *models.DECODERS, models.LOGIT_SCORE])
+@pytest.fixture(scope="module", params=models.FAMILIES)
 def rivals(
     request: pytest.FixtureRequest, folders: Callable[..., str], device: str, fork_server: str
 ) -> Iterator[Rivals]:
-    if request.param == models.LOGIT_SCORE and not models.has_logit_score():
-        pytest.skip("this sentence-transformers takes a decoder only with a classification head")
     folder = folders(request.param)
     # Small batches and slices: many boundaries for a pair to get lost at.
     with RerankerPool(folder, devices=device, workers=2, batch_tokens=256, start_method=fork_server) as pool:
