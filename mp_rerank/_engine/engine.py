@@ -22,7 +22,17 @@ from transformers.utils import logging as transformers_logging
 
 from mp_rerank._engine.backends.base import find_backend, replace_network
 from mp_rerank._engine.compiled import compile_network
-from mp_rerank._engine.loading import load, module_of, prove, torch_dtype, truncation_length, warn_of_slow_dtype
+from mp_rerank._engine.loading import (
+    draws_weights,
+    load,
+    module_of,
+    prove,
+    prove_positions,
+    prove_tokenizer,
+    torch_dtype,
+    truncation_length,
+    warn_of_slow_dtype,
+)
 from mp_rerank._engine.parity import Scores, record_calls
 from mp_rerank._engine.pipeline import (
     Pipeline,
@@ -85,7 +95,7 @@ class Engine:
             _configure_libraries()
         backend = find_backend(spec, device)  # before the model is loaded: the backend's packages may be missing
         self.batch_tokens = batch_tokens
-        self.model = load(spec, device) if loaded is None else loaded
+        self.model, drawn = draws_weights(spec, device) if loaded is None else (loaded, False)
         self.recipe = Recipe()
         self.tokens: int | None = None
         self._spec = spec
@@ -96,6 +106,8 @@ class Engine:
         self._pipeline: Pipeline | None = None
         self._off: dict[str, str] = {}  # optimizations that are not on, and why
         self._prove(spec, device)
+        if drawn:
+            self._prove_trained()
         if backend is not None:
             self.dtype = spec.dtype or "float32"
             replace_network(self.model.model, backend, self.dtype, threads, self._predict)
@@ -112,21 +124,21 @@ class Engine:
         Returns:
             This engine, whose ``recipe`` now says what was done.
         """
+        self._off.clear()
+        equal_lengths = self._feels_padding() if recipe is None else recipe.equal_lengths
         if self._may_change:
-            self._off.clear()
-            equal_lengths = self._feels_padding() if recipe is None else recipe.equal_lengths
             self._change_network(recipe)
             if recipe is None or recipe.pipeline:
                 name = None if recipe is None else recipe.pipeline
                 self._pipeline, why_not = find_pipeline(self.model, self._predict, self.max_length, self.dtype, name)
                 self._note("pipeline", why_not)
-            self.recipe = replace(
-                self.recipe,
-                pipeline=self._pipeline.name if self._pipeline else "",
-                equal_lengths=equal_lengths and not self.recipe.unpadded,
-            )
-            if recipe is None:
-                self._say()
+        self.recipe = replace(
+            self.recipe,
+            pipeline=self._pipeline.name if self._pipeline else "",
+            equal_lengths=equal_lengths and not self.recipe.unpadded,
+        )
+        if recipe is None:
+            self._say()
         return self
 
     @property
@@ -181,6 +193,22 @@ class Engine:
         module.eval()
         self.dtype, self.weights_bytes = prove(module, torch.device(device), torch_dtype(spec))
         self.max_length = truncation_length(self.model)
+        if isinstance(self.model, CrossEncoder):
+            prove_tokenizer(self.model)
+            prove_positions(self.model, self.max_length)
+
+    def _prove_trained(self) -> None:
+        """Raise ``ValueError`` if what was drawn at random makes a difference: loaded again, it scores otherwise."""
+        scores, model = self.canary(), self.model
+        self.model = load(self._spec, self._device)
+        module_of(self.model).eval()
+        again, self.model = self.canary(), model
+        limit = tolerance("another worker", self.dtype)
+        if not np.allclose(scores, again, rtol=limit, atol=limit):
+            raise ValueError(
+                "weights that its checkpoint lacks were drawn at random, and loaded again it scores otherwise: has it "
+                "a trained head? An encoder alone, or an embedding model, ranks nothing"
+            )
 
     def _change_network(self, recipe: Recipe | None) -> None:
         """Change the network by ``recipe``, or by those means of the spec that keep its scores here."""
@@ -225,12 +253,10 @@ class Engine:
         off = "; ".join(f"{name}: {why_not}" for name, why_not in self._off.items())
         logger.info("faster by: %s. Left out: %s", ", ".join(self.recipe.names()) or "nothing", off or "nothing")
         if self.recipe.equal_lengths:
-            logger.warning(
-                "this model scores a pair differently when it is padded, so a batch is of pairs of one length: slower; "
-                "does its config's pad_token_id (%s) agree with its tokenizer's (%s)?",
-                getattr(getattr(self.model.model, "config", None), "pad_token_id", None),
-                getattr(self.model.tokenizer, "pad_token_id", None),
-            )
+            config, tokenizer = getattr(self.model.model, "config", None), getattr(self.model, "tokenizer", None)
+            ours, theirs = getattr(config, "pad_token_id", None), getattr(tokenizer, "pad_token_id", None)
+            hint = "" if ours == theirs else f": its config's pad_token_id is {ours}, its tokenizer's {theirs}"
+            logger.warning("padding changes this model's scores%s; its batches are of pairs of one length", hint)
 
     def _feels_padding(self) -> bool:
         """Whether a pair's score depends on how long the others of its batch are."""
