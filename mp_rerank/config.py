@@ -65,8 +65,6 @@ class ModelSpec:
         backend: what computes the network: ``"torch"``, or on the CPU ``"onnx"`` (ONNX Runtime, float32 or int8) or
             ``"openvino"`` (float32, bfloat16 or int8). The last two are extras to install. Each worker converts the
             model when it starts.
-        compile: pass the network through ``torch.compile``. Needs a C++ compiler on the machine of the workers. Each of
-            them starts about a minute later.
         loader: an importable function, as ``"package.module:name"`` or as the function itself. Each worker calls it as
             ``loader(spec, device)`` in place of ``CrossEncoder``. What it returns needs a method ``predict(pairs)``: of
             a list of n ``(query, document)`` tuples it returns scores of shape (n,) or (n, num_labels). A
@@ -89,7 +87,6 @@ class ModelSpec:
     tokenizer_kwargs: Mapping[str, Any] = field(default_factory=dict)
     config_kwargs: Mapping[str, Any] = field(default_factory=dict)
     backend: str = "torch"
-    compile: bool = False
     loader: str | Callable[..., Any] | None = None
 
     def __post_init__(self) -> None:
@@ -103,7 +100,7 @@ class ModelSpec:
         if self.revision is not None:
             check_text("revision", self.revision)
         object.__setattr__(self, "max_length", check_optional_count("max_length", self.max_length))
-        for flag in ("prepack", "unpad", "trust_remote_code", "compile"):
+        for flag in ("prepack", "unpad", "trust_remote_code"):
             check_flag(flag, getattr(self, flag))
         self._check_backend()
         if self.activation is not None:
@@ -116,17 +113,14 @@ class ModelSpec:
             object.__setattr__(self, field_name, self._checked_kwargs(field_name))
 
     def _check_backend(self) -> None:
-        """Check ``backend``, and what depends on it: ``dtype``, ``compile`` and ``loader``."""
+        """Check ``backend``, and what depends on it: ``dtype`` and ``loader``."""
         if not isinstance(self.backend, str) or self.backend not in DTYPES:
             raise ValueError(f"backend: one of {', '.join(DTYPES)} is needed, not {self.backend!r}")
         if self.dtype is not None and self.dtype not in DTYPES[self.backend]:
             words = f"dtype: one of {', '.join(DTYPES[self.backend])} or None is needed"
             raise ValueError(f"{words} with backend={self.backend!r}, not {self.dtype!r}{_backends_with(self.dtype)}")
-        if self.compile and self.backend != "torch":
-            raise ValueError(f"compile: it is torch's own, and of no use with backend={self.backend!r}")
-        for name in ("backend", "compile"):
-            if self.loader is not None and getattr(self, name) not in ("torch", False):
-                raise ValueError(f"{name}: with a loader, which decides itself what computes, it cannot be chosen here")
+        if self.loader is not None and self.backend != "torch":
+            raise ValueError("backend: with a loader, which decides itself what computes, it cannot be chosen here")
 
     def _checked_kwargs(self, name: str) -> dict[str, Any]:
         """The field ``name`` as a dict that can be sent to a worker."""

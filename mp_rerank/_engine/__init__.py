@@ -8,7 +8,6 @@
     unpad.py      networks that leave out padding, common beginnings and what the head does not read
     prepack.py    linear layers laid out for oneDNN
     weights.py    weights as pages of the checkpoint's file, shared by all workers
-    compiled.py   ``torch.compile``
     backends/     other runtimes: ONNX Runtime and OpenVINO
 
 Knows no worker, no slot and no request: it takes pairs of texts and gives scores.

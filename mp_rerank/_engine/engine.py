@@ -21,7 +21,6 @@ from tqdm import tqdm
 from transformers.utils import logging as transformers_logging
 
 from mp_rerank._engine.backends.base import find_backend, replace_network
-from mp_rerank._engine.compiled import compile_network
 from mp_rerank._engine.loading import (
     draws_weights,
     load,
@@ -217,9 +216,6 @@ class Engine:
             return
         if spec.weights == "private":
             make_private(module)
-        if spec.compile:
-            compile_network(self.model.model, self._device, self._predict)
-            return
         proof = self._proof(recipe)
         self.recipe = Recipe()
         if isinstance(self.model, CrossEncoder) and self._on_cpu:
