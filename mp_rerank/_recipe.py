@@ -19,6 +19,7 @@ class Recipe:
 
     Attributes:
         unpadded: it computes no padding.
+        fewer_passes: its norms, rotations and gates are computed in fewer passes over memory.
         shares_beginnings: what pairs of a batch have in common at their beginnings is computed once.
         head_only: its last layer computes only the token of each pair that the head reads.
         score_logits: of a vocabulary's logits only those are computed that the score is made of.
@@ -29,6 +30,7 @@ class Recipe:
     """
 
     unpadded: bool = False
+    fewer_passes: bool = False
     shares_beginnings: bool = False
     head_only: bool = False
     score_logits: bool = False
@@ -40,6 +42,14 @@ class Recipe:
         """The optimizations that are on, as ``WorkerInfo.optimizations`` has them."""
         return tuple(
             name
-            for name in ("pipeline", "unpadded", "shares_beginnings", "head_only", "score_logits", "prepacked")
+            for name in (
+                "pipeline",
+                "unpadded",
+                "fewer_passes",
+                "shares_beginnings",
+                "head_only",
+                "score_logits",
+                "prepacked",
+            )
             if getattr(self, name)
         )

@@ -21,6 +21,7 @@ from tqdm import tqdm
 from transformers.utils import logging as transformers_logging
 
 from mp_rerank._engine.backends.base import find_backend, replace_network
+from mp_rerank._engine.fused import fewer_passes
 from mp_rerank._engine.loading import (
     draws_weights,
     load,
@@ -222,6 +223,8 @@ class Engine:
             network = self.model.model
             if spec.unpad and (recipe is None or recipe.unpadded):
                 self._try("unpadded", unpad(network, self.dtype, proof))
+            if self.recipe.unpadded and (recipe is None or recipe.fewer_passes):
+                self._try("fewer_passes", fewer_passes(network, self.dtype, proof))
             if self.recipe.unpadded and (recipe is None or recipe.shares_beginnings):
                 self._try("shares_beginnings", share_beginnings(network, self.dtype, proof))
             if self.recipe.unpadded and (recipe is None or recipe.head_only):

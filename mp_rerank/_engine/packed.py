@@ -36,6 +36,7 @@ __all__ = [
     "LengthBucket",
     "PackedBatch",
     "attending_by",
+    "batch_here",
     "common_beginning",
     "current_batch",
     "register_attention",
@@ -188,6 +189,8 @@ class PackedBatch:
         looks_ahead: whether some token may attend to a later one; known once attention was computed.
         all_states: hidden states of all tokens, shape (1, tokens, width), while a layer is given only ``chosen`` ones.
         chosen: for each pair the token of the row whose state alone the head reads; ``None``: all of them.
+        rotates: whether rotary positions are computed by complex numbers (``fused``).
+        rotations: those numbers, by the id of what they are made of, and that.
     """
 
     def __init__(self, mask: torch.Tensor, tokens: torch.Tensor | None = None, shortest: int = 0) -> None:
@@ -228,6 +231,8 @@ class PackedBatch:
         self.looks_ahead = False
         self.all_states: torch.Tensor | None = None
         self.chosen: torch.Tensor | None = None
+        self.rotates = False
+        self.rotations: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def _bucket(self, before: int, padded_length: int, segments: list[Segment]) -> LengthBucket:
         lengths = np.array([segment.length for segment in segments])
@@ -304,6 +309,11 @@ def current_batch() -> PackedBatch:
     """The packed batch that this thread's network computes; ``AttributeError`` where it computes none."""
     batch: PackedBatch = _here.batch
     return batch
+
+
+def batch_here() -> PackedBatch | None:
+    """The packed batch that this thread's network computes, if it computes one."""
+    return getattr(_here, "batch", None)
 
 
 @contextmanager

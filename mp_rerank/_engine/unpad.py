@@ -21,7 +21,7 @@ import torch
 from mp_rerank._engine.packed import NAME, PackedBatch, attending_by, current_batch, register_attention
 from mp_rerank._engine.parity import Scores, keep_if_equal
 
-__all__ = ["has_vocabulary_score", "head_only", "score_logits", "share_beginnings", "unpad"]
+__all__ = ["has_vocabulary_score", "head_only", "packing_forward", "score_logits", "share_beginnings", "unpad"]
 
 #: of the part that has the layers, in the base models of transformers; in others the layers are the base model's own
 ENCODER_NAMES = ("encoder", "transformer")
@@ -92,7 +92,7 @@ def share_beginnings(network: torch.nn.Module, dtype: str, predict: Callable[[],
     Returns:
         Why it does not; empty: it does.
     """
-    packing = _packing_forward(network)
+    packing = packing_forward(network)
     if packing is None:
         return "it computes padding"
     if predict is not None and packing.looks_ahead:
@@ -134,7 +134,7 @@ def head_only(network: torch.nn.Module, dtype: str, predict: Callable[[], Scores
     Returns:
         Why it does not; empty: it does.
     """
-    packing = _packing_forward(network)
+    packing = packing_forward(network)
     if packing is None:
         return "it computes padding"
     layers = _layers(_find_encoder(network.base_model))
@@ -216,6 +216,7 @@ class _PackingForward:
 
     Attributes:
         shortest: the shortest common beginning that is computed once; 0: none.
+        rotates: whether rotary positions are computed by complex numbers (``fused``).
         looks_ahead: whether some of its tokens attend to later ones.
         saved, shared: tokens left out so far; and those of them that were common.
     """
@@ -229,6 +230,7 @@ class _PackingForward:
         self._number = getattr(embeddings, "create_position_ids_from_input_ids", None)
         self._padding_idx = getattr(embeddings, "padding_idx", None)
         self.shortest = 0
+        self.rotates = False
         self.looks_ahead = True
         self.saved = 0
         self.shared = 0
@@ -246,6 +248,7 @@ class _PackingForward:
             attention_mask = torch.ones_like(input_ids)
         shares = self.shortest and "token_type_ids" not in self._parameters
         packed = PackedBatch(attention_mask, input_ids if shares else None, self.shortest)
+        packed.rotates = self.rotates
         self.saved += packed.saved
         self.shared += packed.shared
         positions = packed.positions
@@ -301,7 +304,8 @@ def _of_chosen(linear: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[torc
     return forward
 
 
-def _packing_forward(network: torch.nn.Module) -> _PackingForward | None:
+def packing_forward(network: torch.nn.Module) -> _PackingForward | None:
+    """What `unpad` has put into ``network``, if it has."""
     forward = vars(getattr(network, "base_model", network)).get("forward")
     return forward if isinstance(forward, _PackingForward) else None
 

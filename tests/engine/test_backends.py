@@ -134,3 +134,10 @@ def test_a_missing_extra_is_named(
     spec = ModelSpec(bert, backend=backend, dtype=dtype)
     with pytest.raises(ModelLoadError, match=rf"needs {missing}: pip install 'mp-rerank\[{backend}\]'"):
         make_pool(spec, isolation="thread").start()
+
+
+@pytest.mark.skipif(not models.has_logit_score(), reason="this sentence-transformers has no such models")
+def test_what_a_runtime_cannot_take_is_said_before_a_worker_starts(tmp_path: Path, make_pool: MakePool) -> None:
+    models.build(models.LOGIT_SCORE, tmp_path)
+    with pytest.raises(ValueError, match=r"openvino.* computes NaN for Qwen3ForCausalLM.*backend='onnx'"):
+        make_pool(ModelSpec(str(tmp_path / "bare"), backend="openvino")).start()
