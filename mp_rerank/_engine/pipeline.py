@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -35,34 +36,56 @@ PROBES: list[Pairs] = [
 ]
 
 
+# What another prompt shows that this one does not is what the tokenizer makes of it, in either way.
+PROMPT = "Judge by this: "
+Predict = Callable[..., Scores]
+
+
 @dataclass(frozen=True)
 class Tokenized:
-    """Pairs as lists of tokens, unpadded, under the names by which the network takes them."""
+    """Pairs as lists of tokens, unpadded, under the names by which the network takes them; and which were cut off."""
 
     inputs: dict[str, list[list[int]]]
     lengths: list[int]
+    truncated: bytearray
 
 
 class Pipeline:
-    """Scores with the tokenizer, the network and the activation of ``model``, a ``CrossEncoder``."""
+    """Scores with the tokenizer, the network and the activation of ``model``, a ``CrossEncoder``.
+
+    Attributes:
+        takes_prompt: whether it is proved to do what ``predict(prompt=...)`` does.
+    """
 
     def __init__(self, model: Any) -> None:
         self._tokenizer = model.tokenizer
         self._network = model.model
         self._activation = model.activation_fn
         self._constants: dict[str, Any] = {}
+        self.takes_prompt = False
         self._padding = {
             "input_ids": self._tokenizer.pad_token_id,
             "token_type_ids": self._tokenizer.pad_token_type_id,
             "attention_mask": 0,
         }
 
-    def tokenize(self, pairs: Pairs) -> Tokenized:
-        """``pairs`` as tokens, truncated."""
-        queries, documents = zip(*pairs, strict=True)
-        encoding = self._tokenizer(list(queries), list(documents), truncation=True)
+    def tokenize(self, pairs: Pairs, prompt: str | None = None) -> Tokenized:
+        """``pairs`` as tokens, truncated, each query with ``prompt`` before it."""
+        queries = [query if prompt is None else prompt + query for query, _ in pairs]
+        documents = [document for _, document in pairs]
+        encoding = self._tokenizer(queries, documents, truncation=True)
         inputs = {name: encoding[name] for name in encoding}
-        return Tokenized(inputs, [len(tokens) for tokens in inputs["input_ids"]])
+        lengths = [len(tokens) for tokens in inputs["input_ids"]]
+        truncated = bytearray(len(lengths))
+        limit = self._tokenizer.model_max_length
+        for i, length in enumerate(lengths):
+            if length >= limit:
+                if encoding.encodings is not None:
+                    truncated[i] = bool(encoding.encodings[i].overflowing)
+                else:  # a tokenizer in Python
+                    whole = self._tokenizer(queries[i], documents[i], truncation=False, verbose=False)
+                    truncated[i] = len(whole["input_ids"]) > length
+        return Tokenized(inputs, lengths, truncated)
 
     def score(self, tokenized: Tokenized, batch: Sequence[int]) -> Scores:
         """Scores of the pairs at ``batch``, in one forward pass: shape (n,) or (n, num_labels)."""
@@ -72,7 +95,7 @@ class Pipeline:
             found: Scores = (scores[:, 0] if scores.shape[1] == 1 else scores).float().cpu().numpy()
         return found
 
-    def prove(self, predict: Callable[[Pairs], Scores], max_length: int | None, dtype: str) -> None:
+    def prove(self, predict: Predict, max_length: int | None, dtype: str) -> None:
         """Raise ``ValueError`` unless this does what ``predict`` does.
 
         Args:
@@ -87,8 +110,18 @@ class Pipeline:
         limit = tolerance("same network", dtype)
         if expected.shape != found.shape or not np.allclose(expected, found, rtol=limit, atol=limit):
             raise ValueError(f"predict scores {expected}, not {found}")
+        self.prove_prompt(predict)
 
-    def prove_tensors(self, predict: Callable[[Pairs], Scores], batch: Pairs) -> None:
+    def prove_prompt(self, predict: Predict) -> None:
+        """See whether this does what ``predict`` does with a prompt, if that takes one."""
+        try:
+            self.prove_tensors(partial(predict, prompt=PROMPT), CANARY[::-1], PROMPT)
+        except Exception as error:
+            logger.debug("a prompt goes by predict only: %s", error)
+        else:
+            self.takes_prompt = True
+
+    def prove_tensors(self, predict: Callable[[Pairs], Scores], batch: Pairs, prompt: str | None = None) -> None:
         """Raise ``ValueError`` unless ``predict`` calls the network with the tensors made here.
 
         What else ``predict`` gives to the network is kept, to be given to it in every call.
@@ -98,7 +131,7 @@ class Pipeline:
             raise ValueError(f"predict calls the network {len(calls)} times for one batch")
         tensors = {name: value for name, value in calls[0].items() if isinstance(value, torch.Tensor)}
         self._constants = {name: value for name, value in calls[0].items() if name not in tensors}
-        collated = self._collate(self.tokenize(batch), range(len(batch)))
+        collated = self._collate(self.tokenize(batch, prompt), range(len(batch)))
         if collated.keys() != tensors.keys():
             raise ValueError(f"predict calls the network with {sorted(tensors)}, not with {sorted(collated)}")
         for name, tensor in collated.items():
@@ -126,13 +159,13 @@ class Pipeline:
 
 
 def find_pipeline(
-    model: Any, predict: Callable[[Pairs], Scores], max_length: int | None, dtype: str, *, prove: bool = True
+    model: Any, predict: Predict, max_length: int | None, dtype: str, *, prove: bool = True
 ) -> Pipeline | None:
     """A pipeline that does what ``predict`` does, or ``None`` where there is none: ``predict`` is then called.
 
     Args:
         model: a ``CrossEncoder`` or a loader's model; nobody else uses it meanwhile.
-        predict: scores one batch with it.
+        predict: scores one batch with it, and with a prompt where one is given.
         max_length: tokens it truncates a pair to, if it does.
         dtype: of its weights.
         prove: whether it is not known yet that it does what ``predict`` does.
@@ -149,6 +182,7 @@ def find_pipeline(
             pipeline.prove(predict, max_length, dtype)
         else:
             pipeline.prove_tensors(predict, CANARY[:1])
+            pipeline.prove_prompt(predict)
     except Exception as error:  # one of many things: another kind of head, a prompt, a processor, an older version
         logger.debug("%s scores by predict only: %s", type(model).__name__, error)
         return None
