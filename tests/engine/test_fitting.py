@@ -189,3 +189,15 @@ def test_chunks_begin_and_end_where_sentences_do(engine: Engine) -> None:
     assert all(text[begin:end].rstrip().endswith(".") for begin, end in found)
     assert all(text[begin:].startswith("This") for begin, _ in found)
     assert all(begin < end for (_, end), (begin, _) in pairwise(found)), "each shares a sentence"
+
+
+def test_the_model_s_own_prompts_go_by_their_names(tmp_path: Path) -> None:
+    model = models.load(models.build("bert", tmp_path), "cpu")
+    if not hasattr(model, "prompts"):
+        pytest.skip("no model has prompts in this version of sentence-transformers")
+    model.prompts = {"web": "Judge web pages: "}
+    loaded = Engine(ModelSpec("fake"), "cpu", 1, 256, model, owns_process=True).optimize()
+    assert loaded.facts()["prompts"] == {"web": "Judge web pages: "}
+    expected = model.predict([(QUERY, "text")], prompt_name="web", show_progress_bar=False)
+    found = loaded.predict([(QUERY, "text")], [PLAIN._replace(prompt="Judge web pages: ")])
+    np.testing.assert_allclose(found, expected, atol=1e-6)
