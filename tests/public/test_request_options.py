@@ -123,10 +123,11 @@ def test_a_document_that_is_too_long_fails_its_request_and_no_other(make_pool: M
 
 
 def test_a_score_that_is_no_number_fails_its_request_by_name(make_pool: MakePool) -> None:
-    pool = make_pool(NAN)
-    error = pool.submit("query", ["a", "!nan", "b"]).exception(PATIENCE)
-    assert isinstance(error, ScoringError)
-    assert error.document_index == 1
+    pool = make_pool(NAN, score_cache=10)
+    for _ in range(2):  # such a score is not kept either
+        error = pool.submit("query", ["a", "!nan", "b"]).exception(PATIENCE)
+        assert isinstance(error, ScoringError)
+        assert error.document_index == 1
     assert "document 1 could not be scored on cpu: its score is nan" in str(error)
     assert pool.rerank("query", ["a", "b"]) == ranked("query", ["a", "b"])
     pairs = pool.submit_pairs([("query", "!nan")]).exception(PATIENCE)
@@ -212,6 +213,9 @@ def test_what_only_the_old_model_can_do_is_done_by_the_old_model(make_pool: Make
     with make_pool(READING, workers=1) as pool:
         held = pool.submit(QUERY, [fifo.order])
         fifo.wait_until_read()
+        ahead = pool.submit(QUERY, ["sent to the worker already"])
+        for _ in range(2):  # the second is answered after what the first found was sent
+            pool.stats()
         waiting = pool.submit(QUERY, [SHORT], instruction="judge: ")
         pool.reload(FAKE)
         with pytest.raises(ValueError, match="cannot follow instruction"):
@@ -219,6 +223,7 @@ def test_what_only_the_old_model_can_do_is_done_by_the_old_model(make_pool: Make
         fifo.release()
         assert waiting.result(PATIENCE)[0].relevance_score == score_of("judge: " + QUERY, SHORT)
         assert held.result(PATIENCE)
+        assert ahead.result(PATIENCE)
 
 
 def test_many_documents_cut_off_are_said_once(make_pool: MakePool, caplog: pytest.LogCaptureFixture) -> None:
