@@ -25,6 +25,7 @@ if TYPE_CHECKING:
         RequestTimeoutError,
         RerankError,
         ScoringError,
+        TextTooLongError,
         WorkerCrashedError,
     )
     from mp_rerank.model_pools import ModelPools
@@ -61,6 +62,7 @@ __all__ = [
     "RerankResult",
     "RerankerPool",
     "ScoringError",
+    "TextTooLongError",
     "WorkerCrashedError",
     "WorkerExit",
     "WorkerInfo",

@@ -5,6 +5,7 @@ Each check returns the argument in the form the pool uses, or raises a ``TypeErr
 
 from __future__ import annotations
 
+import math
 import numbers
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -14,7 +15,7 @@ from typing import Any, Literal, NamedTuple, SupportsIndex, TypedDict
 import numpy as np
 
 from mp_rerank._checks import check_optional_count, check_whole, is_for_ever, shown
-from mp_rerank._pairs import Pair
+from mp_rerank._pairs import PLAIN, LongDocuments, Pair, PairOptions, Truncation
 
 __all__ = [
     "MAX_PRIORITY",
@@ -54,7 +55,7 @@ NO_DIFFERENCE = {
     "show_progress_bar",
 }
 # ``activation_fct`` is what ``activation_fn`` was called before version 4.
-THE_POOLS_OWN = {"activation_fct", "activation_fn", "device", "pool", "prompt", "prompt_name"}
+THE_POOLS_OWN = {"activation_fct", "activation_fn", "device", "pool"}
 
 
 def text_of(name: str, value: object, index: int | None = None) -> str:
@@ -215,6 +216,23 @@ def deadline_of(timeout: float | None) -> float | None:
     return None if is_for_ever(seconds) else time.monotonic() + seconds
 
 
+def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
+    """Check that ``value`` is one of ``choices``."""
+    if value not in choices:
+        raise ValueError(f"{name}: {' or '.join(map(repr, choices))} is needed, not {value!r}")
+
+
+def check_min_score(score: float | None) -> float | None:
+    """``score`` as a ``float`` that is a number; or ``None``."""
+    if score is None:
+        return None
+    if not isinstance(score, numbers.Real) or isinstance(score, bool):
+        raise TypeError(f"min_score: a number or None is needed, not {shown(score)}")
+    if math.isnan(score):
+        raise ValueError("min_score: a number is needed, not nan")
+    return float(score)
+
+
 class RequestKeywords(TypedDict, total=False):
     """`RequestOptions` as keyword arguments, for type checkers and editors."""
 
@@ -222,6 +240,12 @@ class RequestKeywords(TypedDict, total=False):
     priority: int
     on_timeout: OnTimeout
     caller: str | None
+    instruction: str | None
+    prompt_name: str | None
+    max_tokens_per_doc: int | None
+    truncation: Truncation
+    long_documents: LongDocuments
+    min_score: float | None
 
 
 @dataclass(frozen=True)
@@ -235,20 +259,47 @@ class RequestOptions:
         on_timeout: ``"raise"`` RequestTimeoutError, or ``"partial"``: what is scored by then.
         caller: whose request it is: any string but an empty one. Callers that wait share the workers equally, however
             many requests each has. ``None``: that of the pool or handle which is asked.
+        instruction: what to judge by, in words: goes before the query as it is, or into the system turn of a model with
+            a chat template, as ``CrossEncoder.predict(prompt=...)`` has it. ``None``: the model's own, if it has one.
+        prompt_name: the same, by the name of one of the model's own prompts.
+        max_tokens_per_doc: how much of a document may be read, in tokens of the document alone. ``None``: as much as
+            fits the model beside the query.
+        truncation: what becomes of a document that is longer: its ``"end"`` or its ``"start"`` is cut off, or it is an
+            ``"error"``.
+        long_documents: what becomes of a document that is too long for the model: ``"truncate"`` it, or ``"chunk"``:
+            divide it at ends of sentences, with an overlap, score each chunk, and let the best one count.
+        min_score: leave out of a ranking what scores less, and what has no score.
     """
 
     timeout: float | None = None
     priority: int = 0
     on_timeout: OnTimeout = "raise"
     caller: str | None = None
+    instruction: str | None = None
+    prompt_name: str | None = None
+    max_tokens_per_doc: int | None = None
+    truncation: Truncation = "end"
+    long_documents: LongDocuments = "truncate"
+    min_score: float | None = None
 
     def __post_init__(self) -> None:
         deadline_of(self.timeout)
         object.__setattr__(self, "priority", check_priority(self.priority))
         if self.caller is not None:
             object.__setattr__(self, "caller", check_caller(self.caller))
-        if self.on_timeout not in ("raise", "partial"):
-            raise ValueError(f"on_timeout: 'raise' or 'partial' is needed, not {self.on_timeout!r}")
+        check_choice("on_timeout", self.on_timeout, ("raise", "partial"))
+        for name in ("instruction", "prompt_name"):
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, text_of(name, getattr(self, name)))
+        if self.instruction is not None and self.prompt_name is not None:
+            raise ValueError("instruction, prompt_name: a request has one of the two")
+        limit = self.max_tokens_per_doc
+        if limit is not None:
+            check_whole("max_tokens_per_doc", limit, "a whole number or None is needed")
+        object.__setattr__(self, "max_tokens_per_doc", check_optional_count("max_tokens_per_doc", limit, 1))
+        check_choice("truncation", self.truncation, ("end", "start", "error"))
+        check_choice("long_documents", self.long_documents, ("truncate", "chunk"))
+        object.__setattr__(self, "min_score", check_min_score(self.min_score))
 
     @classmethod
     def of(cls, keywords: RequestKeywords) -> RequestOptions:
@@ -260,6 +311,16 @@ class RequestOptions:
         if unknown:
             raise TypeError(f"a request has no option {', '.join(unknown)}; it has {', '.join(known)}")
         return cls(**keywords)
+
+    def pair_options(self, prompts: Mapping[str, str]) -> PairOptions:
+        """How its pairs are read by a model that has ``prompts``, by their names."""
+        if self.prompt_name is not None and self.prompt_name not in prompts:
+            raise ValueError(
+                f"prompt_name: the model has no prompt {self.prompt_name!r}; it has {', '.join(prompts) or 'none'}"
+            )
+        prompt = self.instruction if self.prompt_name is None else prompts[self.prompt_name]
+        options = PairOptions(prompt, self.max_tokens_per_doc, self.truncation, self.long_documents)
+        return PLAIN if options == PLAIN else options
 
 
 _NO_OPTIONS = RequestOptions()

@@ -6,14 +6,11 @@ Each call is checked here, in the thread of the caller, and becomes an `Asked`. 
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, SupportsIndex
-
-import numpy as np
-import numpy.typing as npt
 
 from mp_rerank._arguments import (
     Document,
@@ -27,7 +24,7 @@ from mp_rerank._arguments import (
 )
 from mp_rerank._cross_encoder import CrossEncoderCalls
 from mp_rerank._pairs import Pair
-from mp_rerank._scheduling.request import all_scores, nothing, rank
+from mp_rerank._scheduling.request import Finish, all_scores, nothing, rank
 from mp_rerank._scheduling.streams import AsyncScoreStream, ScoreStream
 from mp_rerank.results import RerankResult, Scores
 
@@ -50,7 +47,7 @@ class Asked:
     """
 
     pairs: list[Pair]
-    finish: Callable[[Scores, npt.NDArray[np.bool_]], Any]
+    finish: Finish
     ranking: bool
     options: RequestOptions
     deadline: float | None
@@ -62,21 +59,28 @@ class Asked:
         options = RequestOptions.of(keywords)
         text = text_of("query", query)
         kept = documents_of(documents)
-        finish = partial(rank, kept.given, check_top_n(top_n), records=kept.records)
+        finish = partial(rank, kept.given, check_top_n(top_n), options.min_score, kept.records)
         pairs = [(text, document) for document in kept.texts]
         return cls(pairs, finish, True, options, deadline_of(options.timeout))
 
     @classmethod
     def scores_of(cls, pairs: Iterable[Sequence[str]], keywords: RequestKeywords) -> Asked:
-        options = RequestOptions.of(keywords)
+        options = _every_score(RequestOptions.of(keywords))
         return cls(pairs_of(pairs), all_scores, False, options, deadline_of(options.timeout))
 
     @classmethod
     def stream_of(cls, query: str, documents: Iterable[Document], keywords: RequestKeywords) -> Asked:
-        options = RequestOptions.of(keywords)
+        options = _every_score(RequestOptions.of(keywords))
         text = text_of("query", query)
         pairs = [(text, document) for document in documents_of(documents).texts]
         return cls(pairs, nothing, False, options, deadline_of(options.timeout))
+
+
+def _every_score(options: RequestOptions) -> RequestOptions:
+    """``options`` of a request that gets every score, and so has no use for a bound."""
+    if options.min_score is not None:
+        raise ValueError("min_score: it is for rankings (submit, rerank); this call gives every score")
+    return options
 
 
 class RerankerCalls(CrossEncoderCalls):
@@ -104,14 +108,26 @@ class RerankerCalls(CrossEncoderCalls):
                 followed by the rest with a ``relevance_score`` of ``None``.
             caller: whose request it is: any string but an empty one. Callers that wait share the workers equally,
                 however many requests each has. ``None``: this pool's own caller; see ``for_caller``.
+            instruction: what to judge by, in words: goes before the query as it is, or into the system turn of a model
+                with a chat template, as ``CrossEncoder.predict(prompt=...)`` has it. ``None``: the model's own.
+            prompt_name: the same, by the name of one of the model's prompts (``WorkerInfo.prompts``).
+            max_tokens_per_doc: how much of a document may be read, in tokens of the document alone. ``None``: as much
+                as fits the model beside the query.
+            truncation: what becomes of a document that is longer: its ``"end"`` or its ``"start"`` is cut off, or it
+                is an ``"error"``: TextTooLongError, naming it.
+            long_documents: what becomes of a document that is too long for the model: ``"truncate"`` it, or
+                ``"chunk"``: divide it at ends of sentences, with an overlap, and score each chunk. The best one counts,
+                and ``RerankResult.passage`` tells where it is.
+            min_score: leave out documents that score less, and those that have no score.
 
         Returns:
             A future of the results, best first; equal scores in the order submitted. ``cancel()`` works until it is
             done, and its done-callbacks run on threads of their own. It may hold RequestTimeoutError, ScoringError,
-            WorkerCrashedError or PoolClosedError.
+            TextTooLongError, WorkerCrashedError or PoolClosedError.
 
         Raises:
-            TypeError, ValueError: naming the argument; also for a model of several labels, which ranks nothing.
+            TypeError, ValueError: naming the argument; also for a model of several labels, which ranks nothing, and for
+                an option that the model cannot follow.
             PoolClosedError, PoolOverloadedError: the request was not taken.
             ModelLoadError: from ``start``, if this is the first request.
         """
@@ -122,7 +138,8 @@ class RerankerCalls(CrossEncoderCalls):
 
         Args:
             pairs: the pairs, in any mixture of queries.
-            timeout, priority, on_timeout, caller: as for ``submit``; a partial result has NaN where there is no score.
+            options: those of ``submit`` but ``top_n`` and ``min_score``. A partial result has NaN where there is no
+                score.
 
         Returns:
             A future of float32 scores in the order of ``pairs``: shape (n,), or (n, num_labels) if there are several.
@@ -171,8 +188,8 @@ class RerankerCalls(CrossEncoderCalls):
                 ...
 
         Args:
-            query, documents, timeout, priority, on_timeout, caller: as for ``submit``. With ``on_timeout="partial"``
-                the iterator ends at the deadline.
+            query, documents, options: as for ``submit``, but without ``top_n`` and ``min_score``. With
+                ``on_timeout="partial"`` the iterator ends at the deadline.
 
         Returns:
             An iterator of ``(index, score)``, once for each document, a slice at a time and in no promised order. The
@@ -219,6 +236,6 @@ class RerankerCalls(CrossEncoderCalls):
     def _astream(self, asked: Asked) -> AsyncScoreStream:
         """Hand a request over as the first score is asked for; its scores as they come, on no thread."""
 
-    def _score_pairs(self, pairs: Iterable[Sequence[str]]) -> Scores:
-        scores: Scores = self._result(Asked.scores_of(pairs, {}))
+    def _score_pairs(self, pairs: Iterable[Sequence[str]], **options: Unpack[RequestKeywords]) -> Scores:
+        scores: Scores = self._result(Asked.scores_of(pairs, options))
         return scores

@@ -28,7 +28,6 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 import os
 import re
 import time
@@ -39,14 +38,18 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
+from mp_rerank._arguments import RequestKeywords, RequestOptions
 from mp_rerank._checks import check_flag, check_optional_count, check_text
 from mp_rerank._text import one_line
 from mp_rerank.config import BUILTIN, ModelSpec
-from mp_rerank.errors import ScoringError, WorkerCrashedError
+from mp_rerank.errors import RerankError, ScoringError, TextTooLongError, WorkerCrashedError
 from mp_rerank.pool import RerankerPool
 from mp_rerank.results import RerankResult
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 __all__ = ["BulkSummary", "FailedPair", "evaluate", "rerank_run"]
 
@@ -120,6 +123,7 @@ def rerank_run(
     tag: str = "mp_rerank",
     overwrite: bool = False,
     progress: bool | None = False,
+    **options: Unpack[RequestKeywords],
 ) -> BulkSummary:
     """Rerank each query's candidates and write them to ``output``, going on where an earlier call was ended.
 
@@ -131,6 +135,8 @@ def rerank_run(
         tag: the last column; one word.
         overwrite: begin again, whatever is in the output.
         progress: show a bar on standard error; ``None``: if that is a terminal.
+        options: those of ``pool.submit`` that say how texts are read, such as ``instruction`` and ``long_documents``.
+            To go on with a run, give those it was begun with.
 
     Raises:
         TypeError, ValueError: an argument or a file is not as it should be.
@@ -139,7 +145,7 @@ def rerank_run(
     """
     from tqdm import tqdm
 
-    _check_options(top_n, tag, overwrite, progress)
+    _check_options(top_n, tag, overwrite, progress, options)
     counts, wanted = _survey(run)
     texts = _read_queries(queries, counts, run)
     found, keep_bytes = _already(output, counts, top_n, tag, overwrite)
@@ -150,7 +156,7 @@ def rerank_run(
         start = time.perf_counter()
         with (
             tqdm(total=left, unit="pair", disable=None if progress is None else not progress) as bar,
-            _InFlight(pool, out.write, bar.update) as in_flight,
+            _InFlight(pool, out.write, bar.update, options) as in_flight,
         ):
             for candidates in islice(_groups(run), found, None):
                 query = texts[candidates.query]
@@ -159,7 +165,13 @@ def rerank_run(
         return BulkSummary(len(counts) - found, left - len(failures), found, time.perf_counter() - start, failures)
 
 
-def _check_options(top_n: int | None, tag: str, overwrite: bool, progress: bool | None) -> None:
+def _check_options(
+    top_n: int | None, tag: str, overwrite: bool, progress: bool | None, options: RequestKeywords
+) -> None:
+    for name in ("timeout", "on_timeout", "min_score"):
+        if name in options:
+            raise TypeError(f"{name}: a run is scored whole")
+    RequestOptions.of(options)
     check_optional_count("top_n", top_n)
     check_text("tag", tag)
     if tag.split() != [tag]:
@@ -260,6 +272,7 @@ class _InFlight:
         pool: what scores; it has started.
         write: called with a query's ids and its scores (``None`` for a document that has none), in the run's order.
         advance: called with the number of documents that are done.
+        options: of each request.
 
     Attributes:
         failures: the pairs that could not be scored, so far.
@@ -270,11 +283,13 @@ class _InFlight:
         pool: RerankerPool,
         write: Callable[[_Candidates, Sequence[float | None]], None],
         advance: Callable[[int], object],
+        options: RequestKeywords,
     ) -> None:
         self.failures: list[FailedPair] = []
         self._pool = pool
         self._write = write
         self._advance = advance
+        self._options = options
         self._tasks: deque[_Task] = deque()
         self._pairs = 0
         on_cpu = [worker.device.startswith("cpu") for worker in pool.workers()]
@@ -287,7 +302,8 @@ class _InFlight:
         while len(self._tasks) > 1 and self._pairs + len(task.documents) > self._bound:
             self._finish_first()
         task.sent = [i for i, name in enumerate(task.candidates.documents) if name not in self._deadly]
-        task.future = self._pool.submit(task.query, [task.documents[i] for i in task.sent], top_n=None)
+        texts = [task.documents[i] for i in task.sent]
+        task.future = self._pool.submit(task.query, texts, top_n=None, **self._options)
         self._tasks.append(task)
         self._pairs += len(task.documents)
         while self._tasks and self._tasks[0].future.done():
@@ -325,12 +341,12 @@ class _InFlight:
         try:
             for result in task.future.result():
                 scores[task.sent[result.index]] = result.relevance_score
-        except (ScoringError, WorkerCrashedError) as error:
+        except (ScoringError, TextTooLongError, WorkerCrashedError) as error:
             _raise_if_no_document_is_to_blame(error)
             self._score_apart(task, scores, causes)
         for i, score in enumerate(scores):
-            if score is not None and not math.isfinite(score):
-                scores[i], causes[i] = None, f"its score is {score}"
+            if score is None:  # in a pool where such a document ranks last
+                causes.setdefault(i, "its score is no finite number")
         return scores, causes
 
     def _score_apart(self, task: _Task, scores: list[float | None], causes: dict[int, str]) -> None:
@@ -338,13 +354,15 @@ class _InFlight:
         names = task.candidates.documents
         causes |= {i: self._deadly[names[i]] for i in task.sent if names[i] in self._deadly}
         apart = [i for i in task.sent if i not in causes]
-        futures = [(i, self._pool.submit(task.query, [task.documents[i]], top_n=None)) for i in apart]
+        futures = [(i, self._pool.submit(task.query, [task.documents[i]], top_n=None, **self._options)) for i in apart]
         try:
             for i, future in futures:
                 try:
                     scores[i] = future.result()[0].relevance_score
                 except ScoringError as error:
                     causes[i] = error.cause or str(error)
+                except TextTooLongError as error:
+                    causes[i] = f"it has {error.tokens} tokens, where {error.limit} are allowed"
                 except WorkerCrashedError as error:
                     _raise_if_no_document_is_to_blame(error)
                     causes[i] = f"it ended {error.attempts} workers"
@@ -367,7 +385,7 @@ class _InFlight:
             )
 
 
-def _raise_if_no_document_is_to_blame(error: ScoringError | WorkerCrashedError) -> None:
+def _raise_if_no_document_is_to_blame(error: RerankError) -> None:
     """Raise ``error`` if no worker is left."""
     if isinstance(error, WorkerCrashedError) and error.document_index is None:
         raise error

@@ -200,7 +200,10 @@ class PoolConfig:
             once, for all requests that hold them. They share the score, or the error of a document that cannot be
             scored. A request that is cancelled or expires does not affect the others.
         score_cache: how many scores to keep, of the pairs asked for last; 0: none. A reload begins with none. Each
-            takes about 250 bytes, whatever the length of the texts.
+            takes about 350 bytes, whatever the length of the texts.
+        nan_scores: what becomes of a document whose score is nan or infinite: ``"error"``: its request gets
+            ScoringError, naming it; ``"none"``: it ranks last, with a ``relevance_score`` of ``None`` (nan where the
+            result is an array).
         max_attempts: workers that may die of one document before its request gets WorkerCrashedError.
         max_restarts: deaths in a row, with nothing scored between, after which a seat is given up.
         restart_backoff: seconds before the second restart in a row (the first is at once), doubling up to 30.
@@ -229,6 +232,7 @@ class PoolConfig:
     overload: Literal["block", "raise"] | float = "block"
     coalesce: bool = True
     score_cache: int = 0
+    nan_scores: Literal["error", "none"] = "error"
     max_attempts: int = 3
     max_restarts: int = 5
     restart_backoff: float = 0.5
@@ -254,6 +258,8 @@ class PoolConfig:
             raise ValueError(f"workers: at most {MAX_WORKERS} are started, not {self.workers}")
         for name in ("pin", "tuned", "coalesce"):
             check_flag(name, getattr(self, name))
+        if self.nan_scores not in ("error", "none"):
+            raise ValueError(f"nan_scores: 'error' or 'none' is needed, not {self.nan_scores!r}")
         self._check_kind_of_worker()
         self._check_seconds()
 

@@ -5,7 +5,8 @@
      +-- PoolOverloadedError     pending work is at its bound, and the pool was told not to wait (any longer)
      +-- RequestTimeoutError     the request's ``timeout`` passed before all was scored; also a ``TimeoutError``
      +-- ModelLoadError          a worker could not load the model, or the loaded model failed its proof
-     +-- ScoringError            the model raised an exception on a document
+     +-- ScoringError            the model raised an exception on a document, or its score is no finite number
+     +-- TextTooLongError        a document is longer than the request allows; also a ``ValueError``
      +-- WorkerCrashedError      a document ended every worker that had it, or no worker is left
 
 Each error has its facts as attributes. They are text and numbers only: a foreign exception could import torch into the
@@ -27,6 +28,7 @@ __all__ = [
     "RequestTimeoutError",
     "RerankError",
     "ScoringError",
+    "TextTooLongError",
     "WorkerCrashedError",
 ]
 
@@ -91,7 +93,9 @@ class ModelLoadError(RerankError):
 
 
 class ScoringError(RerankError):
-    """The model raised an exception on a document. The other documents of its slice were scored.
+    """The model raised an exception on a document, or scored it as nan or infinite.
+
+    The other documents of its slice were scored.
 
     Attributes:
         device: where it was scored.
@@ -108,6 +112,22 @@ class ScoringError(RerankError):
         self.document_index = document_index
         self.cause = one_line(cause)
         self.details = printable(details)
+
+
+class TextTooLongError(RerankError, ValueError):
+    """A document is longer than may be read, and the request has ``truncation="error"``.
+
+    Attributes:
+        document_index: the document's position in the request.
+        tokens: how many it has: with its query, or alone where ``limit`` is the request's ``max_tokens_per_doc``.
+        limit: how many are allowed.
+    """
+
+    def __init__(self, message: str, *, document_index: int | None = None, tokens: int = 0, limit: int = 0) -> None:
+        super().__init__(message)
+        self.document_index = document_index
+        self.tokens = tokens
+        self.limit = limit
 
 
 class WorkerCrashedError(RerankError):

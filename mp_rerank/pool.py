@@ -20,7 +20,7 @@ from mp_rerank._planning.checkpoint import check_backend, check_hub_cache
 from mp_rerank._planning.plan import Plan, make_plan
 from mp_rerank._scheduling.dispatcher import Dispatcher, leave_with_interpreter
 from mp_rerank._scheduling.futures import Answer, check_may_wait, is_pool_thread
-from mp_rerank._scheduling.request import DEFAULT_CALLER, Request, estimate_lengths
+from mp_rerank._scheduling.request import DEFAULT_CALLER, Request, estimate_lengths, misfit
 from mp_rerank._scheduling.streams import AsyncScoreStream, Feed, ScoreStream
 from mp_rerank._workers.handle import check_may_start
 from mp_rerank._workers.logs import flush
@@ -315,16 +315,17 @@ class RerankerPool(RerankerCalls):
     def _request(self, asked: Asked, dispatcher: Dispatcher, feed: Feed | None = None) -> Request:
         facts = dispatcher.facts
         assert facts is not None
-        if asked.ranking and facts.num_labels != 1:
-            raise ValueError(
-                f"{self.spec.name} gives {facts.num_labels} scores a pair, and ranking needs one: use submit_pairs"
-            )
         options = asked.options
+        pair_options = options.pair_options(facts.prompts)
+        why = misfit(facts, pair_options, ranking=asked.ranking)
+        if why is not None:
+            raise ValueError(f"{self.spec.name} {why}")
         request = Request(
             asked.pairs,
-            estimate_lengths(asked.pairs, facts.max_length),
+            estimate_lengths(asked.pairs, facts.max_length, pair_options),
             asked.finish,
-            keys=digests(asked.pairs) if self.config.score_cache else None,
+            options=pair_options,
+            keys=digests(asked.pairs, pair_options) if self.config.score_cache else None,
             caller=options.caller or self._caller,
             priority=options.priority,
             deadline=asked.deadline,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 import numpy as np
@@ -33,28 +33,48 @@ class RerankResult:
     Attributes:
         index: its position among the documents submitted.
         relevance_score: the model's score after its activation, as ``CrossEncoder.predict`` gives it (float32 widened
-            to float); ``None`` only in a partial ranking (``on_timeout="partial"``), for a document not scored in time.
+            to float): what it means, and its range, is the model's (``WorkerInfo.activation``). ``None`` for a document
+            that was not scored in time (``on_timeout="partial"``), or whose score is no finite number
+            (``nan_scores="none"``).
         document: the document as it was submitted; of one submitted as a dict, its text.
         record: the dict itself, with whatever else is in it; ``None``: it was submitted as a text.
+        tokens: how many tokens of the pair the model read, the query's and special ones included, as its tokenizer
+            counts them; of all chunks together. ``None``: it was not read, or the model counts none.
+        truncated: whether something of the pair was cut off to fit. ``None`` as for ``tokens``.
+        passage: of a document that was divided (``long_documents="chunk"``): where its best chunk is, as
+            ``document[start:end]``.
     """
 
     index: int
     relevance_score: float | None
     document: str
     record: Mapping[str, Any] | None = field(default=None, hash=False)  # a dict has no hash
+    tokens: int | None = field(default=None, compare=False)
+    truncated: bool | None = field(default=None, compare=False)
+    passage: tuple[int, int] | None = field(default=None, compare=False)
 
     def __init__(
-        self, index: int, relevance_score: float | None, document: str, record: Mapping[str, Any] | None = None
+        self,
+        index: int,
+        relevance_score: float | None,
+        document: str,
+        record: Mapping[str, Any] | None = None,
+        tokens: int | None = None,
+        truncated: bool | None = None,
+        passage: tuple[int, int] | None = None,
     ) -> None:
         # There is one for each document of each request: this takes half the time of the one that would be generated.
         _set_index(self, index)
         _set_score(self, relevance_score)
         _set_document(self, document)
         _set_record(self, record)
+        _set_tokens(self, tokens)
+        _set_truncated(self, truncated)
+        _set_passage(self, passage)
 
 
-_set_index, _set_score, _set_document, _set_record = (
-    vars(RerankResult)[name].__set__ for name in ("index", "relevance_score", "document", "record")
+_set_index, _set_score, _set_document, _set_record, _set_tokens, _set_truncated, _set_passage = (
+    vars(RerankResult)[item.name].__set__ for item in fields(RerankResult)
 )
 
 
@@ -112,7 +132,10 @@ class WorkerInfo:
             share. The rest is the worker's own: weights on a GPU, of another dtype than the file's, from another
             format, prepacked, or with ``ModelSpec(weights="private")``. Known on Linux, else 0.
         num_labels: scores per pair.
+        activation: what makes a score of what the network puts out: ``"Sigmoid"`` (from 0 to 1), ``"Identity"`` (any
+            number: the logit), or another class of ``torch.nn`` or of yours; empty where a loader's model does not say.
         max_length: tokens a pair is truncated to; ``None`` where the model does not say.
+        prompts: the names of its prompts, for ``prompt_name``.
         optimizations: what makes the model faster here and keeps its scores. ``"pipeline"``: texts are tokenized once
             and batches cut by their true lengths; ``"unpadded"``: no padding is computed; ``"shares_beginnings"``: what
             pairs of a batch begin with alike is computed once; ``"head_only"``: the last layer computes only what the
@@ -134,7 +157,9 @@ class WorkerInfo:
     weights_bytes: int = 0
     mapped_bytes: int = 0
     num_labels: int = 1
+    activation: str = ""
     max_length: int | None = None
+    prompts: tuple[str, ...] = ()
     optimizations: tuple[str, ...] = ()
     canary: tuple[float, ...] = ()
     tokens_per_second: float = 0.0
@@ -174,7 +199,9 @@ class PoolStats:
         pending_requests: requests admitted and not finished.
         pending_pairs: their pairs, neither scored nor dropped.
         scored_pairs: pairs that workers have scored.
-        scored_tokens: the estimated tokens of those.
+        scored_tokens: the tokens that models have read of those, as in ``RerankResult``; estimated where a model counts
+            none.
+        truncated_pairs: those of ``scored_pairs`` of which something was cut off.
         coalesced_pairs: pairs that got their score together with an equal one that was pending (``coalesce``).
         cached_pairs: pairs whose score had been kept (``score_cache``). The hit rate is the share of ``cached_pairs``
             and ``coalesced_pairs`` in their sum with ``scored_pairs``.
@@ -200,6 +227,7 @@ class PoolStats:
     pending_pairs: int = 0
     scored_pairs: int = 0
     scored_tokens: int = 0
+    truncated_pairs: int = 0
     coalesced_pairs: int = 0
     cached_pairs: int = 0
     slices: int = 0

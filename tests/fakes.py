@@ -29,12 +29,14 @@ import sys
 import time
 import warnings
 import zlib
+from array import array
 from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 
-from mp_rerank._pairs import CANARY, estimate_pair, estimate_text
+from mp_rerank._pairs import CANARY, PLAIN, PairOptions, Readings, estimate_pair, estimate_text
 from mp_rerank._recipe import Recipe
 from mp_rerank._workers.child import import_engine
 
@@ -203,16 +205,58 @@ def load_paced(spec: object, device: str) -> Paced:
 class Counting(FakeModel):
     """Counts tokens, and finds a quarter of those that were estimated."""
 
-    tokens = 0
-
     def predict(self, pairs: list[tuple[str, str]]) -> list[float]:
         lengths = [estimate_pair(estimate_text(query), document, None) for query, document in pairs]
-        self.tokens = sum(lengths) // 4
+        self.readings = Readings(array("i", [length // 4 for length in lengths]), bytearray(len(pairs)))
         return super().predict(pairs)
 
 
 def load_counting(spec: object, device: str) -> Counting:
     return Counting()
+
+
+class Reading(FakeModel):
+    """Reads words for tokens, ``max_length`` of them with the query's, and follows every option about a pair.
+
+    A chunk is a document's next words, of which those of the query leave so many.
+    """
+
+    takes = frozenset(PairOptions._fields)
+    prompts: ClassVar = {"short": "be short: "}
+
+    def __init__(self, max_length: int) -> None:
+        super().__init__()
+        self.max_length = max_length
+        self.readings: Readings | None = None
+
+    def predict(self, pairs: list[tuple[str, str]], options: list[PairOptions] | None = None) -> list[float]:
+        self.readings = Readings(array("i"), bytearray())
+        scores = []
+        for i, (query, document) in enumerate(pairs):
+            how = PLAIN if options is None else options[i]
+            query = (how.prompt or "") + query
+            words = document.split()
+            room = self.max_length - len(query.split())
+            limit = min(room, how.max_tokens_per_doc or room)
+            if how.long_documents == "chunk":
+                parts = [words[j : j + limit] for j in range(0, len(words), limit)]
+            elif len(words) > limit and how.truncation == "error":
+                self.readings.too_long[i] = len(words), limit
+                parts = [[]]
+            else:
+                parts = [words[-limit:] if how.truncation == "start" else words[:limit]]
+            found = [*super().predict([(query, " ".join(part)) for part in parts])]
+            scores.append(math.nan if i in self.readings.too_long else max(found))
+            if len(parts) > 1:
+                start = document.index(" ".join(parts[found.index(max(found))]))
+                self.readings.passages[i] = start, start + len(" ".join(parts[found.index(max(found))]))
+            self.readings.tokens.append(sum(len(part) + len(query.split()) for part in parts))
+            self.readings.truncated.append(sum(map(len, parts)) < len(words))
+        return scores
+
+
+def load_reading(spec: object, device: str) -> Reading:
+    return Reading(spec.max_length or 8)  # type: ignore[attr-defined]
 
 
 class Deadly(FakeModel):

@@ -8,7 +8,9 @@ many as ``batch_tokens`` allows.
 from __future__ import annotations
 
 import logging
+import math
 import threading
+from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
@@ -21,11 +23,15 @@ from tqdm import tqdm
 from transformers.utils import logging as transformers_logging
 
 from mp_rerank._engine.backends.base import find_backend, replace_network
+from mp_rerank._engine.fitting import Fitter, fit_all, place_before, without_tails
 from mp_rerank._engine.fused import fewer_passes
 from mp_rerank._engine.loading import (
+    activation_name,
     draws_weights,
+    followed_options,
     load,
     module_of,
+    prompts_of,
     prove,
     prove_positions,
     prove_tokenizer,
@@ -48,7 +54,7 @@ from mp_rerank._engine.pipeline import (
 from mp_rerank._engine.prepack import prepack
 from mp_rerank._engine.unpad import has_vocabulary_score, head_only, score_logits, share_beginnings, unpad
 from mp_rerank._engine.weights import make_private, mapped_bytes
-from mp_rerank._pairs import CANARY, Pair, estimate_pair, estimate_text, tolerance
+from mp_rerank._pairs import CANARY, Pair, PairOptions, Readings, estimate_pair, estimate_text, tolerance
 from mp_rerank._recipe import Recipe
 from mp_rerank.config import ModelSpec
 
@@ -76,7 +82,7 @@ class Engine:
 
     Attributes:
         recipe: the optimizations that the model has; none before ``optimize``.
-        tokens: of the pairs last scored, after truncation; ``None`` where only ``predict`` knows.
+        readings: of the pairs last scored; ``None`` where only ``CrossEncoder.predict`` knows.
     """
 
     def __init__(
@@ -97,7 +103,7 @@ class Engine:
         self.batch_tokens = batch_tokens
         self.model, drawn = draws_weights(spec, device) if loaded is None else (loaded, False)
         self.recipe = Recipe()
-        self.tokens: int | None = None
+        self.readings: Readings | None = None
         self._spec = spec
         self._device = device
         self._on_cpu = device.startswith("cpu")
@@ -154,16 +160,42 @@ class Engine:
             "mapped_bytes": self.mapped_bytes,
             "max_length": self.max_length,
             "recipe": self.recipe,
+            "activation": activation_name(self.model),
+            "takes": followed_options(self.model),
+            "prompts": prompts_of(self.model),
         }
 
-    def predict(self, pairs: list[Pair]) -> npt.NDArray[np.float32]:
-        """Scores of ``pairs`` in their order: float32, shape (n,) or (n, num_labels)."""
-        pairs = [(without_surrogates(query), without_surrogates(document)) for query, document in pairs]
-        scores: list[Any] = [None] * len(pairs)
-        for batch, values in self._score_batches(pairs) if pairs else ():
-            for i, value in zip(batch, values, strict=True):
-                scores[i] = value
-        return np.asarray(scores, dtype=np.float32)
+    def predict(self, pairs: list[Pair], options: Sequence[PairOptions] | None = None) -> npt.NDArray[np.float32]:
+        """Scores of ``pairs`` in their order: float32, shape (n,) or (n, num_labels).
+
+        Args:
+            options: how each pair is read, within what ``facts()["takes"]`` says; ``None``: all of them plainly. A pair
+                that is longer than its options allow has a score of nan, and is in ``readings.too_long``.
+        """
+        clean = [(without_surrogates(query), without_surrogates(document)) for query, document in pairs]
+        if options is None:
+            scores, self.readings = self._score(clean, None)
+            return np.asarray(scores, dtype=np.float32)
+        fitter = Fitter(self.model.tokenizer, self.max_length, self._count_tokens)
+        fitted = fit_all(fitter, clean, options)
+        by_prompt: dict[str | None, list[int]] = {}
+        for i, (place, _) in enumerate(fitted.pieces):
+            by_prompt.setdefault(options[place].prompt, []).append(i)
+        scores = [math.nan] * len(fitted.pieces)
+        tokens, truncated = [0] * len(scores), [False] * len(scores)
+        for prompt, members in by_prompt.items():
+            group = [fitted.pieces[i][1].pair for i in members]
+            found, readings = self._score(group, prompt)
+            for i, pair, score, place in zip(members, group, found, range(len(group)), strict=True):
+                scores[i] = score
+                if readings is None:
+                    tokens[i], truncated[i] = self._count_tokens(pair, prompt), False
+                else:
+                    tokens[i], truncated[i], _ = readings.of(place)
+        folded, self.readings = fitted.fold(scores, tokens, truncated)
+        for i, passage in self.readings.passages.items():
+            self.readings.passages[i] = place_before(pairs[i][1], clean[i][1], passage)
+        return np.asarray(folded, dtype=np.float32)
 
     def canary(self) -> npt.NDArray[np.float32]:
         """What no optimization may change: the canary's scores, and the logits that an activation makes them of.
@@ -269,18 +301,30 @@ class Engine:
         """What a change must keep the same; nothing where another worker has seen to it."""
         return self.canary if recipe is None else None
 
-    def _score_batches(self, pairs: list[Pair]) -> Iterator[tuple[list[int], Any]]:
-        """Indices of ``pairs``, batch by batch, with their scores."""
-        if self._pipeline is None:
+    def _score(self, pairs: list[Pair], prompt: str | None) -> tuple[list[Any], Readings | None]:
+        """Scores of ``pairs``, all with one prompt, and what was read of each where that is counted."""
+        scores: list[Any] = [None] * len(pairs)
+        readings = None
+        if not pairs:
+            return scores, Readings(array("i"), bytearray())
+        if isinstance(self.model, CrossEncoder):
+            pairs = without_tails(self.model.tokenizer, pairs, self.max_length)
+        batches: Iterator[tuple[list[int], Any]]
+        if self._pipeline is None or not (prompt is None or self._pipeline.takes_prompt):
             lengths = [estimate_pair(estimate_text(query), document, self.max_length) for query, document in pairs]
             alone = [[i] for i in range(len(pairs))]
-            for batch in alone if self.recipe.equal_lengths else padded_batches(lengths, self.batch_tokens):
-                yield batch, self._predict([pairs[i] for i in batch])
+            batches = (
+                (batch, self._predict([pairs[i] for i in batch], prompt))
+                for batch in (alone if self.recipe.equal_lengths else padded_batches(lengths, self.batch_tokens))
+            )
         else:
-            tokenized = self._pipeline.tokenize(pairs)
-            self.tokens = sum(tokenized.lengths)
-            for batch in self._cut(tokenized):
-                yield batch, self._pipeline.score(tokenized, batch)
+            pipeline, tokenized = self._pipeline, self._pipeline.tokenize(pairs, prompt)
+            readings = Readings(array("i", tokenized.lengths), tokenized.truncated)
+            batches = ((batch, pipeline.score(tokenized, batch)) for batch in self._cut(tokenized))
+        for batch, values in batches:
+            for i, value in zip(batch, values, strict=True):
+                scores[i] = value
+        return scores, readings
 
     def _cut(self, tokenized: Tokenized) -> Iterable[list[int]]:
         """Which pairs go into one batch."""
@@ -289,12 +333,20 @@ class Engine:
         cut = equal_batches if self.recipe.equal_lengths else even_batches if self.recipe.unpadded else padded_batches
         return cut(tokenized.lengths, self.batch_tokens)
 
-    def _predict(self, batch: Sequence[Pair]) -> Any:
+    def _count_tokens(self, pair: Pair, prompt: str | None) -> int:
+        """The tokens of ``pair``, truncated, where nobody has counted them."""
+        if hasattr(self.model, "preprocess"):
+            return int(self.model.preprocess([pair], prompt=prompt)["attention_mask"].sum())
+        query, document = pair  # in lists: a single empty text would be taken for none
+        return len(self.model.tokenizer([query], [document], truncation=True)["input_ids"][0])
+
+    def _predict(self, batch: Sequence[Pair], prompt: str | None = None) -> Any:
         """Scores of one batch by the model's own ``predict``."""
         if isinstance(self.model, CrossEncoder):
+            more = {} if prompt is None else {"prompt": prompt}
             # As a tensor: sentence-transformers 3.0 makes no array of bfloat16.
             scores = self.model.predict(
-                list(batch), batch_size=len(batch), show_progress_bar=False, convert_to_tensor=True
+                list(batch), batch_size=len(batch), show_progress_bar=False, convert_to_tensor=True, **more
             )
             return scores.float().cpu().numpy()
         return self.model.predict(list(batch))

@@ -167,6 +167,29 @@ def truncation_length(model: Any) -> int | None:
     return value if isinstance(value, int) and value < 1_000_000 else None
 
 
+def activation_name(model: Any) -> str:
+    """What makes a score of what the network puts out; empty where a loader's model does not say."""
+    activation = getattr(model, "activation_fn", None)
+    return "" if activation is None else getattr(activation, "__name__", type(activation).__name__)
+
+
+def followed_options(model: Any) -> frozenset[str]:
+    """Which of the fields of ``PairOptions`` can be followed with ``model``."""
+    found = set()
+    if isinstance(model, CrossEncoder):
+        if "prompt" in inspect.signature(model.predict).parameters:
+            found.add("prompt")
+        if getattr(getattr(model, "tokenizer", None), "is_fast", False):
+            found.update(("max_tokens_per_doc", "truncation", "long_documents"))
+    return frozenset(found)
+
+
+def prompts_of(model: Any) -> dict[str, str]:
+    """The prompts of ``model``, by their names."""
+    prompts = getattr(model, "prompts", None) or {}
+    return {name: prompt for name, prompt in prompts.items() if isinstance(prompt, str)}
+
+
 def torch_dtype(spec: ModelSpec) -> str | None:
     """The dtype to load in: other backends convert from float32."""
     return spec.dtype if spec.backend == "torch" else "float32"

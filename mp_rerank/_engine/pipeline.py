@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -47,16 +48,26 @@ PROBES: list[Pairs] = [
 ]
 
 
+# What another prompt shows that this one does not is what the tokenizer makes of it, in either way.
+PROMPT = "Judge by this: "
+Predict = Callable[..., Scores]
+
+
 @dataclass(frozen=True)
 class Tokenized:
-    """Pairs as lists of tokens, unpadded, under the names by which the network takes them."""
+    """Pairs as lists of tokens, unpadded, under the names by which the network takes them; and which were cut off."""
 
     inputs: dict[str, list[list[int]]]
     lengths: list[int]
+    truncated: bytearray
 
 
 class Pipeline:
-    """Scores with the tokenizer, the network and the activation of ``model``, a ``CrossEncoder``."""
+    """Scores with the tokenizer, the network and the activation of ``model``, a ``CrossEncoder``.
+
+    Attributes:
+        takes_prompt: whether it is proved to do what ``predict(prompt=...)`` does.
+    """
 
     #: its name in a recipe
     name = "tokenizer"
@@ -70,18 +81,30 @@ class Pipeline:
         # network.
         self._modular = has_modules(model)
         self._constants: dict[str, Any] = {}
+        self.takes_prompt = False
         self._padding = {
             "input_ids": self._tokenizer.pad_token_id,
             "token_type_ids": self._tokenizer.pad_token_type_id,
             "attention_mask": 0,
         }
 
-    def tokenize(self, pairs: Pairs) -> Tokenized:
-        """``pairs`` as tokens, truncated."""
-        queries, documents = zip(*pairs, strict=True)
-        encoding = self._tokenizer(list(queries), list(documents), truncation=True)
+    def tokenize(self, pairs: Pairs, prompt: str | None = None) -> Tokenized:
+        """``pairs`` as tokens, truncated, each query with ``prompt`` before it."""
+        queries = [query if prompt is None else prompt + query for query, _ in pairs]
+        documents = [document for _, document in pairs]
+        encoding = self._tokenizer(queries, documents, truncation=True)
         inputs = {name: encoding[name] for name in encoding}
-        return Tokenized(inputs, [len(tokens) for tokens in inputs["input_ids"]])
+        lengths = [len(tokens) for tokens in inputs["input_ids"]]
+        truncated = bytearray(len(lengths))
+        limit = self._tokenizer.model_max_length
+        for i, length in enumerate(lengths):
+            if length >= limit:
+                if encoding.encodings is not None:
+                    truncated[i] = bool(encoding.encodings[i].overflowing)
+                else:  # a tokenizer in Python
+                    whole = self._tokenizer(queries[i], documents[i], truncation=False, verbose=False)
+                    truncated[i] = len(whole["input_ids"]) > length
+        return Tokenized(inputs, lengths, truncated)
 
     def score(self, tokenized: Tokenized, batch: Sequence[int]) -> Scores:
         """Scores of the pairs at ``batch``, in one forward pass: shape (n,) or (n, num_labels)."""
@@ -95,7 +118,7 @@ class Pipeline:
             found: Scores = (scores[:, 0] if scores.shape[1] == 1 else scores).float().cpu().numpy()
         return found
 
-    def prove(self, predict: Callable[[Pairs], Scores], max_length: int | None, dtype: str) -> None:
+    def prove(self, predict: Predict, max_length: int | None, dtype: str) -> None:
         """Raise ``ValueError`` unless this does what ``predict`` does.
 
         Args:
@@ -110,8 +133,18 @@ class Pipeline:
         limit = tolerance("same network", dtype)
         if expected.shape != found.shape or not np.allclose(expected, found, rtol=limit, atol=limit):
             raise ValueError(f"predict scores {expected}, not {found}")
+        self.prove_prompt(predict)
 
-    def prove_tensors(self, predict: Callable[[Pairs], Scores], batch: Pairs) -> None:
+    def prove_prompt(self, predict: Predict) -> None:
+        """See whether this does what ``predict`` does with a prompt, if that takes one."""
+        try:
+            self.prove_tensors(partial(predict, prompt=PROMPT), CANARY[::-1], PROMPT)
+        except Exception as error:
+            logger.debug("a prompt goes by predict only: %s", error)
+        else:
+            self.takes_prompt = True
+
+    def prove_tensors(self, predict: Callable[[Pairs], Scores], batch: Pairs, prompt: str | None = None) -> None:
         """Raise ``ValueError`` unless ``predict`` calls the network with the tensors made here.
 
         What else ``predict`` gives to the network is kept, to be given to it in every call.
@@ -121,8 +154,14 @@ class Pipeline:
         if len(calls) != 1:
             raise ValueError(f"predict calls the network {len(calls)} times for one batch")
         tensors = {name: value for name, value in calls[0].items() if isinstance(value, torch.Tensor)}
-        self._constants = {name: value for name, value in calls[0].items() if name not in tensors}
-        collated = self._collate(self.tokenize(batch), range(len(batch)))
+        constants = {name: value for name, value in calls[0].items() if name not in tensors}
+        if prompt is None:
+            self._constants = constants
+        elif {**self._constants, "prompt_length": None} != {**constants, "prompt_length": None}:
+            raise ValueError(f"with a prompt, predict calls the network with {constants}")
+        elif any(getattr(part, "include_prompt", True) is False for part in self._model.modules()):
+            raise ValueError("its pooling leaves a prompt out, and has to know how long it is")
+        collated = self._collate(self.tokenize(batch, prompt), range(len(batch)))
         if collated.keys() != tensors.keys():
             raise ValueError(f"predict calls the network with {sorted(tensors)}, not with {sorted(collated)}")
         for name, tensor in collated.items():
@@ -160,15 +199,25 @@ class PreprocessingPipeline(Pipeline):
         super().__init__(model)
         self._prompt = (model.prompts or {}).get(model.default_prompt_name)
 
-    def tokenize(self, pairs: Pairs) -> Tokenized:
-        """``pairs`` as tokens, truncated."""
-        features = self._model.preprocess(list(pairs), prompt=self._prompt)
+    def tokenize(self, pairs: Pairs, prompt: str | None = None) -> Tokenized:
+        """``pairs`` as tokens, truncated, with ``prompt`` or else the model's own."""
+        if prompt is None:
+            prompt = self._prompt
+        features = self._model.preprocess(list(pairs), prompt=prompt)
         padded = {name: value.numpy() for name, value in features.items() if isinstance(value, torch.Tensor)}
         real = padded["attention_mask"].astype(bool)
         inputs = {
             name: [row[mask].tolist() for row, mask in zip(rows, real, strict=True)] for name, rows in padded.items()
         }
-        return Tokenized(inputs, real.sum(1).tolist())
+        lengths = real.sum(1).tolist()
+        truncated = bytearray(len(lengths))
+        limit = self._model.max_seq_length
+        for i, length in enumerate(lengths):
+            if limit is not None and length >= limit:
+                whole = {"text": {"truncation": False, "verbose": False}}
+                mask = self._model.preprocess([pairs[i]], prompt=prompt, processing_kwargs=whole)["attention_mask"]
+                truncated[i] = int(mask.sum()) > length
+        return Tokenized(inputs, lengths, truncated)
 
 
 def has_modules(model: Any) -> bool:
@@ -177,17 +226,13 @@ def has_modules(model: Any) -> bool:
 
 
 def find_pipeline(
-    model: Any,
-    predict: Callable[[Pairs], Scores],
-    max_length: int | None,
-    dtype: str,
-    name: str | None = None,
+    model: Any, predict: Predict, max_length: int | None, dtype: str, name: str | None = None
 ) -> tuple[Pipeline | None, str]:
     """A pipeline that does what ``predict`` does, and otherwise why there is none: ``predict`` is then called.
 
     Args:
         model: a ``CrossEncoder`` or a loader's model; nobody else uses it meanwhile.
-        predict: scores one batch with it.
+        predict: scores one batch with it, and with a prompt where one is given.
         max_length: tokens it truncates a pair to, if it does.
         dtype: of its weights.
         name: of the pipeline that is known to do what ``predict`` does; ``None``: prove it.
@@ -208,6 +253,7 @@ def find_pipeline(
                 pipeline.prove(predict, max_length, dtype)
             else:
                 pipeline.prove_tensors(predict, CANARY[:1])
+                pipeline.prove_prompt(predict)
         except Exception as error:  # one of many things: a processor that takes no texts, an older version
             logger.debug("no pipeline by %s", kind.name, exc_info=True)
             why_not = str(error).partition("\n")[0]

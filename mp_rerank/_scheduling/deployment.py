@@ -20,18 +20,25 @@ from typing import Literal
 
 import numpy as np
 
-from mp_rerank._pairs import Score, tolerance
+from mp_rerank._pairs import Reading, Score, tolerance
 from mp_rerank._planning.plan import Seat, default_batch_tokens
 from mp_rerank._recipe import Recipe
 from mp_rerank._scheduling.queue import RequestQueue, Slice, Suspect
 from mp_rerank._scheduling.request import Request
-from mp_rerank._workers.child import EXIT_DEVICE_LOST, WorkerFacts
+from mp_rerank._workers.child import EXIT_DEVICE_LOST, Scored, WorkerFacts
 from mp_rerank._workers.handle import WorkerHandle
 from mp_rerank._workers.launching import LaunchError
 from mp_rerank._workers.logs import POOL_LOGGER, QueuedLogger
 from mp_rerank._workers.slot import Described, Exited, Loaded, Report, SliceEnded, Slot, SlotState
 from mp_rerank.config import ModelSpec, PoolConfig
-from mp_rerank.errors import ModelLoadError, RequestTimeoutError, RerankError, ScoringError, WorkerCrashedError
+from mp_rerank.errors import (
+    ModelLoadError,
+    RequestTimeoutError,
+    RerankError,
+    ScoringError,
+    TextTooLongError,
+    WorkerCrashedError,
+)
 from mp_rerank.results import ExitReason, PoolStats, WorkerExit, WorkerInfo
 
 __all__ = ["Deployment", "Outcome"]
@@ -47,6 +54,9 @@ MIN_SLICE_TOKENS = 128
 # Texts differ in characters a token, by language and by vocabulary; slices follow what workers count.
 OVERESTIMATE_SMOOTHING = 0.1
 MAX_OVERESTIMATE = 4.0
+# Of the pairs read: people should know that so many documents are cut off, and hear it once there are enough to tell.
+WARN_OF_TRUNCATED = 0.03
+PAIRS_TO_WARN_AFTER = 100
 # A slice is called hung only far beyond what the worker's speed promises: speed varies with length and with neighbours.
 HANG_MARGIN = 10.0
 MAX_BACKOFF_SECONDS = 30.0
@@ -99,6 +109,8 @@ class Deployment:
         self._started = False
         self._scored = False  # whether the model has ever scored anything but its canary
         self._blamed: set[Hashable] = set()  # pairs that failed their requests since it last did
+        self._read = self._truncated = 0  # pairs, and those of them that were cut off
+        self._warned = False
         self._overestimate = 1.0  # estimated tokens for each that workers count
 
     def __repr__(self) -> str:
@@ -387,17 +399,7 @@ class Deployment:
             slot.took(slice_, outcome.seconds, now)
             self._scored = True
             self._blamed.clear()
-            scores = np.frombuffer(outcome.scores, dtype=np.float32)
-            if outcome.num_labels is not None:
-                scores = scores.reshape(-1, outcome.num_labels)
-            self._count_slice(slice_, outcome.seconds)
-            if outcome.tokens:
-                ratio = min(MAX_OVERESTIMATE, max(1 / MAX_OVERESTIMATE, slice_.tokens / outcome.tokens))
-                self._overestimate += OVERESTIMATE_SMOOTHING * (ratio - self._overestimate)
-            for request in self.queue.fill(slice_, scores):
-                self._counts.split_requests += request.slices > 1
-                request.resolve()
-                self._on_done(request, "completed")
+            self._take_scores(slot, slice_, outcome)
         if slot.state is SlotState.READY:
             slot.worn_out = self._worn(slot)
             if slot.worn_out is not None:
@@ -410,12 +412,59 @@ class Deployment:
             self._launch(slot, now)
         self._settle(slot, now)
 
-    def _count_slice(self, slice_: Slice, seconds: float) -> None:
-        self._counts.slices += 1
-        self._counts.gathered_slices += len(slice_.parts) > 1
-        self._counts.scored_pairs += len(slice_)
-        self._counts.scored_tokens += slice_.tokens
-        self._counts.busy_seconds += seconds
+    def _take_scores(self, slot: Slot[Slice], slice_: Slice, scored: Scored) -> None:
+        """Give the scores of ``slice_`` to the requests that want them; what has no score fails them."""
+        scores = np.frombuffer(scored.scores, dtype=np.float32)
+        if scored.num_labels is not None:
+            scores = scores.reshape(-1, scored.num_labels)
+        self._count_slice(slice_, scored)
+        too_long = {} if scored.readings is None else scored.readings.too_long
+        refused = set(too_long)
+        finite = np.isfinite(scores)
+        if not finite.all():
+            whole = np.all(finite.reshape(len(slice_), -1), axis=1)
+            if self.config.nan_scores == "error":
+                refused.update(np.flatnonzero(~whole).tolist())
+            else:
+                scores = np.where(whole if scores.ndim == 1 else whole[:, None], scores, np.float32(np.nan))
+        for place in sorted(refused):
+            for suspect in self.queue.refuse(slice_, [place]):
+                if place in too_long:
+                    self._fail(suspect.request, _too_long(suspect.index, *too_long[place]))
+                else:
+                    error = ScoringError("", cause=f"its score is {scores[place]}")
+                    self._blame_raised(slot, suspect, error)
+        for request in self.queue.fill(slice_, scores, scored.readings, refused):
+            self._counts.split_requests += request.slices > 1
+            request.resolve()
+            self._on_done(request, "completed")
+
+    def _count_slice(self, slice_: Slice, scored: Scored) -> None:
+        counts, readings = self._counts, scored.readings
+        counts.slices += 1
+        counts.gathered_slices += len(slice_.parts) > 1
+        counts.scored_pairs += len(slice_)
+        counts.busy_seconds += scored.seconds
+        tokens = 0 if readings is None else sum(readings.tokens)
+        counts.scored_tokens += tokens or slice_.tokens
+        if readings is not None and tokens:
+            ratio = min(MAX_OVERESTIMATE, max(1 / MAX_OVERESTIMATE, slice_.tokens / tokens))
+            self._overestimate += OVERESTIMATE_SMOOTHING * (ratio - self._overestimate)
+            counts.truncated_pairs += sum(readings.truncated)
+            self._warn_of_truncation(len(slice_), sum(readings.truncated))
+
+    def _warn_of_truncation(self, pairs: int, truncated: int) -> None:
+        """Say once that many documents are not read whole."""
+        self._read += pairs
+        self._truncated += truncated
+        if self._read < PAIRS_TO_WARN_AFTER or self._truncated <= WARN_OF_TRUNCATED * self._read or self._warned:
+            return
+        self._warned = True
+        logger.warning(
+            "%d of the first %d documents do not fit %s with their queries, and were cut off: "
+            "long_documents='chunk' scores them whole, truncation='error' refuses them",
+            *(self._truncated, self._read, self.spec.name),
+        )
 
     def _blame_raised(self, slot: Slot[Slice], suspect: Suspect, error: BaseException) -> None:
         cause = error.cause if isinstance(error, ScoringError) else repr(error)
@@ -617,7 +666,16 @@ class Deployment:
             slot.worker = None
 
 
-def _kept_scores(count: int) -> MutableMapping[Hashable, Score] | None:
+def _too_long(index: int, tokens: int, limit: int) -> TextTooLongError:
+    return TextTooLongError(
+        f"document {index} is too long: {tokens} tokens, where {limit} are allowed (truncation='error')",
+        document_index=index,
+        tokens=tokens,
+        limit=limit,
+    )
+
+
+def _kept_scores(count: int) -> MutableMapping[Hashable, tuple[Score, Reading | None]] | None:
     """Room for the scores of the ``count`` pairs scored or asked for last."""
     if not count:
         return None

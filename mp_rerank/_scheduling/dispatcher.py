@@ -37,7 +37,7 @@ from mp_rerank._scheduling.admission import Admission
 from mp_rerank._scheduling.callers import CallerCounts
 from mp_rerank._scheduling.deployment import Deployment, Outcome
 from mp_rerank._scheduling.futures import Answer, is_pool_thread
-from mp_rerank._scheduling.request import Request
+from mp_rerank._scheduling.request import Request, misfit
 from mp_rerank._workers.child import WorkerFacts
 from mp_rerank._workers.green import make_queue
 from mp_rerank._workers.handle import starting_workers
@@ -365,13 +365,9 @@ class Dispatcher:
         self._callers.admitted(request)
         self._pending += 1
         request.admitted.give(None)
-        if request.ranking and self.facts is not None and self.facts.num_labels != 1:
-            request.fail(
-                ValueError(
-                    f"{self._deployment.spec.name}, the model since a moment ago, gives {self.facts.num_labels} scores "
-                    "a pair, and ranking needs one: use submit_pairs"
-                )
-            )
+        why = None if self.facts is None else misfit(self.facts, request.options, ranking=request.ranking)
+        if why is not None:
+            request.fail(ValueError(f"{self._deployment.spec.name}, the model since a moment ago, {why}"))
             self._on_done(request, "failed")
         else:
             self._deployment.submit(request)
@@ -440,15 +436,17 @@ class Dispatcher:
         """Let new requests go to ``deployment``, which a reload has loaded.
 
         Whatever has begun with the old model ends with it; the rest, and all that follows, gets the new. What waits for
-        scores of another shape than the new one's stays too: it was asked for of the old.
+        scores of another shape than the new one's, or needs what only the old one can do, stays too: it was asked for
+        of the old.
         """
         old, self._deployment = self._deployment, deployment
         assert old is not None
         assert deployment.facts is not None
         self._retiring.append(old)
-        if old.facts is None or old.facts.num_labels == deployment.facts.num_labels:
-            for request in old.queue.drop_untouched():
-                deployment.submit(request)
+        for request in old.queue.drop_untouched():
+            same = old.facts is None or old.facts.num_labels == deployment.facts.num_labels
+            fits = same and misfit(deployment.facts, request.options, ranking=request.ranking) is None
+            (deployment if fits else old).submit(request)
         self.facts = deployment.facts
         self._counts.reloads += 1
 

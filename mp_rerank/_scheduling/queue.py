@@ -34,10 +34,10 @@ from __future__ import annotations
 import heapq
 import itertools
 from collections import deque
-from collections.abc import Hashable, Mapping, MutableMapping, Sequence
+from collections.abc import Collection, Hashable, Iterable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 
-from mp_rerank._pairs import Pair, Score
+from mp_rerank._pairs import PLAIN, Pair, PairOptions, Reading, Readings, Score
 from mp_rerank._scheduling.request import PairState, PendingPair, Request
 from mp_rerank.results import PoolStats, Scores
 
@@ -66,6 +66,13 @@ class Slice:
     def pairs(self) -> list[Pair]:
         """Their texts, in the same order."""
         return [pair.texts for _, pairs in self.parts for pair in pairs]
+
+    @property
+    def options(self) -> list[PairOptions] | None:
+        """How each of them is read; ``None``: all plainly."""
+        if all(request.options is PLAIN for request, _ in self.parts):
+            return None
+        return [pair.options for _, pairs in self.parts for pair in pairs]
 
     def __len__(self) -> int:
         return sum(len(pairs) for _, pairs in self.parts)
@@ -127,7 +134,8 @@ class RequestQueue:
 
     Args:
         coalesce: whether equal pairs that are pending at once are one.
-        kept: scores of pairs by their keys; what is in it is not scored again, and what is scored is put into it.
+        kept: scores of pairs, and their readings, by their keys; what is in it is not scored again, and what is scored
+            is put into it.
         counts: counters to count in what is not scored for that.
 
     Attributes:
@@ -139,7 +147,7 @@ class RequestQueue:
         self,
         *,
         coalesce: bool = True,
-        kept: MutableMapping[Hashable, Score] | None = None,
+        kept: MutableMapping[Hashable, tuple[Score, Reading | None]] | None = None,
         counts: PoolStats | None = None,
     ) -> None:
         self.live: dict[int, Request] = {}
@@ -169,12 +177,13 @@ class RequestQueue:
         """
         request.enter()
         new_tokens = 0
+        options = request.options
         for key, texts, tokens in zip(request.keys, request.pairs, request.tokens, strict=True):
             pair = self._pending.get(key)
             if pair is not None:
                 self._join(request, pair)
             else:
-                pair = PendingPair(key, texts, tokens)
+                pair = PendingPair(key, texts, tokens, options)
                 if self._kept is None or not self._recall(request, pair):
                     pair.wanted_by.append(request)
                     request.waiting += 1
@@ -245,17 +254,29 @@ class RequestQueue:
         self._forget_callers()
         return Slice(parts, tokens) if parts else None
 
-    def fill(self, slice_: Slice, scores: Scores) -> list[Request]:
-        """Take the scores of ``slice_``; returns the requests that now have all of theirs, no longer live."""
+    def fill(
+        self, slice_: Slice, scores: Scores, readings: Readings | None = None, refused: Collection[int] = ()
+    ) -> list[Request]:
+        """Take the scores of ``slice_``, and what was read of its pairs.
+
+        Args:
+            refused: which of its pairs have no score, by their places: see ``refuse``.
+
+        Returns:
+            The requests that now have all of their scores, no longer live.
+        """
         complete = []
         told: dict[Request, list[PendingPair]] = {}
         spared = 0
-        for pair, score in zip(slice_.pending, scores.tolist(), strict=True):
+        for i, (pair, score) in enumerate(zip(slice_.pending, scores.tolist(), strict=True)):
+            if i in refused:
+                continue
             pair.score = score
+            pair.reading = None if readings is None else readings.of(i)
             pair.state = SCORED
             self._pending.pop(pair.key, None)
             if self._kept is not None:
-                self._kept[pair.key] = score
+                self._kept[pair.key] = score, pair.reading
             spared -= bool(pair.wanted_by)
             for request in pair.wanted_by:
                 times = request.repeats.get(pair, 1)
@@ -305,6 +326,15 @@ class RequestQueue:
             return self._blame(pairs[0], 1)
         self._return(pairs, ALONE)
         return []
+
+    def refuse(self, slice_: Slice, places: Iterable[int]) -> list[Suspect]:
+        """Give up the pairs of ``slice_`` at ``places``: they came back, and have no score.
+
+        Returns:
+            The requests to fail for it, no longer live.
+        """
+        pending = slice_.pending
+        return [suspect for i in places for suspect in self._blame(pending[i], 1)]
 
     def drop(self, request: Request) -> None:
         """Forget ``request``: it is complete, cancelled, expired or failed. Pairs only it wanted never go out."""
@@ -406,10 +436,10 @@ class RequestQueue:
     def _recall(self, request: Request, pair: PendingPair) -> bool:
         """Give ``pair``, which is only ``request``'s, its score if that was kept; whether it was."""
         assert self._kept is not None
-        score = self._kept.get(pair.key)
-        if score is None:
+        kept = self._kept.get(pair.key)
+        if kept is None:
             return False
-        pair.score = score
+        pair.score, pair.reading = kept
         pair.state = SCORED
         request.missing -= 1
         self._counts.cached_pairs += 1

@@ -12,8 +12,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from mp_rerank._pairs import Pair, Score, estimate_pair, estimate_text
+from mp_rerank._pairs import PLAIN, Pair, PairOptions, Reading, Score, estimate_pair, estimate_text
 from mp_rerank._scheduling.futures import Answer, PoolFuture
+from mp_rerank._workers.child import WorkerFacts
 from mp_rerank.results import RerankResult, Scores
 
 __all__ = [
@@ -23,12 +24,25 @@ __all__ = [
     "Request",
     "all_scores",
     "estimate_lengths",
+    "misfit",
     "nothing",
     "rank",
 ]
 
 #: whose requests are that name nobody
 DEFAULT_CALLER = "default"
+
+#: makes a request's result; see `Request`
+Finish = Callable[[Scores, "npt.NDArray[np.bool_]", Sequence[Reading | None]], Any]
+
+# By the field of the pair's options.
+NEEDS_TOKENIZER = "it needs a CrossEncoder whose tokenizer is a fast one, which tells where its tokens are in a text"
+WHY_NOT = {
+    "prompt": "it needs a CrossEncoder whose predict takes a prompt, as that of sentence-transformers 6 does",
+    "max_tokens_per_doc": NEEDS_TOKENIZER,
+    "truncation": NEEDS_TOKENIZER,
+    "long_documents": NEEDS_TOKENIZER,
+}
 
 _numbers = itertools.count()
 
@@ -48,23 +62,27 @@ class PendingPair:
     Attributes:
         key: equal for equal pairs.
         texts: the query and the document.
+        options: how they are read.
         tokens: their estimated tokens.
         state: where it is.
         wanted_by: the live requests that want its score, each once.
         attempts: workers that died on it.
         score: once it is scored: a number, or one for each label.
+        reading: what the model read of it, if it tells.
     """
 
-    __slots__ = ("attempts", "key", "score", "state", "texts", "tokens", "wanted_by")
+    __slots__ = ("attempts", "key", "options", "reading", "score", "state", "texts", "tokens", "wanted_by")
 
-    def __init__(self, key: Hashable, texts: Pair, tokens: int) -> None:
+    def __init__(self, key: Hashable, texts: Pair, tokens: int, options: PairOptions = PLAIN) -> None:
         self.key = key
         self.texts = texts
+        self.options = options
         self.tokens = tokens
         self.state = PairState.WAITING
         self.wanted_by: list[Request] = []
         self.attempts = 0
         self.score: Score | None = None
+        self.reading: Reading | None = None
 
     def __repr__(self) -> str:
         return f"<PendingPair: {self.state.value}, wanted by {len(self.wanted_by)}>"
@@ -76,9 +94,10 @@ class Request:
     Args:
         pairs: the pairs to score, as exact ``str``.
         tokens: the estimated tokens of each.
-        finish: makes the future's result of the scores, shape (n,) or (n, num_labels), and a mask, shape (n,), of which
-            are there; the rest of the scores is NaN.
-        keys: for each pair what equal pairs have in common; ``None``: the pairs themselves.
+        finish: makes the future's result of the scores, shape (n,) or (n, num_labels), a mask, shape (n,), of which are
+            there (the rest of the scores is NaN), and what was read of each pair, where that is known.
+        options: how its pairs are read.
+        keys: for each pair what equal pairs have in common; ``None``: the pairs themselves, and the options.
         caller: whose it is.
         priority: each step doubles its share of what its caller is given.
         deadline: when it expires, on the monotonic clock.
@@ -97,8 +116,9 @@ class Request:
         self,
         pairs: Sequence[Pair],
         tokens: Sequence[int],
-        finish: Callable[[Scores, npt.NDArray[np.bool_]], Any],
+        finish: Finish,
         *,
+        options: PairOptions = PLAIN,
         keys: Sequence[Hashable] | None = None,
         caller: str = DEFAULT_CALLER,
         priority: int = 0,
@@ -113,7 +133,10 @@ class Request:
         self.pairs = pairs
         self.tokens = tokens
         self.total_tokens = sum(tokens)
-        self.keys: Sequence[Hashable] = pairs if keys is None else keys
+        self.options = options
+        if keys is None:
+            keys = pairs if options is PLAIN else [(pair, options) for pair in pairs]
+        self.keys: Sequence[Hashable] = keys
         self.finish = finish
         self.caller = caller
         self.weight = 2.0**priority
@@ -166,8 +189,9 @@ class Request:
     def resolve(self) -> None:
         """Give the future its result: everything, or what is there."""
         scores, scored = self._scores()
+        readings = [pair.reading for pair in self.wanted] or [None] * len(self.pairs)
         try:
-            result = self.finish(scores, scored)
+            result = self.finish(scores, scored, readings)
         except BaseException as error:
             self._settle(error=error)
         else:
@@ -210,39 +234,68 @@ class Request:
             pass
 
 
-def estimate_lengths(pairs: Sequence[Pair], max_length: int | None) -> list[int]:
-    """Estimated tokens of each pair, truncated to ``max_length``. Most requests have one query: it is measured once."""
+def estimate_lengths(pairs: Sequence[Pair], max_length: int | None, options: PairOptions = PLAIN) -> list[int]:
+    """Estimated tokens of each pair, read by ``options``. Most requests have one query: it is measured once."""
+    prompt = 0 if options.prompt is None else estimate_text(options.prompt)
     queries: dict[str, int] = {}
     lengths = []
     for query, document in pairs:
         tokens = queries.get(query)
         if tokens is None:
-            tokens = queries[query] = estimate_text(query)
-        lengths.append(estimate_pair(tokens, document, max_length))
+            tokens = queries[query] = prompt + estimate_text(query)
+        lengths.append(estimate_pair(tokens, document, max_length, options))
     return lengths
+
+
+def misfit(facts: WorkerFacts, options: PairOptions, *, ranking: bool) -> str | None:
+    """Why a model with ``facts`` cannot do what a request asks; ``None``: it can.
+
+    Args:
+        options: how its pairs are to be read.
+        ranking: whether they are to be ranked.
+    """
+    if facts.num_labels != 1:
+        if ranking:
+            return f"gives {facts.num_labels} scores a pair, and ranking needs one: use submit_pairs"
+        if options.long_documents == "chunk":
+            return f"gives {facts.num_labels} scores a pair: long_documents='chunk' needs one, to tell the best chunk"
+    for name, value, default in zip(options._fields, options, PLAIN, strict=True):
+        if value != default and name not in facts.takes:
+            return f"cannot follow {'instruction' if name == 'prompt' else name}: {WHY_NOT[name]}"
+    return None
 
 
 def rank(
     documents: Sequence[str],
     top_n: int | None,
+    min_score: float | None,
+    records: Sequence[Mapping[str, Any] | None] | None,
     scores: Scores,
     scored: npt.NDArray[np.bool_],
-    records: Sequence[Mapping[str, Any] | None] | None = None,
+    readings: Sequence[Reading | None],
 ) -> list[RerankResult]:
-    """What ``finish`` makes of a ranking's scores: the best ``top_n`` documents, and behind them what has no score."""
-    order = np.argsort(-scores, kind="stable")[:top_n]  # NaN, and so what is unscored, comes last
+    """What ``finish`` makes of a ranking's scores: the best ``top_n`` documents, and behind them what has no score.
+
+    Args:
+        min_score: leave out what scores less, and what has no score.
+    """
+    order = np.argsort(-scores, kind="stable")  # NaN, and so what is unscored, comes last
+    if min_score is not None:
+        order = order[scores[order] >= min_score]
     values: list[float | None] = scores.tolist()
-    if not scored.all():
-        values = [value if there else None for value, there in zip(values, scored.tolist(), strict=True)]
-    if records is None:
-        return [RerankResult(i, values[i], documents[i]) for i in order.tolist()]
-    return [RerankResult(i, values[i], documents[i], records[i]) for i in order.tolist()]
+    if np.isnan(scores).any():
+        values = [None if np.isnan(value) else value for value in scores.tolist()]
+    results = []
+    for i in order[:top_n].tolist():
+        reading = readings[i] or (None, None, None)
+        results.append(RerankResult(i, values[i], documents[i], None if records is None else records[i], *reading))
+    return results
 
 
-def all_scores(scores: Scores, scored: npt.NDArray[np.bool_]) -> Scores:
+def all_scores(scores: Scores, scored: npt.NDArray[np.bool_], readings: Sequence[Reading | None]) -> Scores:
     """What ``finish`` makes of the scores where they are the result: NaN is where there is none."""
     return scores
 
 
-def nothing(scores: Scores, scored: npt.NDArray[np.bool_]) -> None:
+def nothing(scores: Scores, scored: npt.NDArray[np.bool_], readings: Sequence[Reading | None]) -> None:
     """What ``finish`` makes of the scores of a request that somebody has followed."""

@@ -22,14 +22,14 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from multiprocessing import parent_process
 from multiprocessing.connection import Connection
 from multiprocessing.util import Finalize
 from typing import TYPE_CHECKING, Any, NoReturn, Protocol
 
-from mp_rerank._pairs import CANARY, Pair, estimate_pair, estimate_text
+from mp_rerank._pairs import CANARY, Pair, PairOptions, Readings, estimate_pair, estimate_text
 from mp_rerank._recipe import Recipe
 from mp_rerank._shadowing import shadowing
 from mp_rerank._workers.lazy_import import deferred
@@ -43,6 +43,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Launch",
     "LoadedModel",
+    "Options",
     "Pairs",
     "Scored",
     "WorkerFacts",
@@ -56,6 +57,8 @@ __all__ = [
 ]
 
 Pairs = Sequence[Pair]
+#: how each pair is read; ``None``: all of them plainly
+Options = Sequence[PairOptions] | None
 
 # Libraries read these once, when they are first imported.
 THREAD_VARIABLES = (
@@ -110,7 +113,8 @@ class Launch:
 class Scorer(Protocol):
     """What a loaded model must do: scores of shape (n,) or (n, num_labels) for n pairs.
 
-    One that counts them has ``tokens``: of the pairs last scored.
+    ``Engine`` does more: it has ``readings``, of the pairs last scored, and ``takes`` and ``prompts`` as `WorkerFacts`
+    has them. It is given the pairs' options, as a second argument, where they are not all plain.
     """
 
     def predict(self, pairs: list[tuple[str, str]]) -> Any: ...
@@ -130,6 +134,9 @@ class WorkerFacts:
     canary: tuple[float, ...]
     tokens_per_second: float
     recipe: Recipe | None = None  # None: the model cannot be optimized
+    activation: str = ""
+    takes: frozenset[str] = frozenset()  # the options of a request about its pairs that the model can follow
+    prompts: Mapping[str, str] = field(default_factory=dict)  # by their names
 
 
 @dataclass(frozen=True)
@@ -139,7 +146,7 @@ class Scored:
     scores: bytes
     num_labels: int | None  # None: one score a pair, shape (n,)
     seconds: float
-    tokens: int | None = None  # of the pairs, truncated; None: the model did not count them
+    readings: Readings | None = None  # None: the model counts no tokens
 
 
 class LoadedModel:
@@ -216,11 +223,15 @@ class LoadedModel:
             details=traceback.format_exc(),
         )
 
-    def score(self, pairs: Pairs) -> Scored:
-        """Scores of ``pairs`` in their order. Raises ``ScoringError`` with whatever the model raised, as text."""
+    def score(self, pairs: Pairs, options: Options = None) -> Scored:
+        """Scores of ``pairs``, read by ``options``, in their order.
+
+        Raises:
+            ScoringError: with whatever the model raised, as text.
+        """
         start = time.perf_counter()
         try:
-            scores, num_labels = _predict(self._scorer, pairs)
+            scores, num_labels = _predict(self._scorer, pairs, options)
         except BaseException as error:
             if in_worker_process() and _has_lost_its_device(error):
                 logging.getLogger(__name__).error("leaving, for this process cannot use its GPU any more: %s", error)
@@ -231,8 +242,8 @@ class LoadedModel:
                 cause=_in_words(error),
                 details=traceback.format_exc(),
             ) from None
-        tokens: int | None = getattr(self._scorer, "tokens", None)
-        return Scored(scores, num_labels, time.perf_counter() - start, tokens)
+        readings: Readings | None = getattr(self._scorer, "readings", None)
+        return Scored(scores, num_labels, time.perf_counter() - start, readings)
 
 
 def in_worker_process() -> bool:
@@ -284,10 +295,10 @@ def describe(recipe: Recipe | None) -> WorkerFacts:
     return _model.describe(recipe)
 
 
-def score(pairs: Pairs) -> Scored:
+def score(pairs: Pairs, options: Options = None) -> Scored:
     """In a worker process: ``LoadedModel.score``."""
     assert _model is not None
-    return _model.score(pairs)
+    return _model.score(pairs, options)
 
 
 def set_threads(threads: int) -> None:
@@ -309,7 +320,10 @@ def _load(spec: ModelSpec, launch: Launch) -> tuple[Scorer, dict[str, Any]]:
         if not hasattr(loaded, "parameters"):  # no torch module: nothing to prove, and torch stays unimported
             if not callable(getattr(loaded, "predict", None)):
                 raise TypeError(f"the loader returned {type(loaded).__name__}, which has no predict(pairs)")
-            facts = {"dtype": "", "weights_bytes": 0, "mapped_bytes": 0, "max_length": spec.max_length}
+            facts: dict[str, Any] = {"dtype": "", "weights_bytes": 0, "mapped_bytes": 0, "max_length": spec.max_length}
+            for name in ("takes", "prompts"):
+                if hasattr(loaded, name):
+                    facts[name] = getattr(loaded, name)
             return loaded, facts
     engine = _engine_type()(
         spec, launch.device, launch.threads, launch.batch_tokens, loaded, owns_process=in_worker_process()
@@ -357,10 +371,11 @@ def _score_canary(scorer: Scorer) -> tuple[tuple[float, ...], float]:
     return canary, tokens / max(seconds, 1e-9)
 
 
-def _predict(scorer: Scorer, pairs: Pairs) -> tuple[bytes, int | None]:
+def _predict(scorer: Any, pairs: Pairs, options: Options = None) -> tuple[bytes, int | None]:
     import numpy as np
 
-    scores = np.asarray(scorer.predict(list(pairs)), dtype=np.float32)
+    arguments = (list(pairs),) if options is None else (list(pairs), options)
+    scores = np.asarray(scorer.predict(*arguments), dtype=np.float32)
     if scores.ndim not in (1, 2) or len(scores) != len(pairs):
         raise ValueError(f"scores of shape {scores.shape} for {len(pairs)} pairs")
     return scores.tobytes(), None if scores.ndim == 1 else scores.shape[1]

@@ -13,7 +13,7 @@ from dataclasses import replace
 from typing import Protocol
 
 from mp_rerank._recipe import Recipe
-from mp_rerank._workers.child import Launch, Pairs, Scored, WorkerFacts
+from mp_rerank._workers.child import Launch, Options, Pairs, Scored, WorkerFacts
 from mp_rerank._workers.may_start import check_may_spawn, check_may_start_threads
 from mp_rerank._workers.process import ProcessHandle
 from mp_rerank._workers.thread import ThreadHandle
@@ -43,8 +43,12 @@ class WorkerHandle(Protocol):
     def describe(self, recipe: Recipe | None) -> Future[WorkerFacts]:
         """Once it has loaded the model: make it fast, by ``recipe`` or by proofs; its facts. Raises as ``score``."""
 
-    def score(self, pairs: Pairs) -> Future[Scored]:
-        """Score ``pairs`` after what it has. Raises ``RuntimeError`` once it has ended or been told to leave."""
+    def score(self, pairs: Pairs, options: Options = None) -> Future[Scored]:
+        """Score ``pairs``, read by ``options``, after what it has.
+
+        Raises:
+            RuntimeError: it has ended, or been told to leave.
+        """
 
     def resident_bytes(self) -> int | None:
         """Memory of its own process, shared pages included; ``None`` where it has none, or where nobody can say."""

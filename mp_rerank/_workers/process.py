@@ -30,7 +30,7 @@ import psutil
 
 from mp_rerank._recipe import Recipe
 from mp_rerank._workers import child
-from mp_rerank._workers.child import Launch, Pairs, Scored, WorkerFacts
+from mp_rerank._workers.child import Launch, Options, Pairs, Scored, WorkerFacts
 from mp_rerank._workers.green import let_files_close, threads_are_green
 from mp_rerank._workers.launching import LaunchError, WorkerContext
 from mp_rerank._workers.logs import WORKER_LOGGER, repeat_log
@@ -90,8 +90,8 @@ class ProcessHandle:
     def describe(self, recipe: Recipe | None) -> Future[WorkerFacts]:
         return self._launched().submit(child.describe, recipe)
 
-    def score(self, pairs: Pairs) -> Future[Scored]:
-        return self._launched().submit(child.score, pairs)
+    def score(self, pairs: Pairs, options: Options = None) -> Future[Scored]:
+        return self._launched().submit(child.score, pairs, options)
 
     def _launched(self) -> ProcessPoolExecutor:
         if self._executor is None:

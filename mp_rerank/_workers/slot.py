@@ -25,7 +25,7 @@ from concurrent.futures import BrokenExecutor, Future
 from dataclasses import dataclass, replace
 from typing import Any, Generic, Protocol, TypeVar
 
-from mp_rerank._pairs import Pair
+from mp_rerank._pairs import Pair, PairOptions
 from mp_rerank._planning.plan import Seat
 from mp_rerank._recipe import Recipe
 from mp_rerank._workers.child import Launch, Scored, WorkerFacts
@@ -42,6 +42,10 @@ class Work(Protocol):
     @property
     def pairs(self) -> Sequence[Pair]:
         """The texts to score."""
+
+    @property
+    def options(self) -> Sequence[PairOptions] | None:
+        """How each is read; ``None``: plainly."""
 
     @property
     def tokens(self) -> int:
@@ -229,7 +233,7 @@ class Slot(Generic[_Slice]):
         self.outstanding.append(slice_)
         generation = self.generation
         try:
-            future = self.worker.score(slice_.pairs)
+            future = self.worker.score(slice_.pairs, slice_.options)
         except RuntimeError as error:  # broken or shut down a moment ago; reported like any other end
             self.notify(
                 SliceEnded(self, generation, slice_, error if isinstance(error, BrokenExecutor) else BrokenExecutor())
@@ -270,7 +274,9 @@ class Slot(Generic[_Slice]):
             weights_bytes=facts.weights_bytes,
             mapped_bytes=facts.mapped_bytes,
             num_labels=facts.num_labels,
+            activation=facts.activation,
             max_length=facts.max_length,
+            prompts=tuple(facts.prompts),
             optimizations=facts.recipe.names() if facts.recipe else (),
             canary=facts.canary,
             tokens_per_second=1.0 / max(self.seconds_per_token, 1e-9),

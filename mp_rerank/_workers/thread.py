@@ -6,7 +6,7 @@ import os
 from concurrent.futures import Future, ThreadPoolExecutor
 
 from mp_rerank._recipe import Recipe
-from mp_rerank._workers.child import Launch, LoadedModel, Pairs, Scored, WorkerFacts
+from mp_rerank._workers.child import Launch, LoadedModel, Options, Pairs, Scored, WorkerFacts
 from mp_rerank._workers.green import make_queue
 
 __all__ = ["ThreadHandle"]
@@ -32,8 +32,8 @@ class ThreadHandle:
     def describe(self, recipe: Recipe | None) -> Future[WorkerFacts]:
         return self._executor.submit(self._model.describe, recipe)
 
-    def score(self, pairs: Pairs) -> Future[Scored]:
-        return self._executor.submit(self._model.score, pairs)
+    def score(self, pairs: Pairs, options: Options = None) -> Future[Scored]:
+        return self._executor.submit(self._model.score, pairs, options)
 
     def resident_bytes(self) -> int | None:
         return None  # of this process, which is the caller's

@@ -4,10 +4,21 @@ from __future__ import annotations
 
 import argparse
 
+from mp_rerank._arguments import RequestKeywords, RequestOptions
+from mp_rerank.cli.streams import InputError
 from mp_rerank.config import BUILTIN, ModelSpec
 from mp_rerank.pool import RerankerPool
 
-__all__ = ["PROGRAM", "add_model", "add_network", "add_workers", "pool_of", "spec_of"]
+__all__ = [
+    "PROGRAM",
+    "add_model",
+    "add_network",
+    "add_reading",
+    "add_workers",
+    "pool_of",
+    "reading_options",
+    "spec_of",
+]
 
 PROGRAM = "mp-rerank"
 
@@ -40,6 +51,42 @@ def add_network(parser: argparse.ArgumentParser, *, backend: bool = True) -> Non
     parser.add_argument("--max-length", type=int, metavar="N", help="truncate pairs to so many tokens")
 
 
+def add_reading(parser: argparse.ArgumentParser) -> None:
+    """How the model reads its texts: options of a request."""
+    group = parser.add_argument_group("how texts are read")
+    group.add_argument("--instruction", metavar="TEXT", help="what to judge by; goes before the query")
+    group.add_argument("--prompt-name", metavar="NAME", help="one of the model's own prompts, in its place")
+    group.add_argument("--max-tokens-per-doc", type=int, metavar="N", help="read so many tokens of a document")
+    group.add_argument(
+        "--truncation",
+        choices=("end", "start", "error"),
+        default="end",
+        help="what is cut off where a document is too long, or that it is an error (default: end)",
+    )
+    group.add_argument(
+        "--long-documents",
+        choices=("truncate", "chunk"),
+        default="truncate",
+        help="chunk: score a document that is too long for the model in parts; the best counts (default: truncate)",
+    )
+
+
+def reading_options(arguments: argparse.Namespace) -> RequestKeywords:
+    """The options that ``add_reading`` asks for, checked before anything is started."""
+    options: RequestKeywords = {
+        "instruction": arguments.instruction,
+        "prompt_name": arguments.prompt_name,
+        "max_tokens_per_doc": arguments.max_tokens_per_doc,
+        "truncation": arguments.truncation,
+        "long_documents": arguments.long_documents,
+    }
+    try:
+        RequestOptions.of(options)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"--{str(error).replace('_', '-')}") from error
+    return options
+
+
 def spec_of(arguments: argparse.Namespace) -> ModelSpec:
     """The model that ``add_model`` and ``add_network`` ask for."""
     backend = getattr(arguments, "backend", "torch")
@@ -47,7 +94,11 @@ def spec_of(arguments: argparse.Namespace) -> ModelSpec:
 
 
 def pool_of(arguments: argparse.Namespace, spec: ModelSpec) -> RerankerPool:
-    """The pool that ``add_model`` and ``add_workers`` ask for; not started."""
+    """The pool that ``add_model`` and ``add_workers`` ask for; not started. What has no score does not end its work."""
     return RerankerPool(
-        spec, devices=arguments.devices, workers=arguments.workers, threads_per_worker=arguments.threads
+        spec,
+        devices=arguments.devices,
+        workers=arguments.workers,
+        threads_per_worker=arguments.threads,
+        nan_scores="none",
     )

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from mp_rerank import bulk
 from mp_rerank._text import one_line
 from mp_rerank.cli import streams
-from mp_rerank.cli.options import add_model, add_network, add_workers, pool_of, spec_of
+from mp_rerank.cli.options import add_model, add_network, add_reading, add_workers, pool_of, reading_options, spec_of
 from mp_rerank.cli.streams import InputError
 
 __all__ = ["DESCRIPTION", "HELP", "NOT_ALL", "add_arguments", "call"]
@@ -42,6 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--metrics", nargs="+", metavar="NAME", help="which measures (default: nDCG@10 RR@10 R@100; needs ir-measures)"
     )
+    add_reading(parser)
     add_network(parser)
 
 
@@ -76,6 +77,7 @@ def _measures(arguments: argparse.Namespace) -> Sequence[str]:
 
 def _rerank(arguments: argparse.Namespace) -> bulk.BulkSummary:
     spec = spec_of(arguments)
+    options = reading_options(arguments)
     pool = pool_of(arguments, spec)
     with contextlib.closing(pool):
         return bulk.rerank_run(
@@ -88,6 +90,7 @@ def _rerank(arguments: argparse.Namespace) -> bulk.BulkSummary:
             tag=bulk.model_tag(spec),
             overwrite=arguments.overwrite,
             progress=None,
+            **options,
         )
 
 

@@ -27,6 +27,7 @@ import numpy as np
 from haystack import Document, component, default_from_dict, default_to_dict
 from haystack.utils import ComponentDevice
 
+from mp_rerank._arguments import RequestOptions
 from mp_rerank._checks import check_flag, check_optional_count
 from mp_rerank.config import BUILTIN, ModelSpec
 from mp_rerank.pool import RerankerPool
@@ -51,6 +52,9 @@ class PoolRanker:
         score_threshold: return only documents that score at least so much.
         model_options: other fields of ``ModelSpec``, but for ``activation``.
         pool_options: other keywords of ``shared_pool``.
+        request_options: options of ``RerankerPool.submit``, such as ``instruction``, ``max_tokens_per_doc`` and
+            ``long_documents``; ``top_k`` and ``score_threshold`` stand for ``top_n`` and ``min_score``. Of a
+            document that was divided, ``meta["relevant_passage"]`` is the part that counted.
 
     Raises:
         TypeError, ValueError: naming the argument and its value.
@@ -69,8 +73,12 @@ class PoolRanker:
         score_threshold: float | None = None,
         model_options: dict[str, Any] | None = None,
         pool_options: dict[str, Any] | None = None,
+        request_options: dict[str, Any] | None = None,
     ) -> None:
         _check_run_options(top_k, scale_score, score_threshold)
+        if "min_score" in (request_options or {}):
+            raise ValueError("request_options: min_score goes by score_threshold")
+        RequestOptions.of(request_options or {})  # type: ignore[arg-type]
         if isinstance(meta_fields_to_embed, str):
             raise TypeError(f"meta_fields_to_embed: a list of names is needed, not {meta_fields_to_embed!r}")
         self.model = model
@@ -85,6 +93,7 @@ class PoolRanker:
         self.score_threshold = score_threshold
         self.model_options = model_options or {}
         self.pool_options = pool_options or {}
+        self.request_options = request_options or {}
 
     @property
     def pool(self) -> RerankerPool:
@@ -116,6 +125,7 @@ class PoolRanker:
             score_threshold=self.score_threshold,
             model_options=self.model_options,
             pool_options=self.pool_options,
+            request_options=self.request_options,
         )
         return data
 
@@ -141,7 +151,7 @@ class PoolRanker:
         """
         _check_run_options(top_k, scale_score, score_threshold)
         kept, texts = self._texts(documents)
-        results = self.pool.rerank(self.query_prefix + query, texts)
+        results = self.pool.rerank(self.query_prefix + query, texts, **self.request_options)
         return {"documents": self._ranked(kept, results, top_k, scale_score, score_threshold)}
 
     @component.output_types(documents=list[Document])
@@ -156,7 +166,7 @@ class PoolRanker:
         """``run`` while the loop goes on; no thread waits."""
         _check_run_options(top_k, scale_score, score_threshold)
         kept, texts = self._texts(documents)
-        results = await self.pool.arerank(self.query_prefix + query, texts)
+        results = await self.pool.arerank(self.query_prefix + query, texts, **self.request_options)
         return {"documents": self._ranked(kept, results, top_k, scale_score, score_threshold)}
 
     def _texts(self, documents: list[Document]) -> tuple[list[Document], list[str]]:
@@ -177,14 +187,21 @@ class PoolRanker:
     ) -> list[Document]:
         scale = self.scale_score if scale_score is None else scale_score
         threshold = self.score_threshold if score_threshold is None else score_threshold
-        logits = np.array([result.relevance_score for result in results], dtype=np.float64)
+        logits = np.array([result.relevance_score for result in results], dtype=np.float64)  # None becomes nan
         scores = 1.0 / (1.0 + np.exp(-np.clip(logits, -700, 700))) if scale else logits
         ranked = [
-            replace(documents[result.index], score=score)
+            _scored(documents[result.index], None if np.isnan(score) else score, result)
             for result, score in zip(results, scores.tolist(), strict=True)
             if threshold is None or score >= threshold
         ]
         return ranked[: self.top_k if top_k is None else top_k]
+
+
+def _scored(document: Document, score: float | None, result: RerankResult) -> Document:
+    if result.passage is None:
+        return replace(document, score=score)
+    passage = result.document[slice(*result.passage)]
+    return replace(document, score=score, meta={**document.meta, "relevant_passage": passage})
 
 
 def _device_name(device: str | ComponentDevice | dict[str, Any] | None) -> str | None:

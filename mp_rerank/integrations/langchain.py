@@ -26,6 +26,8 @@ from langchain_core.cross_encoders import BaseCrossEncoder
 from langchain_core.documents import BaseDocumentCompressor, Document
 from pydantic import ConfigDict, PrivateAttr
 
+from mp_rerank._arguments import OnTimeout, RequestKeywords, RequestOptions
+from mp_rerank._pairs import LongDocuments, Truncation
 from mp_rerank.config import BUILTIN, ModelSpec
 from mp_rerank.pool import RerankerPool
 from mp_rerank.results import RerankResult
@@ -61,6 +63,7 @@ class PoolCrossEncoder(BaseCrossEncoder):
 
     Args:
         pool: the pool that scores; ``None``: the process's shared one.
+        request_options: those of ``RerankerPool.submit_pairs``, such as ``instruction``.
         model_name: of the shared one, as LangChain's ``HuggingFaceCrossEncoder`` calls it: ``"builtin"``, a hub name,
             the path of a local folder, or a ``ModelSpec``.
         device: as for ``shared_pool``.
@@ -76,9 +79,12 @@ class PoolCrossEncoder(BaseCrossEncoder):
         *,
         model_name: Model | None = None,
         device: str | None = None,
+        request_options: RequestKeywords | None = None,
         **options: Any,
     ) -> None:
         self._source = _Source(pool, model_name, device, options)
+        self._request_options: RequestKeywords = request_options or {}
+        RequestOptions.of(self._request_options)
 
     @property
     def pool(self) -> RerankerPool:
@@ -87,7 +93,7 @@ class PoolCrossEncoder(BaseCrossEncoder):
 
     def score(self, text_pairs: list[tuple[str, str]]) -> list[float]:
         """The score of each pair; of two labels ("not relevant", "relevant") the second."""
-        scores = self.pool.submit_pairs(text_pairs).result()
+        scores = self.pool.submit_pairs(text_pairs, **self._request_options).result()
         relevant: list[float] = (scores if scores.ndim == 1 else scores[:, 1]).tolist()
         return relevant
 
@@ -103,6 +109,10 @@ class PoolReranker(BaseDocumentCompressor):
         pool_options: other keywords of ``shared_pool``.
         top_n: how many documents to return; ``None``: all.
         timeout: seconds after which a request fails with RequestTimeoutError; ``None``: never.
+        score_threshold: return only documents that score at least so much: ``min_score`` of ``RerankerPool.submit``.
+        instruction, prompt_name, max_tokens_per_doc, truncation, long_documents, caller, priority, on_timeout: as for
+            ``RerankerPool.submit``. Of a document that was divided, ``metadata["relevant_passage"]`` is the part that
+            counted.
 
     Raises:
         TypeError, ValueError: naming the argument.
@@ -110,6 +120,15 @@ class PoolReranker(BaseDocumentCompressor):
 
     top_n: int | None = 3
     timeout: float | None = None
+    score_threshold: float | None = None
+    instruction: str | None = None
+    prompt_name: str | None = None
+    max_tokens_per_doc: int | None = None
+    truncation: Truncation = "end"
+    long_documents: LongDocuments = "truncate"
+    caller: str | None = None
+    priority: int = 0
+    on_timeout: OnTimeout = "raise"
     _source: _Source = PrivateAttr()
 
     model_config = ConfigDict(arbitrary_types_allowed=True, extra="forbid")
@@ -126,6 +145,7 @@ class PoolReranker(BaseDocumentCompressor):
         source = _Source(pool, model, device, pool_options or {})
         super().__init__(**fields)
         self._source = source
+        RequestOptions.of(self._options())
 
     @property
     def pool(self) -> RerankerPool:
@@ -137,20 +157,36 @@ class PoolReranker(BaseDocumentCompressor):
     ) -> Sequence[Document]:
         """Rank ``documents`` and wait."""
         texts = [document.page_content for document in documents]
-        return _ranked(documents, self.pool.rerank(query, texts, top_n=self.top_n, timeout=self.timeout))
+        return _ranked(documents, self.pool.rerank(query, texts, top_n=self.top_n, **self._options()))
 
     async def acompress_documents(
         self, documents: Sequence[Document], query: str, callbacks: Callbacks | None = None
     ) -> Sequence[Document]:
         """Rank ``documents`` while the loop goes on; no thread waits."""
         texts = [document.page_content for document in documents]
-        return _ranked(documents, await self.pool.arerank(query, texts, top_n=self.top_n, timeout=self.timeout))
+        return _ranked(documents, await self.pool.arerank(query, texts, top_n=self.top_n, **self._options()))
+
+    def _options(self) -> RequestKeywords:
+        return {
+            "timeout": self.timeout,
+            "min_score": self.score_threshold,
+            "instruction": self.instruction,
+            "prompt_name": self.prompt_name,
+            "max_tokens_per_doc": self.max_tokens_per_doc,
+            "truncation": self.truncation,
+            "long_documents": self.long_documents,
+            "caller": self.caller,
+            "priority": self.priority,
+            "on_timeout": self.on_timeout,
+        }
 
 
 def _ranked(documents: Sequence[Document], results: Sequence[RerankResult]) -> list[Document]:
-    return [
-        documents[result.index].model_copy(
-            update={"metadata": {**documents[result.index].metadata, "relevance_score": result.relevance_score}}
-        )
-        for result in results
-    ]
+    ranked = []
+    for result in results:
+        document = documents[result.index]
+        found: dict[str, Any] = {"relevance_score": result.relevance_score}
+        if result.passage is not None:
+            found["relevant_passage"] = document.page_content[slice(*result.passage)]
+        ranked.append(document.model_copy(update={"metadata": {**document.metadata, **found}}))
+    return ranked

@@ -26,6 +26,8 @@ from typing import Any, ClassVar
 from langroid.agent.special import doc_chat_agent
 from langroid.mytypes import Document
 
+from mp_rerank._arguments import RequestKeywords, RequestOptions
+from mp_rerank.pool import RerankerPool
 from mp_rerank.shared import shared_pool
 
 __all__ = ["PoolRerankMixin", "install", "uninstall"]
@@ -33,10 +35,23 @@ __all__ = ["PoolRerankMixin", "install", "uninstall"]
 _original = getattr(doc_chat_agent, "_get_cross_encoder_entry", None)
 
 
-def install(**options: Any) -> None:
+class _Predicting:
+    """What an agent takes for its cross-encoder: a pool, with options of each request."""
+
+    def __init__(self, pool: RerankerPool, options: RequestKeywords) -> None:
+        self._pool = pool
+        self._options = options
+
+    def predict(self, pairs: list[tuple[str, str]], *, show_progress_bar: bool | None = None) -> Any:
+        del show_progress_bar
+        return self._pool.submit_pairs(pairs, **self._options).result()
+
+
+def install(request_options: RequestKeywords | None = None, **options: Any) -> None:
     """Let every ``DocChatAgent`` use the process's shared pool. A second call replaces the options.
 
     Args:
+        request_options: options of ``RerankerPool.submit_pairs`` for every agent, such as ``instruction``.
         options: keywords of ``shared_pool``, for every model.
 
     Raises:
@@ -50,8 +65,11 @@ def install(**options: Any) -> None:
             "use PoolRerankMixin in place of install()"
         )
 
+    RequestOptions.of(request_options or {})
+
     def get_entry(model_name: str, device: str | None) -> Any:
-        return entry_type(model=shared_pool(model_name, device, **options), lock=nullcontext())
+        pool = shared_pool(model_name, device, **options)
+        return entry_type(model=_Predicting(pool, request_options) if request_options else pool, lock=nullcontext())
 
     doc_chat_agent._get_cross_encoder_entry = get_entry
 
@@ -67,9 +85,11 @@ class PoolRerankMixin:
 
     Attributes:
         pool_options: keywords of ``shared_pool``.
+        request_options: options of ``RerankerPool.submit``, such as ``instruction``, ``min_score`` and ``caller``.
     """
 
     pool_options: ClassVar[dict[str, Any]] = {}
+    request_options: ClassVar[RequestKeywords] = {}
     config: Any
 
     def rerank_with_cross_encoder(self, query: str, passages: list[Document]) -> list[Document]:
@@ -77,5 +97,5 @@ class PoolRerankMixin:
         pool = shared_pool(
             self.config.cross_encoder_reranking_model, self.config.cross_encoder_device, **self.pool_options
         )
-        ranked = pool.rerank(query, [passage.content for passage in passages])
+        ranked = pool.rerank(query, [passage.content for passage in passages], **self.request_options)
         return [passages[result.index] for result in ranked]

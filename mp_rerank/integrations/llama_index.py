@@ -20,6 +20,7 @@ from llama_index.core.instrumentation.events.rerank import ReRankEndEvent, ReRan
 from llama_index.core.postprocessor.types import BaseNodePostprocessor
 from llama_index.core.schema import MetadataMode, NodeWithScore, QueryBundle
 
+from mp_rerank._arguments import RequestKeywords, RequestOptions
 from mp_rerank.config import BUILTIN, ModelSpec
 from mp_rerank.pool import RerankerPool
 from mp_rerank.results import RerankResult
@@ -43,6 +44,9 @@ class PoolRerank(BaseNodePostprocessor):
         keep_retrieval_score: keep the score a node came with as its ``metadata["retrieval_score"]``.
         model_options: other fields of ``ModelSpec``.
         pool_options: other keywords of ``shared_pool``.
+        similarity_cutoff: return only nodes that score at least so much: ``min_score`` of ``RerankerPool.submit``.
+        request_options: other options of ``RerankerPool.submit``, such as ``instruction`` and ``long_documents``. Of a
+            node that was divided, ``metadata["relevant_passage"]`` is the part that counted.
         pool: a pool to use in place of the shared one; it is not serialized by ``to_dict``.
     """
 
@@ -52,6 +56,8 @@ class PoolRerank(BaseNodePostprocessor):
     keep_retrieval_score: bool = Field(default=False, description="Whether to keep the retrieval score in metadata.")
     model_options: dict[str, Any] = Field(default_factory=dict, description="Other fields of ModelSpec.")
     pool_options: dict[str, Any] = Field(default_factory=dict, description="Other options of the shared pool.")
+    similarity_cutoff: float | None = Field(default=None, description="The least score of a node to return.")
+    request_options: dict[str, Any] = Field(default_factory=dict, description="Options of each request.")
     _pool: RerankerPool | None = PrivateAttr(default=None)
     _resolved: dict[str, str] = PrivateAttr(default_factory=dict)
 
@@ -61,6 +67,7 @@ class PoolRerank(BaseNodePostprocessor):
         super().__init__(top_n=top_n, **fields)
         self._pool = pool
         self._resolved = {self.model: ModelSpec(self.model).name}
+        RequestOptions.of(self._options())
 
     @classmethod
     def class_name(cls) -> str:
@@ -82,7 +89,7 @@ class PoolRerank(BaseNodePostprocessor):
         if not nodes:
             return []
         with self._event(nodes, query) as event:
-            ranked = self._ranked(nodes, self.pool.rerank(query, _texts(nodes), top_n=self.top_n))
+            ranked = self._ranked(nodes, self.pool.rerank(query, _texts(nodes), top_n=self.top_n, **self._options()))
             _end(event, ranked)
         return ranked
 
@@ -93,9 +100,13 @@ class PoolRerank(BaseNodePostprocessor):
         if not nodes:
             return []
         with self._event(nodes, query) as event:
-            ranked = self._ranked(nodes, await self.pool.arerank(query, _texts(nodes), top_n=self.top_n))
+            results = await self.pool.arerank(query, _texts(nodes), top_n=self.top_n, **self._options())
+            ranked = self._ranked(nodes, results)
             _end(event, ranked)
         return ranked
+
+    def _options(self) -> RequestKeywords:
+        return {"min_score": self.similarity_cutoff, **self.request_options}  # type: ignore[typeddict-item]
 
     def _event(self, nodes: list[NodeWithScore], query: str) -> Any:
         dispatcher.event(ReRankStartEvent(query=query, nodes=nodes, top_n=self.top_n, model_name=self.model))
@@ -114,8 +125,11 @@ class PoolRerank(BaseNodePostprocessor):
         for result in results:
             found = nodes[result.index]
             inner = found.node
-            if self.keep_retrieval_score:
-                inner = inner.model_copy(update={"metadata": {**inner.metadata, "retrieval_score": found.score}})
+            more: dict[str, Any] = {"retrieval_score": found.score} if self.keep_retrieval_score else {}
+            if result.passage is not None:
+                more["relevant_passage"] = result.document[slice(*result.passage)]
+            if more:
+                inner = inner.model_copy(update={"metadata": {**inner.metadata, **more}})
             ranked.append(found.model_copy(update={"node": inner, "score": result.relevance_score}))
         return ranked
 

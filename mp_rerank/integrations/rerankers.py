@@ -20,6 +20,7 @@ from rerankers.documents import Document
 from rerankers.models.ranker import BaseRanker
 from rerankers.results import RankedResults, Result
 
+from mp_rerank._arguments import RequestKeywords, RequestOptions
 from mp_rerank.config import BUILTIN, ModelSpec
 from mp_rerank.pool import RerankerPool
 from mp_rerank.results import RerankResult
@@ -38,6 +39,8 @@ class PoolRanker(BaseRanker):
             ``activation`` is then applied.
         verbose: accepted; nothing is printed.
         device: as for ``shared_pool``.
+        request_options: options of ``RerankerPool.submit`` for every call, such as ``instruction``; a call's own come
+            before them.
         options: other keywords of ``shared_pool``.
     """
 
@@ -48,8 +51,11 @@ class PoolRanker(BaseRanker):
         model_name_or_path: str | ModelSpec = BUILTIN,
         verbose: int = 0,
         device: str | None = None,
+        request_options: RequestKeywords | None = None,
         **options: Any,
     ) -> None:
+        RequestOptions.of(request_options or {})
+        self._request_options: RequestKeywords = request_options or {}
         self.verbose = verbose
         self.device = device
         self._options = options
@@ -66,7 +72,8 @@ class PoolRanker(BaseRanker):
 
     def score(self, query: str, doc: str) -> float:
         """The logit of one document."""
-        return float(self.pool.submit_pairs([(query, doc)]).result()[0])
+        options = {name: value for name, value in self._request_options.items() if name != "min_score"}
+        return float(self.pool.submit_pairs([(query, doc)], **options).result()[0])  # type: ignore[arg-type]
 
     def rank(
         self,
@@ -74,10 +81,16 @@ class PoolRanker(BaseRanker):
         docs: Docs,
         doc_ids: Sequence[str] | Sequence[int] | None = None,
         metadata: Sequence[dict[str, Any]] | None = None,
+        **options: Any,
     ) -> RankedResults:
-        """All documents, best first, with ranks from 1. Documents without an id are numbered from 0."""
+        """All documents, best first, with ranks from 1. Documents without an id are numbered from 0.
+
+        Args:
+            options: of ``RerankerPool.submit``, such as ``top_n``, ``instruction`` and ``min_score``.
+        """
         documents = _documents(docs, doc_ids, metadata)
-        return _ranked(query, documents, self.pool.rerank(query, [document.text for document in documents]))
+        texts = [document.text for document in documents]
+        return _ranked(query, documents, self.pool.rerank(query, texts, **{**self._request_options, **options}))
 
     async def rank_async(
         self,
@@ -85,10 +98,12 @@ class PoolRanker(BaseRanker):
         docs: Docs,
         doc_ids: Sequence[str] | Sequence[int] | None = None,
         metadata: Sequence[dict[str, Any]] | None = None,
+        **options: Any,
     ) -> RankedResults:
         """``rank`` while the loop goes on; no thread waits."""
         documents = _documents(docs, doc_ids, metadata)
-        return _ranked(query, documents, await self.pool.arerank(query, [document.text for document in documents]))
+        texts = [document.text for document in documents]
+        return _ranked(query, documents, await self.pool.arerank(query, texts, **{**self._request_options, **options}))
 
 
 def _documents(docs: Docs, doc_ids: Sequence[Any] | None, metadata: Sequence[dict[str, Any]] | None) -> list[Document]:

@@ -48,7 +48,7 @@ def test_past_the_keys_and_values_there_are_first_tokens_only(tmp_path: Path) ->
     ):
         part.register_forward_hook(lambda module, arguments, output, name=name: seen.update({name: output.shape[1]}))
     reduced.predict(PAIRS[:3])
-    whole = -(-reduced.tokens // TOKEN_MULTIPLE) * TOKEN_MULTIPLE
+    whole = -(-sum(reduced.readings.tokens) // TOKEN_MULTIPLE) * TOKEN_MULTIPLE
     assert seen == {"a whole layer": whole, "keys": whole, "the last layer": 3}
 
 

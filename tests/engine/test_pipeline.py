@@ -61,7 +61,7 @@ def test_texts_are_tokenized_once_and_counted(tmp_path: Path, monkeypatch: pytes
     assert len(calls) == 1
     lengths = [len(row) for row in tokenizer(*zip(*PAIRS, strict=True), truncation=True)["input_ids"]]
     assert max(lengths) == models.MAX_LENGTH
-    assert fast.tokens == sum(lengths)
+    assert sum(fast.readings.tokens) == sum(lengths)
 
 
 @pytest.mark.skipif(not models.has_logit_score(), reason="this sentence-transformers knows no chat templates")
@@ -73,7 +73,13 @@ def test_prompts_and_chat_templates_are_left_to_the_library(tmp_path: Path) -> N
     texts = fast.model.tokenizer.batch_decode(fast._pipeline.tokenize(PAIRS[:2]).inputs["input_ids"])
     assert all("Is this the answer?" in text and "<assistant>" in text for text in texts)
     np.testing.assert_allclose(fast.predict(PAIRS), plain.predict(PAIRS), rtol=1e-5, atol=1e-5)
-    assert fast.tokens == sum(fast._pipeline.tokenize(PAIRS).lengths)
+    assert list(fast.readings.tokens) == fast._pipeline.tokenize(PAIRS).lengths
+    for (_, document), tokens, cut in zip(PAIRS, fast.readings.tokens, fast.readings.truncated, strict=True):
+        assert tokens == models.MAX_LENGTH if cut else len(document) < 1000
+    assert fast._pipeline.takes_prompt
+    other = fast._predict(PAIRS[:3], "Another question. ")
+    np.testing.assert_allclose(fast._score(PAIRS[:3], "Another question. ")[0], other, rtol=1e-5, atol=1e-5)
+    assert not np.allclose(other, plain.predict(PAIRS[:3]), atol=1e-4)
 
 
 @pytest.mark.parametrize("changed", ["tokens", "scores"])

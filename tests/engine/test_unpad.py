@@ -59,7 +59,7 @@ def test_no_layer_sees_padding_but_what_fills_a_row_up(tmp_path: Path) -> None:
     assert {len(shape) for shape in seen} == {3}
     assert {shape[0] for shape in seen} == {1}
     assert {shape[1] % module.TOKEN_MULTIPLE for shape in seen} == {0}
-    more = sum(shape[1] for shape in seen) - 2 * unpadded.tokens  # two layers
+    more = sum(shape[1] for shape in seen) - 2 * sum(unpadded.readings.tokens)  # two layers
     assert 0 < more < module.TOKEN_MULTIPLE * len(seen)
 
 

@@ -206,3 +206,19 @@ def test_a_bad_option_is_named(options: dict[str, Any], error: type[Exception], 
 def test_a_copy_has_the_same_pool() -> None:
     ranker = PoolRanker(**FAKE_PARAMETERS)
     assert copy.deepcopy(ranker).pool is ranker.pool
+
+
+def test_options_of_a_request() -> None:
+    options = {"instruction": "judge: ", "long_documents": "chunk"}
+    reading = {"loader": "fakes:load_reading", "max_length": 8}
+    ranker = PoolRanker(**{**FAKE_PARAMETERS, "model_options": reading}, request_options=options)
+    document = Document(content="a b c d e f g h i j", meta={"page": 1})
+    best = max(["a b c d e f", "g h i j"], key=lambda part: score_of("judge: query", part))
+    for found in (ranker.run("query", [document]), asyncio.run(ranker.run_async("query", [document]))):
+        (ranked,) = found["documents"]
+        assert ranked.score == pytest.approx(sigmoid(score_of("judge: query", best)))
+        assert ranked.meta == {"page": 1, "relevant_passage": best}
+    assert PoolRanker.from_dict(ranker.to_dict()).request_options == options
+    for wrong, error in (({"instructions": "judge: "}, TypeError), ({"min_score": 0.5}, ValueError)):
+        with pytest.raises(error, match=next(iter(wrong))):
+            PoolRanker("fake", request_options=wrong)

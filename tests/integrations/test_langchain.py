@@ -176,3 +176,27 @@ def test_what_cannot_be_a_pool_is_named(make_pool: MakePool) -> None:
         PoolCrossEncoder(pool, device="cpu")
     with pytest.raises(ValueError, match="top_k"):
         PoolReranker(pool=pool, top_k=3)
+
+
+def test_options_of_a_request_are_fields_of_the_compressor(make_pool: MakePool) -> None:
+    pool = make_pool(ModelSpec("fake", loader="fakes:load_reading", max_length=8))
+    long = Document(page_content="a b c d e f g h i j", metadata={"page": 1})
+    reranker = PoolReranker(pool=pool, instruction="judge: ", long_documents="chunk", caller="chain")
+    (found,) = reranker.compress_documents([long], "query")
+    parts = ["a b c d e f", "g h i j"]
+    best = max(parts, key=lambda part: score_of("judge: query", part))
+    assert found.metadata == {
+        "page": 1,
+        "relevance_score": score_of("judge: query", best),
+        "relevant_passage": best,
+    }
+    assert "chain" in pool.stats().callers
+    picky = PoolReranker(pool=pool, score_threshold=1.0)
+    assert picky.compress_documents([long], "query") == []
+    assert asyncio.run(picky.acompress_documents([long], "query")) == []
+    with pytest.raises(ValueError, match="truncation"):
+        PoolReranker(pool=pool, truncation="middle")
+    crossing = PoolCrossEncoder(pool, request_options={"instruction": "judge: "})
+    assert crossing.score([("query", "short")]) == [score_of("judge: query", "short")]
+    with pytest.raises(TypeError, match="instructions"):
+        PoolCrossEncoder(pool, request_options={"instructions": "judge: "})  # type: ignore[typeddict-unknown-key]

@@ -21,7 +21,7 @@ from conftest import PATIENCE
 from fakes import score_of
 from frameworks import need
 
-from mp_rerank import RerankerPool
+from mp_rerank import ModelSpec, RerankerPool
 
 tiktoken = need("tiktoken")
 for _name in ("cl100k_base", "o200k_base"):  # Langroid counts tokens with an encoding that tiktoken would download
@@ -181,3 +181,22 @@ def test_ten_tasks_at_once_twenty_times_over_a_vector_store() -> None:
     print(figures)
     assert (figures["tasks"], figures["errors"], figures["messages"]) == (200, 0, {})
     assert figures["pairs"] >= 200 * 20
+
+
+def test_options_of_a_request(make_pool: MakePool, monkeypatch: pytest.MonkeyPatch) -> None:
+    pool = make_pool(ModelSpec("fake", loader="fakes:load_reading", max_length=20))
+    monkeypatch.setattr(integration, "shared_pool", lambda *_, **__: pool)
+    best = sorted((p.content for p in passages_of("query")), key=lambda text: -score_of("judge: query", text))
+
+    class Judging(integration.PoolRerankMixin, DocChatAgent):
+        request_options = {"instruction": "judge: ", "caller": "agent"}  # noqa: RUF012
+
+    ranked = agent(Judging).rerank_with_cross_encoder("query", passages_of("query"))
+    assert [passage.content for passage in ranked] == best
+    assert "agent" in pool.stats().callers
+    integration.install(request_options={"instruction": "judge: "})
+    try:
+        ranked = agent(DocChatAgent).rerank_with_cross_encoder("query", passages_of("query"))
+        assert [passage.content for passage in ranked] == best
+    finally:
+        integration.uninstall()

@@ -13,7 +13,7 @@ import pytest
 from fakes import score_of
 from frameworks import need
 
-from mp_rerank import RerankerPool
+from mp_rerank import ModelSpec, RerankerPool
 
 need("llama_index.core")
 
@@ -173,3 +173,23 @@ def test_a_relative_path_is_looked_up_once(tmp_path: Path, monkeypatch: pytest.M
 def test_a_copy_has_the_same_pool(make_pool: MakePool) -> None:
     rerank = PoolRerank(pool=make_pool(isolation="thread"))
     assert copy.deepcopy(rerank).pool is rerank.pool
+
+
+def test_options_of_a_request(make_pool: MakePool) -> None:
+    pool = make_pool(ModelSpec("fake", loader="fakes:load_reading", max_length=8))
+    node = NodeWithScore(node=TextNode(text="a b c d e f g h i j"), score=0.1)
+    options = {"instruction": "judge: ", "long_documents": "chunk"}
+    rerank = PoolRerank(pool=pool, request_options=options)
+    best = max(["a b c d e f", "g h i j"], key=lambda part: score_of("judge: query", part))
+    for ranked in (
+        rerank.postprocess_nodes([node], query_str="query"),
+        asyncio.run(rerank.apostprocess_nodes([node], query_str="query")),
+    ):
+        assert [found.score for found in ranked] == [score_of("judge: query", best)]
+        assert ranked[0].node.metadata == {"relevant_passage": best}
+    assert node.node.metadata == {}
+    assert PoolRerank(pool=pool, similarity_cutoff=1.0).postprocess_nodes([node], query_str="query") == []
+    again = PoolRerank.from_dict(rerank.to_dict())
+    assert again.request_options == options
+    with pytest.raises(TypeError, match="instructions"):
+        PoolRerank(pool=pool, request_options={"instructions": "judge: "})

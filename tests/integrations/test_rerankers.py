@@ -19,6 +19,7 @@ from rerankers import Document, Reranker  # noqa: E402
 from rerankers.models.ranker import BaseRanker  # noqa: E402
 from rerankers.results import RankedResults  # noqa: E402
 
+from mp_rerank import ModelSpec  # noqa: E402
 from mp_rerank.integrations.rerankers import PoolRanker  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("own_registry")
@@ -108,3 +109,19 @@ def test_scores_are_those_of_its_own_transformer_ranker(tmp_path: Path) -> None:
 
 def test_a_copy_has_the_same_pool(ranker: BaseRanker) -> None:
     assert copy.deepcopy(ranker).pool is ranker.pool
+
+
+def test_options_of_a_request_for_every_call_and_for_one() -> None:
+    reading = ModelSpec("fake", loader="fakes:load_reading", max_length=8)
+    ranker = PoolRanker(reading, device="cpu", workers=1, request_options={"instruction": "judge: "})
+    texts = ["one", "two", "three"]
+    scores = {text: score_of("judge: query", text) for text in texts}
+    assert {r.text: r.score for r in ranker.rank("query", texts)} == scores
+    assert ranker.score("query", "one") == scores["one"]
+    best = max(scores.values())
+    assert [r.score for r in ranker.rank("query", texts, min_score=best)] == [best]
+    assert [r.score for r in asyncio.run(ranker.rank_async("query", texts, top_n=1))] == [best]
+    plain = ranker.rank("query", texts, instruction=None)
+    assert {r.text: r.score for r in plain} == {text: score_of("query", text) for text in texts}
+    with pytest.raises(TypeError, match="instructions"):
+        PoolRanker(reading, request_options={"instructions": "judge: "})  # type: ignore[typeddict-unknown-key]

@@ -14,6 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 from conftest import PATIENCE
+from fakes import score_of
 
 from mp_rerank import ModelSpec, RerankerPool, __version__, cli
 from mp_rerank.cli.documents import read_documents
@@ -60,6 +61,8 @@ def mp_rerank(*arguments: str, text: str | None = None) -> subprocess.CompletedP
         (["rank", "q", "missing\x1b[2J.txt"], None, "missing\\x1b[2J.txt: No such file or directory"),
         (["rank", "q", "--format", "jsonl"], "[" * 100_000, "line 1: JSON that is nested too deep"),
         (["tune", "--seconds", "nan"], None, "--seconds: more than 0 are needed, not nan"),
+        (["rank", "q", "--max-tokens-per-doc", "0"], None, "--max-tokens-per-doc: at least 1"),
+        (["rank", "q", "--instruction", "a", "--prompt-name", "b"], None, "a request has one of the two"),
     ],
 )
 def test_a_mistake_is_one_line_and_exit_code_2(arguments: list[str], text: str | None, words: str) -> None:
@@ -144,7 +147,9 @@ def test_workers_start_where_standard_output_is_closed(tmp_path: Path) -> None:
 
 def rank_with_fake(make_pool: MakePool, monkeypatch: pytest.MonkeyPatch, path: Path, *options: str) -> int:
     spec = ModelSpec("fake", loader="fakes:load_with_nan")
-    monkeypatch.setattr(cli.rank, "pool_of", lambda arguments, _: make_pool(spec, isolation="thread"))
+    monkeypatch.setattr(
+        cli.rank, "pool_of", lambda arguments, _: make_pool(spec, isolation="thread", nan_scores="none")
+    )
     return cli.main(["rank", "q", *options, str(path)])
 
 
@@ -171,6 +176,27 @@ def test_a_table_has_a_line_for_each_document_and_nothing_a_terminal_obeys(
     _, first, last = capsys.readouterr().out.splitlines()
     assert first.endswith("  a\\x1b[2Jb \\u202e c")
     assert last.split() == ["2", "nan", "!nan"]
+
+
+def test_options_of_a_request_and_a_passage(
+    make_pool: MakePool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    spec = ModelSpec("fake", loader="fakes:load_reading", max_length=8)
+    monkeypatch.setattr(cli.rank, "pool_of", lambda arguments, _: make_pool(spec, isolation="thread"))
+    (tmp_path / "in.txt").write_text("a b c d e f g h i j k l\nshort\n")
+    command = ["rank", "q", str(tmp_path / "in.txt"), "--long-documents", "chunk", "--instruction", "two words "]
+    assert cli.main([*command, "--show-passage"]) == 0
+    printed = capsys.readouterr().out
+    parts = ["a b c d e", "f g h i j", "k l"]
+    best = max(parts, key=lambda part: score_of("two words q", part))
+    start = "a b c d e f g h i j k l".index(best)
+    assert f"  [{start}:{start + len(best)}] {best}\n" in printed
+    assert cli.main([*command, "--json", "--min-score", str(score_of("two words q", best))]) == 0
+    shown = {document["index"]: document for document in json.loads(capsys.readouterr().out)}
+    assert shown[0]["passage"] == {"start": start, "end": start + len(best), "text": best}
+    assert shown[0]["relevance_score"] == score_of("two words q", best)
+    assert (shown[0]["tokens"], shown[0]["truncated"]) == (12 + 3 * 3, False)
+    assert (1 in shown) == (score_of("two words q", "short") >= score_of("two words q", best))
 
 
 def test_a_run_with_documents_that_cannot_be_scored_says_so_and_ends_with_3(

@@ -295,7 +295,7 @@ def test_a_loader_may_be_the_function_itself() -> None:
         (lambda p: p.predict([("q", "d")], activation_fn=abs), ValueError, "activation_fn: it is the pool's own"),
         (lambda p: p.rank("q", ["d"], device="cpu"), ValueError, "device: it is the pool's own"),
         (lambda p: p.predict([("q", "d")], activation_fct=abs), ValueError, "activation_fct: it is the pool's own"),
-        (lambda p: p.rank("q", ["d"], prompt="web"), ValueError, "prompt: it is the pool's own"),
+        (lambda p: p.rank("q", ["d"], pool={}), ValueError, "pool: it is the pool's own"),
         (lambda p: p.predict([("q", "d")], top_k=1), TypeError, "top_k: no version of CrossEncoder has such an arg"),
     ],
 )

@@ -132,7 +132,7 @@ def busy_deployment(tokens: int, seconds_per_token: float, **options: object) ->
     slot.generation = 1
     slot.state = SlotState.READY
     slot.seconds_per_token = seconds_per_token
-    deployment.submit(Request([("query", "document")], [tokens], lambda scores, scored: scores))
+    deployment.submit(Request([("query", "document")], [tokens], lambda scores, *_: scores))
     slice_ = deployment.queue.take(tokens)
     assert slice_ is not None
     slot.outstanding.append(slice_)

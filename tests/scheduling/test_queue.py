@@ -36,7 +36,7 @@ def make_request(
 ) -> Request:
     """A request whose pairs are no other's."""
     pairs = [("query", f"document {next(_numbers)}") for _ in tokens]
-    return Request(pairs, tokens, lambda scores, _: scores, caller=caller, priority=priority, deadline=deadline)
+    return Request(pairs, tokens, lambda scores, *_: scores, caller=caller, priority=priority, deadline=deadline)
 
 
 def make_alike(
@@ -45,7 +45,7 @@ def make_alike(
     """A request whose pairs may be others' too: each is known by its number."""
     pairs = [("query", str(document)) for document in documents]
     tokens = [document * 37 % 300 + 1 for document in documents]
-    return Request(pairs, tokens, lambda scores, _: scores, caller=caller, priority=priority, deadline=deadline)
+    return Request(pairs, tokens, lambda scores, *_: scores, caller=caller, priority=priority, deadline=deadline)
 
 
 def scores_of(slice_: Slice, model: int = 0) -> Scores:
@@ -156,7 +156,7 @@ class QueueMachine(RuleBasedStateMachine):
         assert len(expired) == len(due)
         for request in expired:
             del self.live[request.number]
-            request.finish = lambda scores, scored: (scores, scored)
+            request.finish = lambda scores, scored, readings: (scores, scored)
             had = request.missing
             request.resolve()
             scores, scored = request.future.result(0)
