@@ -1,4 +1,4 @@
-"""Rerankers of the architectures people choose, in their real shapes, with random weights and the built-in tokenizer."""
+"""Rerankers of the architectures people choose, in their shapes, with random weights and the built-in tokenizer."""
 
 from __future__ import annotations
 
