@@ -58,8 +58,8 @@ class ModelSpec:
             meanwhile (a new file may take its name). ``"private"``: every worker makes its own copy.
         prepack: let each worker on the CPU store its linear layers in another layout, where it measures that this is
             faster. Those layers are then the worker's own copies. With ``False`` all weights can be shared.
-        unpad: on a CPU, let the network compute on real tokens only, and in its last layer only on what the head
-            reads. A model whose scores this would change is left as it is.
+        unpad: on a CPU, let the network compute on real tokens only: a decoder on what pairs begin with alike once,
+            the last layer on what the head reads. A model whose scores this would change is left as it is.
         trust_remote_code: let the model's repository run its code in the workers.
         model_kwargs, tokenizer_kwargs, config_kwargs: passed to transformers by ``CrossEncoder``.
         backend: what computes the network: ``"torch"``, or on the CPU ``"onnx"`` (ONNX Runtime, float32 or int8) or
