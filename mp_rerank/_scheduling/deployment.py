@@ -105,6 +105,7 @@ class Deployment:
         self._provers: dict[str, Slot[Slice]] = {}  # whose workers are finding the recipes now
         self._on_done = on_done
         self._counts = counts
+        self._dispatched_at = 0.0  # when slots were last asked for room
         self._leaving: list[tuple[WorkerHandle, float]] = []  # workers let go, and when to kill them
         self._started = False
         self._scored = False  # whether the model has ever scored anything but its canary
@@ -193,12 +194,15 @@ class Deployment:
         times = [self.queue.next_deadline(), *(limit for _, limit in self._leaving)]
         for slot in self.slots:
             times += [slot.restart_at, self._limit(slot)]
+            if self.queue.waiting_tokens and slot.room_at is not None and slot.room_at > self._dispatched_at:
+                times.append(slot.room_at)
         return min((t for t in times if t is not None), default=None)
 
     def dispatch(self, now: float) -> None:
         """Send slices while pairs wait and slots have room; every slot gets its first before any gets its second."""
+        self._dispatched_at = now
         while self.queue.waiting_tokens:
-            room = [slot for slot in self.slots if slot.has_room]
+            room = [slot for slot in self.slots if slot.has_room(now)]
             if not room:
                 return
             slot = min(room, key=lambda slot: len(slot.outstanding))

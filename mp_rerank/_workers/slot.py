@@ -55,8 +55,13 @@ class Work(Protocol):
 _T = TypeVar("_T")
 _Slice = TypeVar("_Slice", bound=Work)
 
-# One slice running and one waiting, so that a worker never idles for want of the dispatcher.
+# A worker has one slice running and one waiting, so that it never idles for want of the dispatcher.
 SLICES_A_SLOT = 2
+# The second is sent when so much of the time that the first should take has passed: what arrives until then can still
+# come before it, and a slice that runs faster than the worker's measured speed still has the next behind it. At once
+# where the first should be done before the dispatcher has looked again.
+AHEAD_SHARE = 0.75
+SOON_SECONDS = 0.01
 # Weight of the newest slice in a worker's measured speed.
 SPEED_SMOOTHING = 0.2
 
@@ -160,10 +165,20 @@ class Slot(Generic[_Slice]):
     def __repr__(self) -> str:
         return f"<Slot {self.index}: {self.state.value} on {self.seat.device}, generation {self.generation}>"
 
-    @property
-    def has_room(self) -> bool:
+    def has_room(self, now: float) -> bool:
         """Whether it would take another slice."""
-        return self.state is SlotState.READY and len(self.outstanding) < SLICES_A_SLOT
+        at = self.room_at
+        return at is not None and at <= now
+
+    @property
+    def room_at(self) -> float | None:
+        """From when on it would take another slice; ``None``: not before one has ended."""
+        if self.state is not SlotState.READY or len(self.outstanding) >= SLICES_A_SLOT:
+            return None
+        if not self.outstanding:
+            return self.since
+        expected = self.outstanding[0].tokens * self.seconds_per_token
+        return self.since + AHEAD_SHARE * expected if expected > SOON_SECONDS else self.since
 
     @property
     def loading(self) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 import time
 from collections.abc import Callable
-from concurrent.futures import BrokenExecutor
+from concurrent.futures import BrokenExecutor, Future
 from pathlib import Path
 
 import psutil
@@ -107,9 +107,14 @@ class StandIn:
         self.killable = True
         self.abandoned = False
         self.pid = 1
+        self.scoring = 0  # slices it was given
 
     def kill(self) -> None:
         self.killed = True
+
+    def score(self, pairs: object, options: object) -> Future[object]:
+        self.scoring += 1
+        return Future()
 
     def retire(self) -> None:
         pass
@@ -149,6 +154,25 @@ def test_the_limit_follows_the_size_and_the_speed(tokens: int, seconds_per_token
     deployment.tick(limit * 1.001)
     assert standing.killed
     assert deployment.wake_at() == pytest.approx(limit * 1.001 + KILL_GRACE_SECONDS)
+
+
+@pytest.mark.parametrize(("tokens", "at"), [(1000, 0.75), (5, 0.0)])
+def test_the_next_slice_is_sent_when_three_quarters_of_the_running_one_should_be_done(tokens: int, at: float) -> None:
+    """What arrives until then can still go first. At once where the running one takes no time to speak of."""
+    deployment, standing, _ = busy_deployment(tokens, 0.001, hang_timeout=None)
+    deployment.submit(Request([("query", "next")], [tokens], lambda scores, *_: scores))
+    if at:
+        deployment.dispatch(0.0)
+        assert deployment.wake_at() == at
+        deployment.dispatch(at * 0.99)
+        assert standing.scoring == 0
+    deployment.dispatch(at)
+    assert standing.scoring == 1
+    assert deployment.wake_at() is None
+    deployment.submit(Request([("query", "a third")], [tokens], lambda scores, *_: scores))
+    deployment.dispatch(100.0)
+    assert standing.scoring == 1, "one runs and one waits"
+    assert deployment.wake_at() is None, "a slice that comes back wakes it"
 
 
 def test_a_worker_that_cannot_be_killed_is_given_up_and_its_slices_go_elsewhere_without_blame() -> None:
