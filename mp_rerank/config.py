@@ -34,6 +34,7 @@ DTYPES = {
     "onnx": ("float32", "int8"),
     "openvino": ("float32", "bfloat16", "int8"),
 }
+START_METHODS = ("spawn", "forkserver", "fork-model")
 ACTIVATIONS = {"sigmoid": "torch.nn.Sigmoid", "identity": "torch.nn.Identity"}
 DEVICE = re.compile(r"auto|(cpu|mps)(:0)?|(cuda|xpu|npu|hpu)(:\d+)?")
 
@@ -191,8 +192,10 @@ class PoolConfig:
             ``threads_per_worker`` and ``batch_tokens`` that are not given. ``False``, or ``MP_RERANK_TUNED=0`` in the
             environment, turns that off.
         isolation: ``"process"``, or ``"thread"``: one model in this process, one prediction at a time.
-        start_method: ``"spawn"``, or ``"forkserver"`` (not on Windows): workers are forked from a process that has done
-            the imports. The first start takes about as long, a restart less than half. Workers share memory.
+        start_method: ``"spawn"``; ``"forkserver"`` (not on Windows): workers are forked from a process that has done
+            the imports, a restart takes less than half as long, and workers share that memory; or ``"fork-model"``
+            (Linux, CPU, torch): workers are forked from a process that has loaded and proved the model, a restart takes
+            a fraction of a second, and a worker's own memory is little.
         batch_tokens: padded tokens of one forward pass; ``None``: as tuned, else 1,024 on a CPU (2,048 with a 16-bit
             dtype), 16,384 elsewhere.
         slice_tokens: tokens of one slice, which is what a worker is given at a time; ``None``: about one batch. Smaller
@@ -229,7 +232,7 @@ class PoolConfig:
     pin: bool = True
     tuned: bool = True
     isolation: Literal["process", "thread"] = "process"
-    start_method: Literal["spawn", "forkserver"] = "spawn"
+    start_method: Literal["spawn", "forkserver", "fork-model"] = "spawn"
     batch_tokens: int | None = None
     slice_tokens: int | None = None
     max_pending_pairs: int = 1_000_000
@@ -273,12 +276,27 @@ class PoolConfig:
         """Check ``isolation`` and ``start_method``."""
         if self.isolation not in ("process", "thread"):
             raise ValueError(f"isolation: 'process' or 'thread' is needed, not {self.isolation!r}")
-        if self.start_method not in ("spawn", "forkserver"):
-            raise ValueError(f"start_method: 'spawn' or 'forkserver' is needed, not {self.start_method!r}")
-        if self.start_method not in multiprocessing.get_all_start_methods():
+        if self.start_method not in START_METHODS:
+            words = "'spawn', 'forkserver' or 'fork-model' is needed"
+            raise ValueError(f"start_method: {words}, not {self.start_method!r}")
+        if self.start_method == "fork-model":
+            self._check_fork_model()
+        elif self.start_method not in multiprocessing.get_all_start_methods():
             raise ValueError(f"start_method: this system has no {self.start_method!r}")
         if self.isolation == "thread" and self.workers not in (None, 1):
             raise ValueError(f"workers: isolation='thread' is one model and one worker, not {self.workers}")
+
+    def _check_fork_model(self) -> None:
+        words = "start_method: 'fork-model' forks workers from a process that has loaded the model"
+        if self.isolation == "thread":
+            raise ValueError(f"{words}, and isolation='thread' has no worker process")
+        others = [device for device in self.devices if device not in ("auto", "cpu", "cpu:0")]
+        if others:
+            raise ValueError(f"{words}, which works on the CPU only (devices='cpu'), not on {', '.join(others)}")
+        try:
+            os.close(os.pidfd_open(os.getpid()))
+        except (AttributeError, OSError):
+            raise ValueError(f"{words}, which needs Linux 5.3 or newer: this system has no pidfd_open") from None
 
     def _check_seconds(self) -> None:
         """Check all times. One beyond any clock means the same as no limit."""

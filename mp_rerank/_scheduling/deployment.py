@@ -26,7 +26,7 @@ from mp_rerank._recipe import Recipe
 from mp_rerank._scheduling.queue import RequestQueue, Slice, Suspect
 from mp_rerank._scheduling.request import Request
 from mp_rerank._workers.child import EXIT_DEVICE_LOST, Scored, WorkerFacts
-from mp_rerank._workers.handle import WorkerHandle
+from mp_rerank._workers.handle import WorkerHandle, make_templates
 from mp_rerank._workers.launching import LaunchError
 from mp_rerank._workers.logs import POOL_LOGGER, QueuedLogger
 from mp_rerank._workers.slot import Described, Exited, Loaded, Report, SliceEnded, Slot, SlotState
@@ -66,6 +66,8 @@ GRACE_SECONDS = 5.0
 # A worker that has not ended so long after it was killed (a system call that cannot be interrupted, a frozen control
 # group) is not waited for any more. Freeing the memory of a large model takes seconds.
 KILL_GRACE_SECONDS = 20.0
+# How soon a template follows the last of its workers.
+LOOK_SECONDS = 0.1
 
 
 class Deployment:
@@ -107,6 +109,9 @@ class Deployment:
         self._counts = counts
         self._dispatched_at = 0.0  # when slots were last asked for room
         self._leaving: list[tuple[WorkerHandle, float]] = []  # workers let go, and when to kill them
+        self._templates = make_templates(config)
+        self._closed = False
+        self._look_again: float | None = None  # whether the workers have ended, and their template may
         self._started = False
         self._scored = False  # whether the model has ever scored anything but its canary
         self._blamed: set[Hashable] = set()  # pairs that failed their requests since it last did
@@ -188,10 +193,14 @@ class Deployment:
             if now >= limit:
                 leaving.kill()
                 self._leaving[i] = (leaving, math.inf)
+        if self._closed and self._templates is not None:
+            self._look_again = now + LOOK_SECONDS if self._leaving else None
+            if not self._leaving:
+                self._templates.close()
 
     def wake_at(self) -> float | None:
         """When ``tick`` has something to do next, if nothing is reported before."""
-        times = [self.queue.next_deadline(), *(limit for _, limit in self._leaving)]
+        times = [self.queue.next_deadline(), self._look_again, *(limit for _, limit in self._leaving)]
         for slot in self.slots:
             times += [slot.restart_at, self._limit(slot)]
             if self.queue.waiting_tokens and slot.room_at is not None and slot.room_at > self._dispatched_at:
@@ -240,11 +249,18 @@ class Deployment:
             if slot.worker is not None and kill_it:
                 slot.worker.kill()
             self._end_worker(slot, now)
+        self._closed = True
 
     @property
     def alive(self) -> bool:
-        """Whether a worker that was told to leave has not ended yet."""
+        """Whether a worker that was told to leave has not ended yet, or what it was forked from."""
+        if self._templates is not None and self._templates.alive:
+            return True
         return any(leaving.alive for leaving, _ in self._leaving)
+
+    def template_pids(self) -> list[int]:
+        """The processes that the workers are forked from."""
+        return [] if self._templates is None else self._templates.pids()
 
     def join(self) -> None:
         """Wait until every worker has ended, killing those that outstay their grace."""
@@ -257,6 +273,11 @@ class Deployment:
                 logger.error("process %s was killed and has not ended: it is not waited for any more", leaving.pid)
                 leaving.abandon()
         self._leaving.clear()
+        if self._templates is not None:  # after the workers, whose parent it is
+            self._templates.close()
+            self._templates.join(GRACE_SECONDS)
+            if self._templates.alive:
+                logger.error("a template was killed and has not ended: it is not waited for any more")
 
     def workers(self) -> list[WorkerInfo]:
         """Each slot, as callers see it."""
@@ -279,7 +300,7 @@ class Deployment:
         # A hub that has given the model once is not asked again: it may be down by then.
         offline = not self.spec.local and self._fetched
         try:
-            slot.launch(self.spec, self.config, self._batch_tokens(slot), offline=offline, now=now)
+            slot.launch(self.spec, self.config, self._batch_tokens(slot), self._templates, offline=offline, now=now)
         except Exception as error:  # the system has no thread left
             self._launch_failed(slot, LaunchError.of(error), now)
 

@@ -29,7 +29,7 @@ from mp_rerank._pairs import Pair, PairOptions
 from mp_rerank._planning.plan import Seat
 from mp_rerank._recipe import Recipe
 from mp_rerank._workers.child import Launch, Scored, WorkerFacts
-from mp_rerank._workers.handle import WorkerHandle, make_handle
+from mp_rerank._workers.handle import Templates, WorkerHandle, make_handle
 from mp_rerank.config import ModelSpec, PoolConfig
 from mp_rerank.results import ExitReason, WorkerExit, WorkerInfo
 
@@ -189,7 +189,16 @@ class Slot(Generic[_Slice]):
     def _has_live_worker(self) -> bool:
         return self.worker is not None and self.ended_at is None
 
-    def launch(self, spec: ModelSpec, config: PoolConfig, batch_tokens: int, *, offline: bool, now: float) -> None:
+    def launch(
+        self,
+        spec: ModelSpec,
+        config: PoolConfig,
+        batch_tokens: int,
+        templates: Templates | None,
+        *,
+        offline: bool,
+        now: float,
+    ) -> None:
         """Start the next generation. Raises ``OSError`` or ``RuntimeError`` where the system would start no more."""
         self.generation += 1
         self.worker = None
@@ -215,7 +224,7 @@ class Slot(Generic[_Slice]):
             cpus=self.seat.cpus,
             offline=offline,
         )
-        self.worker = make_handle(config, launch, lambda code: self.notify(Exited(self, generation, code)))
+        self.worker = make_handle(config, launch, lambda code: self.notify(Exited(self, generation, code)), templates)
 
         def loaded(future: Future[None]) -> None:
             outcome = _outcome(future)

@@ -34,7 +34,11 @@ MakePool = Callable[..., RerankerPool]
         ({"workers": "two"}, TypeError, "workers: a whole number is needed, not 'two'"),
         ({"workers": True}, TypeError, "workers: a whole number"),
         ({"threads_per_worker": -1}, ValueError, "threads_per_worker: at least 1"),
-        ({"start_method": "fork"}, ValueError, "start_method: 'spawn' or 'forkserver' is needed, not 'fork'"),
+        (
+            {"start_method": "fork"},
+            ValueError,
+            "start_method: 'spawn', 'forkserver' or 'fork-model' is needed, not 'fork'",
+        ),
         ({"isolation": "fork"}, ValueError, "isolation: 'process' or 'thread' is needed, not 'fork'"),
         ({"isolation": "thread", "workers": 2}, ValueError, "workers: isolation='thread' is one model"),
         ({"overload": "drop"}, ValueError, "overload: 'block', 'raise' or seconds"),
