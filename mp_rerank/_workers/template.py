@@ -167,8 +167,13 @@ class Template:
     def close(self) -> None:
         with self._lock:
             self._closed = True
-        if self._run is not None:
-            self._run.kill()
+        self.kill()
+
+    def kill(self) -> None:
+        """End the process that there is now."""
+        run = self._run
+        if run is not None:
+            run.kill()
 
     @property
     def alive(self) -> bool:
@@ -348,7 +353,12 @@ class _Popen(ForkedPopen):
         super().__init__(process)
 
     def _launch(self, process: Any) -> None:
-        super()._launch(process)
+        try:
+            super()._launch(process)
+        except RuntimeError:
+            if process.unwanted.is_set():  # for its start_timeout, it may be: somebody has stopped the template
+                self._template.kill()
+            raise
         self._codes = self.sentinel
         try:
             self.sentinel = os.pidfd_open(self.pid)

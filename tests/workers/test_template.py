@@ -163,6 +163,17 @@ def test_a_template_that_hangs_while_loading_is_ended(forking: MakePool, fifo: F
         )  # and the test's own end sees that no process is left
 
 
+def test_a_template_that_is_stopped_is_ended_when_a_worker_waits_too_long_for_it(forking: MakePool) -> None:
+    pool = forking(workers=1, start_timeout=0.5)
+    stopped, pid = template(pool), pool.workers()[0].pid
+    stopped.suspend()
+    assert pid is not None
+    psutil.Process(pid).kill()
+    assert pool.rerank("query", DOCUMENTS) == ranked("query", DOCUMENTS)
+    assert template(pool) != stopped
+    assert pool.stats().exits["hung"] == 1
+
+
 def test_a_model_that_leaves_a_thread_behind_cannot_be_forked_and_that_is_said(forking: MakePool) -> None:
     with pytest.raises(ModelLoadError, match=r"1 threads behind, .* \(\w+.*\): another start_method is needed"):
         forking("fakes:load_beside_a_thread")
