@@ -126,7 +126,7 @@ class WorkerInfo:
         threads: compute threads of the worker.
         pid: the worker's process (the caller's own under ``isolation="thread"``); ``None`` while there is none.
         dtype: the dtype of the weights; two joined by ``+`` where the architecture itself mixes them.
-        load_seconds: imports and loading, in the worker.
+        load_seconds: imports and loading, in the worker, or in the template it was forked from.
         weights_bytes: size of parameters and buffers.
         mapped_bytes: the part of ``weights_bytes`` that is in the pages of the checkpoint's file, which all workers
             share. The rest is the worker's own: weights on a GPU, of another dtype than the file's, from another
@@ -260,10 +260,17 @@ class WorkerMemory:
 
 @dataclass(frozen=True)
 class PoolMemory:
-    """Memory of the parent process and of each worker alive at the moment of asking."""
+    """Memory of the parent process and of each worker alive at the moment of asking.
+
+    Attributes:
+        parent: the process that has the pool.
+        workers: the worker processes.
+        templates: the processes that workers are forked from under ``start_method="fork-model"``.
+    """
 
     parent: WorkerMemory
     workers: tuple[WorkerMemory, ...]
+    templates: tuple[WorkerMemory, ...] = ()
 
 
 @dataclass(frozen=True)

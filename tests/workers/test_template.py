@@ -114,9 +114,7 @@ def test_a_template_that_is_killed_again_and_again_is_not_made_anew_for_ever(for
 
 
 def pids(pool: RerankerPool) -> list[int]:
-    assert pool._dispatcher is not None
-    assert pool._dispatcher._deployment is not None
-    return pool._dispatcher._deployment.template_pids()
+    return [template.pid for template in pool.memory().templates]
 
 
 def serving(pool: RerankerPool) -> None:
