@@ -606,11 +606,11 @@ class Manager:
 def _fit(spec: ModelSpec, config: PoolConfig, limit: int) -> _Fitted:
     """What to start for a model: fewer workers than it would have by itself, if ``config`` does not say how many."""
     workers = len(make_plan(config, spec).seats)
-    size = estimate_memory(spec, workers)
+    size = estimate_memory(spec, workers, config.start_method)
     if config.workers is None and config.isolation == "process":
         while workers > 1 and size > limit * SHARE_OF_ONE:
             workers -= 1
-            size = estimate_memory(spec, workers)
+            size = estimate_memory(spec, workers, config.start_method)
             config = replace(config, workers=workers)
     return _Fitted(config, workers, size)
 

@@ -286,17 +286,26 @@ class PoolConfig:
         if self.isolation == "thread" and self.workers not in (None, 1):
             raise ValueError(f"workers: isolation='thread' is one model and one worker, not {self.workers}")
 
+    def check_model(self, spec: ModelSpec) -> None:
+        """Raise ``ValueError`` where the devices or workers asked for cannot be ``spec``'s."""
+        spec.check_devices(self.devices)
+        if self.start_method == "fork-model" and (spec.backend != "torch" or spec.compile):
+            other = f"backend={spec.backend!r}" if spec.backend != "torch" else "compile=True"
+            raise ValueError(
+                f"start_method: 'fork-model' is for torch as it is, not for {other}, whose threads no fork has"
+            )
+
     def _check_fork_model(self) -> None:
-        words = "start_method: 'fork-model' forks workers from a process that has loaded the model"
+        words = "start_method: 'fork-model'"
         if self.isolation == "thread":
-            raise ValueError(f"{words}, and isolation='thread' has no worker process")
+            raise ValueError(f"{words} is of no use with isolation='thread', which has no process to fork")
         others = [device for device in self.devices if device not in ("auto", "cpu", "cpu:0")]
         if others:
-            raise ValueError(f"{words}, which works on the CPU only (devices='cpu'), not on {', '.join(others)}")
+            raise ValueError(f"{words} works on the CPU only (devices='cpu'), not on {', '.join(others)}")
         try:
             os.close(os.pidfd_open(os.getpid()))
         except (AttributeError, OSError):
-            raise ValueError(f"{words}, which needs Linux 5.3 or newer: this system has no pidfd_open") from None
+            raise ValueError(f"{words} needs Linux 5.3 or newer: this system has no pidfd_open") from None
 
     def _check_seconds(self) -> None:
         """Check all times. One beyond any clock means the same as no limit."""

@@ -70,7 +70,7 @@ class RerankerPool(RerankerCalls):
         self.spec = spec_of(model)
         options.update(devices=devices, workers=workers, threads_per_worker=threads_per_worker)
         self.config = PoolConfig.of(options)
-        self.spec.check_devices(self.config.devices)
+        self.config.check_model(self.spec)
         self._owner = os.getpid()
         self._closed = False
 
@@ -158,7 +158,7 @@ class RerankerPool(RerankerCalls):
             RerankError: another reload is under way.
         """
         spec = spec_of(model)
-        spec.check_devices(self.config.devices)
+        self.config.check_model(spec)
         dispatcher = self._running()
         dispatcher.reload(spec).get()
         self.spec = spec

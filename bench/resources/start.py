@@ -1,5 +1,5 @@
-"""`python -m bench start`: the time to start workers, to replace a killed one, to score again after all were killed, and
-to close the pool; and the workers' memory; for each start method in turns.
+"""`python -m bench start`: the time to start workers, to replace a killed one, to score again after all were killed,
+and to close the pool; and the workers' memory; for each start method in turns.
 """
 
 from __future__ import annotations

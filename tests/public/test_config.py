@@ -35,6 +35,16 @@ MakePool = Callable[..., RerankerPool]
         ({"workers": True}, TypeError, "workers: a whole number"),
         ({"threads_per_worker": -1}, ValueError, "threads_per_worker: at least 1"),
         (
+            {"start_method": "fork-model", "isolation": "thread"},
+            ValueError,
+            "start_method: 'fork-model' is of no use with isolation='thread'",
+        ),
+        (
+            {"start_method": "fork-model", "devices": ["cpu", "cuda:1"]},
+            ValueError,
+            "start_method: 'fork-model' works on the CPU only (devices='cpu'), not on cuda:1",
+        ),
+        (
             {"start_method": "fork"},
             ValueError,
             "start_method: 'spawn', 'forkserver' or 'fork-model' is needed, not 'fork'",
