@@ -21,7 +21,7 @@ from typing import Any, Literal
 from mp_rerank._checks import check_count, check_flag, check_optional_count, check_seconds, check_text, is_for_ever
 from mp_rerank._text import one_line
 
-__all__ = ["BUILTIN", "ModelSpec", "PoolConfig"]
+__all__ = ["BUILTIN", "START_METHODS", "ModelSpec", "PoolConfig"]
 
 BUILTIN = "builtin"
 # More than any machine has cores; a larger number is a slip.
@@ -221,6 +221,11 @@ class PoolConfig:
             measured speed promises; ``None``: never. No effect under ``isolation="thread"``: threads cannot be killed.
         max_slices_per_worker: replace a worker after so many slices; ``None``: never.
         max_memory_per_worker: replace a worker when its resident memory passes so many bytes; ``None``: never.
+        min_workers: start with so many workers (at least one, to prove the model), and a further one, up to
+            ``workers``, while more work waits than the others have been given; ``None``: start all, unless
+            ``idle_timeout`` is given: then 1.
+        idle_timeout: retire a worker that has had nothing to do for so many seconds, as long as ``min_workers`` are
+            left; its seat rests until there is work for it. ``None``: never.
 
     Raises:
         TypeError, ValueError: naming the field and the value.
@@ -249,6 +254,8 @@ class PoolConfig:
     hang_timeout: float | None = 300.0
     max_slices_per_worker: int | None = None
     max_memory_per_worker: int | None = None
+    min_workers: int | None = None
+    idle_timeout: float | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "devices", _devices(self.devices))
@@ -261,10 +268,14 @@ class PoolConfig:
             checked[name] = check_count(name, getattr(self, name))
         for name in ("max_restarts", "score_cache"):
             checked[name] = check_count(name, getattr(self, name), least=0)
+        if self.min_workers is not None:
+            checked["min_workers"] = check_count("min_workers", self.min_workers, least=0)
         for name, number in checked.items():
             object.__setattr__(self, name, number)
         if self.workers is not None and self.workers > MAX_WORKERS:
             raise ValueError(f"workers: at most {MAX_WORKERS} are started, not {self.workers}")
+        if self.min_workers is not None and self.workers is not None and self.min_workers > self.workers:
+            raise ValueError(f"min_workers: at most workers ({self.workers}) are needed, not {self.min_workers}")
         for name in ("pin", "tuned", "coalesce"):
             check_flag(name, getattr(self, name))
         if self.nan_scores not in ("error", "none"):
@@ -315,7 +326,7 @@ class PoolConfig:
         else:
             wait = check_seconds("overload", self.overload)
             object.__setattr__(self, "overload", "block" if is_for_ever(wait) else wait)
-        for name in ("start_timeout", "hang_timeout"):
+        for name in ("start_timeout", "hang_timeout", "idle_timeout"):
             if getattr(self, name) is not None:
                 limit = check_seconds(name, getattr(self, name))
                 object.__setattr__(self, name, None if is_for_ever(limit) else limit)

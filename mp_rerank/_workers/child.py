@@ -8,7 +8,7 @@
     LoadedModel.score         every other call
 
 A worker that is forked from a template (``template_child``) inherits a ``LoadedModel`` that is loaded, fast and proved:
-it sets its number of threads, and scores the canary itself.
+it sets its number of threads, and scores the first of the canary's pairs itself.
 
 A worker on a thread has its ``LoadedModel`` in its handle. A worker process has one, which the functions of the same
 names in this module ask. Exceptions leave as this package's own, holding text.
@@ -166,7 +166,7 @@ class LoadedModel:
         self._scorer: Scorer
         self._facts: dict[str, Any]
         self._load_seconds = 0.0
-        self._optimized = False
+        self._canary: tuple[tuple[float, ...], float] | None = None
         self._error: ModelLoadError | None = None
 
     def load(self) -> None:
@@ -216,10 +216,14 @@ class LoadedModel:
             raise failure from None
 
     def _prepare(self, recipe: Recipe | None) -> WorkerFacts:
-        if hasattr(self._scorer, "optimize") and not self._optimized:
-            self._facts = self._scorer.optimize(recipe).facts()
-            self._optimized = True
-        canary, tokens_per_second = _score_canary(self._scorer)
+        if self._canary is None:
+            if hasattr(self._scorer, "optimize"):
+                self._facts = self._scorer.optimize(recipe).facts()
+            self._canary = canary, tokens_per_second = _score_canary(self._scorer)
+        else:  # in a fork of the process that did all this: that it computes alike is soon seen by the short pair
+            canary, tokens_per_second = self._canary
+            own, _ = _score_canary(self._scorer, CANARY[:1])
+            canary = own + canary[len(own) :]
         return WorkerFacts(
             pid=os.getpid(),
             load_seconds=self._load_seconds,
@@ -389,13 +393,13 @@ def _engine_type() -> type[Engine]:
     raise first  # not within the except clause, which would make the later error its context
 
 
-def _score_canary(scorer: Scorer) -> tuple[tuple[float, ...], float]:
+def _score_canary(scorer: Scorer, pairs: Pairs = CANARY) -> tuple[tuple[float, ...], float]:
     """The canary's scores, flat, and the estimated tokens a second they were scored at."""
     import numpy as np
 
-    tokens = sum(estimate_pair(estimate_text(query), document, None) for query, document in CANARY)
+    tokens = sum(estimate_pair(estimate_text(query), document, None) for query, document in pairs)
     start = time.perf_counter()
-    scores, _ = _predict(scorer, CANARY)
+    scores, _ = _predict(scorer, pairs)
     seconds = time.perf_counter() - start
     canary = tuple(np.frombuffer(scores, dtype=np.float32).tolist())
     if not np.isfinite(canary).all():

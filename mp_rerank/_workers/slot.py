@@ -12,6 +12,8 @@ report names its generation, so that the last words of a dead worker are not tak
        |                                 |
        +-- could not load ---> FAILED <--+  too many deaths in a row, or a worker that cannot be killed
 
+                                 READY ---- nothing to do for long ----> RESTING ---- work waits ----> RESTARTING
+
     any state ---- the pool closes, or a reload lets the deployment go ----> CLOSED
 """
 
@@ -73,6 +75,7 @@ class SlotState(enum.Enum):
     READY = "ready"
     DRAINING = "draining"  # its worker finishes what it has and is then replaced
     RESTARTING = "restarting"  # a later worker is loading, or waits for its back-off
+    RESTING = "resting"  # it has no worker, and gets one when there is work for it
     FAILED = "failed"  # given up
     CLOSED = "closed"
 

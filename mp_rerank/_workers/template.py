@@ -102,6 +102,7 @@ class Template:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._run: _Run | None = None
+        self._left: list[_Run] = []  # killed, and not ended yet
         self._closed = False
         self._recipe: Recipe | None = None
         self._unasked = 0
@@ -132,6 +133,8 @@ class Template:
                     run.kill()
                     raise RuntimeError("nobody wants this worker any more")
             if run.error is not None:
+                if run.killed:  # by another who has waited too long
+                    continue
                 raise run.error
             try:
                 return run.connect(fds)
@@ -145,9 +148,13 @@ class Template:
             if self._closed:
                 raise RuntimeError("the template is closed")
             self._unasked = 0
-            if self._run is None or self._run.ended.is_set():
+            if self._run is None or self._run.ended.is_set() or self._run.killed:
+                self._left = [run for run in self._all() if run.keeper.is_alive()]
                 self._run = _Run(launch, self._recipe, self._on_loaded, self._on_end)
             return self._run
+
+    def _all(self) -> list[_Run]:
+        return self._left if self._run is None else [*self._left, self._run]
 
     def _on_loaded(self, recipe: Recipe | None) -> None:
         """All later processes are as the first one found best: their workers compute alike."""
@@ -177,13 +184,14 @@ class Template:
 
     @property
     def alive(self) -> bool:
-        return self._run is not None and self._run.keeper.is_alive()
+        return any(run.keeper.is_alive() for run in self._all())
 
     def join(self, timeout: float) -> None:
-        if self._run is not None and self._run.keeper.ident is not None:
-            self._run.keeper.join(timeout)
-            if self._run.keeper.is_alive():
-                self._run.abandon()
+        deadline = time.monotonic() + timeout
+        for run in self._all():
+            run.keeper.join(max(0.0, deadline - time.monotonic()))
+            if run.keeper.is_alive():
+                run.abandon()
 
 
 class _Run:
@@ -199,6 +207,7 @@ class _Run:
         settled: set once workers can be forked, or ``error`` says why not.
         error: what loading ended in.
         ended: set once the process has ended.
+        killed: whether it was told to end.
     """
 
     def __init__(
@@ -217,7 +226,7 @@ class _Run:
         self._recipe = recipe
         self._on_loaded = on_loaded
         self._on_end = on_end
-        self._killed = False
+        self.killed = False
         self._reaping = threading.Lock()  # so that nobody kills a stranger that was given the same pid
         self._process: MainlessProcess | None = None
         self._server = forkserver.ForkServer()  # for its way of asking for a process; it never starts one
@@ -231,7 +240,7 @@ class _Run:
         return pipes
 
     def kill(self) -> None:
-        self._killed = True
+        self.killed = True
         with self._reaping:
             if self._process is not None:
                 self._process.kill()
@@ -257,7 +266,7 @@ class _Run:
 
     def _start_and_watch(self) -> int | None:
         exit_code = self._live()
-        if exit_code == template_child.EXIT_FETCHED and not self._killed:
+        if exit_code == template_child.EXIT_FETCHED and not self.killed:
             # Fetching from the hub has left threads behind; a process that finds the model in the cache has none.
             self.launch = replace(self.launch, offline=True)
             exit_code = self._live()
@@ -284,7 +293,7 @@ class _Run:
             self._process, self.pid = process, process.pid
             self._server._forkserver_address = address  # type: ignore[attr-defined]
             self._server._forkserver_alive_fd = alive.fileno()  # type: ignore[attr-defined]
-            if self._killed:
+            if self.killed:
                 self.kill()
             try:
                 began = self._watch(process, words, logs)
