@@ -382,3 +382,9 @@ class Threaded(FakeModel):
 
 def load_threaded(spec: object, device: str) -> Threaded:
     return Threaded()
+
+
+def load_as_from_a_hub(spec: object, device: str) -> FakeModel:
+    """Leaves a thread behind where it is not told to ask no hub, and notes how often it was loaded."""
+    obey(spec.name)  # type: ignore[attr-defined]
+    return FakeModel() if os.environ.get("HF_HUB_OFFLINE") else load_beside_a_thread(spec, device)

@@ -177,6 +177,12 @@ def test_a_model_that_leaves_a_thread_behind_cannot_be_forked_and_that_is_said(f
         forking("fakes:load_beside_a_thread")
 
 
+def test_threads_that_fetching_leaves_behind_are_none_once_the_model_is_here(forking: MakePool, notes: Notes) -> None:
+    pool = forking(ModelSpec(notes.spec.name, loader="fakes:load_as_from_a_hub"), workers=1)
+    assert notes.loads == 2
+    assert pool.rerank("query", DOCUMENTS) == ranked("query", DOCUMENTS)
+
+
 def test_a_worker_computes_with_its_own_number_of_threads(forking: MakePool) -> None:
     pool = forking("fakes:load_threaded", threads_per_worker=3)
     assert pool.submit_pairs([("query", "document")]).result(PATIENCE).tolist() == [3.0]
