@@ -121,8 +121,8 @@ class Scorer(Protocol):
     ``Engine`` does more: it has ``readings``, of the pairs last scored, and ``takes`` and ``prompts`` as `WorkerFacts`
     has them. It is given the pairs' options, as a second argument, where they are not all plain.
 
-    One with ``optimize(recipe)`` can be made fast. One with ``set_threads(threads)`` is told in a fork of a template how
-    many it may compute with.
+    One with ``optimize(recipe)`` can be made fast. One with ``set_threads(threads)`` is told, in a fork of a template,
+    how many it may compute with.
     """
 
     def predict(self, pairs: list[tuple[str, str]]) -> Any: ...

@@ -41,7 +41,7 @@ class Standing:
     def describe(self, recipe: Recipe | None) -> Future[WorkerFacts]:
         return self.described
 
-    def score(self, pairs: list[Pair]) -> Future[Scored]:
+    def score(self, pairs: list[Pair], options: object) -> Future[Scored]:
         future: Future[Scored] = Future()
         self.scoring.append((future, len(pairs)))
         return future
