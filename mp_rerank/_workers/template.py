@@ -28,7 +28,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
-from multiprocessing import connection, context, forkserver, util
+from multiprocessing import connection, context, forkserver, reduction, resource_tracker, util
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
@@ -229,15 +229,31 @@ class _Run:
         self.killed = False
         self._reaping = threading.Lock()  # so that nobody kills a stranger that was given the same pid
         self._process: MainlessProcess | None = None
-        self._server = forkserver.ForkServer()  # for its way of asking for a process; it never starts one
-        self._server.ensure_running = lambda: None  # type: ignore[method-assign]
+        self._address = connection.arbitrary_address("AF_UNIX")  # type: ignore[attr-defined]
+        self._alive: Connection | None = None  # its end is a sign to the process that nobody needs it
         self.keeper = threading.Thread(target=self._keep, name="mp_rerank-template", daemon=True)
         self.keeper.start()
 
     def connect(self, fds: list[int]) -> tuple[int, int]:
-        """Ask for a process; raises ``OSError`` where the template has ended."""
-        pipes: tuple[int, int] = self._server.connect_to_new_process(fds)
-        return pipes
+        """Ask for a process as one asks multiprocessing's fork server; ``OSError`` where the template has ended."""
+        with socket.socket(socket.AF_UNIX) as client:
+            client.connect(self._address)
+            alive = self._alive
+            if alive is None:
+                raise ConnectionError("the template has ended")
+            tracker: Any = resource_tracker.getfd()
+            codes, its_codes = os.pipe()
+            its_words, words = os.pipe()
+            try:
+                reduction.sendfds(client, [its_words, its_codes, alive.fileno(), tracker, *fds])
+            except BaseException:
+                os.close(codes)
+                os.close(words)
+                raise
+            finally:
+                os.close(its_words)
+                os.close(its_codes)
+        return codes, words
 
     def kill(self) -> None:
         self.killed = True
@@ -273,13 +289,12 @@ class _Run:
         return exit_code
 
     def _live(self) -> int | None:
-        address = connection.arbitrary_address("AF_UNIX")  # type: ignore[attr-defined]
         try:
             with standard_descriptors, socket.socket(socket.AF_UNIX) as listener:
-                listener.bind(address)
-                os.chmod(address, 0o600)
+                listener.bind(self._address)
+                os.chmod(self._address, 0o600)
                 listener.listen(128)
-                alive_reader, alive = context.SpawnContext().Pipe(duplex=False)
+                alive_reader, self._alive = context.SpawnContext().Pipe(duplex=False)
                 words, its_words = context.SpawnContext().Pipe(duplex=False)
                 logs, its_logs = context.SpawnContext().Pipe(duplex=False)
                 level = logging.getLogger(WORKER_LOGGER).getEffectiveLevel()
@@ -291,8 +306,6 @@ class _Run:
                     for end in (alive_reader, its_words, its_logs):
                         end.close()
             self._process, self.pid = process, process.pid
-            self._server._forkserver_address = address  # type: ignore[attr-defined]
-            self._server._forkserver_alive_fd = alive.fileno()  # type: ignore[attr-defined]
             if self.killed:
                 self.kill()
             try:
@@ -306,8 +319,11 @@ class _Run:
                 self.error = TemplateDiedError(process.exitcode, began=began)
             return process.exitcode
         finally:
+            alive, self._alive = self._alive, None
+            if alive is not None:
+                alive.close()
             with suppress(OSError):
-                os.unlink(address)
+                os.unlink(self._address)
             let_files_close()
 
     def _watch(self, process: MainlessProcess, words: Connection, logs: Connection) -> bool:

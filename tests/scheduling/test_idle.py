@@ -141,7 +141,7 @@ def test_a_pool_starts_with_the_least_and_grows_by_what_waits_beside_what_is_sen
     assert len(one.made) == 3, "who is on the way is counted"
     for worker in one.made[1:]:
         worker.get_ready()
-    one.step()
+    one.step(0.09)  # soon after each has its first slice, the second is sent
     assert [len(worker.scoring) for worker in one.made] == [2, 1, 1]
     assert one.deployment.queue.waiting_tokens == 0
     one.submit(100)
