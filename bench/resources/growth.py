@@ -8,6 +8,7 @@ template; the fork server imports it anyway.
 from __future__ import annotations
 
 import argparse
+import logging
 import statistics
 import time
 from collections.abc import Sequence
@@ -33,6 +34,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--rounds", type=int, default=3)
     add_output(parser)
     options = parser.parse_args(argv)
+    logging.getLogger("mp_rerank").addHandler(logging.NullHandler())  # the killed workers are intended
     report = Report.begin("growth", "Growth", options)
     for workers in options.workers:
         for method in options.methods:

@@ -22,7 +22,7 @@ THREE_LABELS = ModelSpec("three", loader="fakes:load_three_labels")
 
 
 KINDS: dict[str, dict[str, str]] = {
-    "process": {},
+    "process": {"start_method": "spawn"},
     "forked process": {"start_method": "forkserver"},
     "forked from the model": {"start_method": "fork-model"},
     "thread": {"isolation": "thread"},
