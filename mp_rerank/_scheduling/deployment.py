@@ -308,8 +308,8 @@ class Deployment:
     def _wake_for_work(self, now: float) -> None:
         """Launch workers of resting slots: for what waits beside all that the others have been given, and no more.
 
-        Those that are loading, or will soon take their second slice, count as if they had taken it. A worker that is launched stays for
-        ``idle_timeout`` at least: so work that comes and goes starts no more of them than that.
+        Those that are loading, or will soon take their second slice, count as if they had taken it. A worker that is
+        launched stays for ``idle_timeout`` at least: so work that comes and goes starts no more of them than that.
         """
         resting = [slot for slot in self.slots if slot.state is SlotState.RESTING]
         if not resting:
