@@ -52,6 +52,7 @@ __all__ = [
     "WorkerFacts",
     "describe",
     "die_with_parent_thread",
+    "give_back_memory",
     "in_worker_process",
     "initialize_process",
     "keep_off_other_cpus",
@@ -78,6 +79,9 @@ THREAD_VARIABLES = (
 # one thread then sits on CPU 0.
 BINDING_VARIABLES = ("GOMP_CPU_AFFINITY", "KMP_AFFINITY", "OMP_PLACES")
 PR_SET_PDEATHSIG = 1  # of linux/prctl.h
+# To give memory back takes a millisecond. Without that, a forked worker with the built-in model has 116 MiB of its own
+# after 1,500 texts, and 87 with it.
+SLICES_A_TRIM = 32
 # The exit code of a worker whose process can use its GPU no more: another process can.
 EXIT_DEVICE_LOST = 75
 # What a worker process sends first of all, through the pipe of its logs: it has come as far as running this module.
@@ -86,6 +90,8 @@ QUIET_VARIABLES = {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "TQDM_DISABLE": "1"}
 
 # A second model loading in another thread is the very race this package is about.
 _one_load_at_a_time = threading.Lock()
+# In a worker process: the slices it has scored.
+_slices = 0
 # In a worker process, or a template: its model.
 _model: LoadedModel | None = None
 # What ``import_engine`` raised, here or in the server that this process was forked from.
@@ -332,9 +338,24 @@ def describe(recipe: Recipe | None) -> WorkerFacts:
 
 
 def score(pairs: Pairs, options: Options = None) -> Scored:
-    """In a worker process: ``LoadedModel.score``."""
+    """In a worker process: ``LoadedModel.score``; now and then, give back what memory is free."""
+    global _slices
     assert _model is not None
-    return _model.score(pairs, options)
+    scored = _model.score(pairs, options)
+    _slices += 1
+    if _slices % SLICES_A_TRIM == 0:
+        give_back_memory()
+    return scored
+
+
+def give_back_memory() -> None:
+    """Let the C library return its free pages to the system; it keeps those of every batch (glibc)."""
+    import ctypes
+
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+    except (AttributeError, OSError):  # another C library
+        pass
 
 
 def set_threads(threads: int) -> None:

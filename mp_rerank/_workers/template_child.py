@@ -10,7 +10,6 @@ would write to every object of it, and so copy all of it into every worker.
 
 from __future__ import annotations
 
-import ctypes
 import gc
 import os
 import signal
@@ -138,10 +137,7 @@ def _prepare_to_fork() -> None:
     """Give back what memory is free, and let garbage collection leave alone what is in use."""
     gc.collect()
     gc.freeze()
-    try:
-        ctypes.CDLL(None).malloc_trim(0)
-    except (AttributeError, OSError):  # another C library
-        pass
+    child.give_back_memory()
 
 
 def _leave_unless_alone() -> None:
