@@ -1,4 +1,6 @@
-"""What a pool promises, whatever its workers are: spawned processes, processes forked by a server, or a thread."""
+"""What a pool promises, whatever its workers are: spawned processes, processes forked by a server or by a template that
+has loaded the model, or a thread.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,7 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 import pytest
-from conftest import PATIENCE, Fifo
+from conftest import PATIENCE, START_METHODS, Fifo
 from fakes import score_of, scores_of
 
 from mp_rerank import ModelSpec, PoolClosedError, RerankerPool, RerankResult, ScoringError
@@ -20,8 +22,9 @@ THREE_LABELS = ModelSpec("three", loader="fakes:load_three_labels")
 
 
 KINDS: dict[str, dict[str, str]] = {
-    "process": {},
+    "process": {"start_method": "spawn"},
     "forked process": {"start_method": "forkserver"},
+    "forked from the model": {"start_method": "fork-model"},
     "thread": {"isolation": "thread"},
 }
 
@@ -30,6 +33,8 @@ KINDS: dict[str, dict[str, str]] = {
 def kind(request: pytest.FixtureRequest) -> dict[str, str]:
     if request.param == "forked process":
         request.getfixturevalue("fork_server")
+    if KINDS[request.param].get("start_method") not in (None, *START_METHODS):
+        pytest.skip("not on this system")
     return KINDS[request.param]
 
 
