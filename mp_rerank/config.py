@@ -294,10 +294,9 @@ class PoolConfig:
     def check_model(self, spec: ModelSpec) -> None:
         """Raise ``ValueError`` where the devices or workers asked for cannot be ``spec``'s."""
         spec.check_devices(self.devices)
-        if self.start_method == "fork-model" and (spec.backend != "torch" or spec.compile):
-            other = f"backend={spec.backend!r}" if spec.backend != "torch" else "compile=True"
+        if self.start_method == "fork-model" and spec.backend != "torch":
             raise ValueError(
-                f"start_method: 'fork-model' is for torch as it is, not for {other}, whose threads no fork has"
+                f"start_method: 'fork-model' is for torch, not for backend={spec.backend!r}, whose threads no fork has"
             )
 
     def _check_fork_model(self) -> None:
