@@ -254,6 +254,8 @@ class Deployment:
                 slot.worker.kill()
             self._end_worker(slot, now)
         self._closed = True
+        if self._templates is not None:
+            self._look_again = now
 
     @property
     def alive(self) -> bool:

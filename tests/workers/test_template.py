@@ -135,6 +135,14 @@ def test_a_reload_makes_a_new_template_and_ends_the_old(forking: MakePool) -> No
     assert not old.is_running()
 
 
+def test_so_it_does_where_all_workers_rest(forking: MakePool) -> None:
+    pool = forking(workers=1, min_workers=0, idle_timeout=0.05)
+    until(lambda: pool.workers()[0].state == "resting")
+    [old] = pids(pool)
+    pool.reload(ModelSpec("other", loader="fakes:load_salted"))
+    until(lambda: not psutil.pid_exists(old))
+
+
 def test_what_a_template_could_not_load_is_said_and_tried_anew(forking: MakePool, tmp_path: Path) -> None:
     with pytest.raises(ModelLoadError, match="ValueError: no such luck"):
         forking(ModelSpec("!raise no such luck", loader="fakes:load_obeying"))
