@@ -60,6 +60,7 @@ class ProcessHandle:
     """
 
     killable = True
+    left = False
 
     def __init__(self, launch: Launch, start_method: str, on_exit: Callable[[int | None], None]) -> None:
         self.name = name = launch.name

@@ -215,7 +215,9 @@ class Slot(Generic[_Slice]):
             cpus=self.seat.cpus,
             offline=offline,
         )
-        self.worker = make_handle(config, launch, lambda code: self.notify(Exited(self, generation, code)))
+        self.worker = make_handle(
+            config, launch, lambda code: self.notify(Exited(self, generation, code)), self.seat.place
+        )
 
         def loaded(future: Future[None]) -> None:
             outcome = _outcome(future)
@@ -278,6 +280,7 @@ class Slot(Generic[_Slice]):
             threads=self.seat.threads,
             pid=self.worker.pid if self._has_live_worker and self.worker is not None else None,
             last_exit=self.last_exit,
+            place=str(self.seat.place or ""),
         )
         facts = self.facts
         if facts is None:

@@ -1,0 +1,102 @@
+"""Dask clusters of separate processes, as people start them: `dask scheduler` and `dask worker`."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import psutil
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PATIENCE = 60.0
+# In the environment of every process of a cluster.
+CLUSTER_MARK = "MP_RERANK_TEST_CLUSTER"
+
+
+def need_dask() -> None:
+    """Skip where Dask is not installed, unless ``MP_RERANK_CLUSTER=required`` says that it must be."""
+    if os.environ.get("MP_RERANK_CLUSTER") != "required":
+        pytest.importorskip("distributed")
+
+
+class Processes:
+    """A scheduler and its workers, each a process; all of them end with ``close``.
+
+    Args:
+        folder: for their files and logs.
+        inside: what is put before each command line, such as ``["ip", "netns", "exec", "a"]``.
+        arguments: for the scheduler and the workers: TLS, say.
+    """
+
+    def __init__(self, folder: Path, *, inside: Sequence[str] = (), arguments: Sequence[str] = ()) -> None:
+        self.folder = folder
+        self.arguments = list(arguments)
+        self.started: list[subprocess.Popen[bytes]] = []
+        file = folder / "scheduler.json"
+        host = [] if inside else ["--host", "127.0.0.1"]
+        self.scheduler = self.start(
+            "scheduler", *host, "--port", "0", "--no-dashboard", "--scheduler-file", str(file), inside=inside
+        )
+        self.address = json.loads(self._read(file))["address"]
+
+    def start(self, command: str, *arguments: str, inside: Sequence[str] = (), **environ: str) -> psutil.Popen:
+        """Start ``dask COMMAND``."""
+        path = os.pathsep.join([str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])
+        settings = {
+            **os.environ,
+            "PYTHONPATH": path,
+            CLUSTER_MARK: "1",
+            "DASK_LOGGING__DISTRIBUTED": "info",
+            "DASK_DISTRIBUTED__WORKER__HTTP__ROUTES": "[]",
+            **environ,
+        }
+        with (self.folder / "log").open("ab") as log:
+            process = psutil.Popen(
+                [*inside, sys.executable, "-m", "dask", command, *arguments, *self.arguments],
+                env=settings,
+                cwd=self.folder,
+                stdout=log,
+                stderr=log,
+            )
+        self.started.append(process)
+        return process
+
+    def worker(self, *arguments: str, inside: Sequence[str] = (), **environ: str) -> psutil.Popen:
+        """Start a worker with a nanny, which is the process that is returned; it has one thread."""
+        host = [] if inside else ["--host", "127.0.0.1"]
+        return self.start(
+            *("worker", self.address, "--nthreads", "1", "--no-dashboard", *host),
+            *("--local-directory", str(self.folder), *arguments),
+            inside=inside,
+            **environ,
+        )
+
+    def close(self) -> None:
+        """End all processes, also those that are stopped."""
+        left = []
+        for process in self.started:
+            try:
+                left += [process, *psutil.Process(process.pid).children(recursive=True)]
+            except psutil.NoSuchProcess:
+                process.wait()
+        for process in left:
+            try:
+                process.kill()
+            except psutil.NoSuchProcess:
+                pass
+        for process in self.started:
+            process.wait()
+        psutil.wait_procs(left, timeout=PATIENCE)
+
+    def _read(self, file: Path) -> str:
+        deadline = time.monotonic() + PATIENCE
+        while not (file.exists() and file.read_text().strip().endswith("}")):
+            assert time.monotonic() < deadline, (self.folder / "log").read_text()
+            time.sleep(0.02)
+        return file.read_text()
