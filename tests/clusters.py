@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import subprocess
@@ -77,6 +78,24 @@ class Processes:
             **environ,
         )
 
+    def log(self) -> str:
+        """What all processes have said so far."""
+        return (self.folder / "log").read_text()
+
+    def wait_for(self, workers: int) -> None:
+        """Return once the scheduler knows so many workers."""
+        from distributed.core import rpc
+
+        async def count() -> int:
+            async with rpc(self.address) as scheduler:
+                found: int = (await scheduler.identity())["n_workers"]
+                return found
+
+        deadline = time.monotonic() + PATIENCE
+        while asyncio.run(count()) < workers:
+            assert time.monotonic() < deadline, self.log()
+            time.sleep(0.05)
+
     def close(self) -> None:
         """End all processes, also those that are stopped."""
         left = []
@@ -97,6 +116,6 @@ class Processes:
     def _read(self, file: Path) -> str:
         deadline = time.monotonic() + PATIENCE
         while not (file.exists() and file.read_text().strip().endswith("}")):
-            assert time.monotonic() < deadline, (self.folder / "log").read_text()
+            assert time.monotonic() < deadline, self.log()
             time.sleep(0.02)
         return file.read_text()

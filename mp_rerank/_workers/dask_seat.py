@@ -27,6 +27,7 @@ import pickle
 import platform
 import sys
 from collections.abc import Callable
+from concurrent.futures import Future
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -131,7 +132,7 @@ class Session:
         self._comm = comm
         self._launch = launch
         self._model: LoadedModel | None = None
-        self._calls: dict[asyncio.Task[None], asyncio.Future[bytes]] = {}
+        self._calls: dict[asyncio.Task[None], Future[bytes]] = {}
         self._writing = asyncio.Lock()
         self._leaving = False
 
@@ -174,14 +175,14 @@ class Session:
             pass
 
     def _call(self, number: int, run: Callable[[], Any]) -> None:
-        outcome = asyncio.get_running_loop().run_in_executor(self._seat.executor, _outcome_of, run)
+        outcome = self._seat.executor.submit(_outcome_of, run)
         task = asyncio.create_task(self._answer(number, outcome))
         self._calls[task] = outcome
         task.add_done_callback(self._calls.pop)
 
-    async def _answer(self, number: int, outcome: asyncio.Future[bytes]) -> None:
+    async def _answer(self, number: int, outcome: Future[bytes]) -> None:
         try:
-            await self._write({"call": number, "outcome": await outcome})
+            await self._write({"call": number, "outcome": await asyncio.wrap_future(outcome)})
         except (asyncio.CancelledError, OSError):  # leaving; or the pool has gone, which the reader notices too
             pass
 
