@@ -16,9 +16,11 @@ from __future__ import annotations
 import asyncio
 import pickle
 import threading
-from collections.abc import Callable, Coroutine, Mapping
+import uuid
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from concurrent.futures import BrokenExecutor, Future
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from mp_rerank._planning.plan import Seat
@@ -46,6 +48,8 @@ DIE_SECONDS = 2.0
 GOODBYE_SECONDS = 2.0
 SEATED = ("running", "paused")
 
+Ask = Callable[..., Awaitable[Any]]
+
 
 class SeatLeftError(LaunchError):
     """The Dask worker has left the cluster, or cannot be reached: its seat is no more. Nobody is to blame."""
@@ -65,6 +69,7 @@ class Member:
         threads: Dask's ``nthreads``.
         device: what it has: its first GPU, or the CPU.
         pid: its process; ``None`` where that is on another machine.
+        direct: whether it can be reached from here; else the scheduler hands on what is said.
     """
 
     address: str
@@ -73,6 +78,7 @@ class Member:
     threads: int
     device: str
     pid: int | None
+    direct: bool
 
 
 @dataclass(frozen=True)
@@ -279,11 +285,15 @@ class Cluster:
     async def _meet(self, address: str, info: Mapping[str, Any]) -> None:
         """Find out whether a worker that the scheduler names can be a seat."""
         try:
-            comm = await self.connect(address)
             try:
-                member = await self._introduce(comm, address, info)
-            finally:
-                comm.abort()
+                comm = await self.connect(address)
+                try:
+                    member = await self._introduce(partial(_ask, comm, self.timeout), address, info, direct=True)
+                finally:
+                    comm.abort()
+            except (OSError, asyncio.TimeoutError):
+                member = await self._introduce(partial(self.ask_through, address), address, info, direct=False)
+                logger.info("worker %s of %s cannot be reached from here: through the scheduler", address, self)
         except (OSError, asyncio.TimeoutError) as error:  # it has ended; or it is not there yet
             logger.debug("worker %s of %s cannot be reached: %s", address, self, error)
             await asyncio.sleep(POLL_SECONDS)
@@ -294,12 +304,12 @@ class Cluster:
         else:
             self._members[address] = member
 
-    async def _introduce(self, comm: Any, address: str, info: Mapping[str, Any]) -> Member:
+    async def _introduce(self, ask: Ask, address: str, info: Mapping[str, Any], *, direct: bool) -> Member:
         from mp_rerank._workers import dask_seat
 
-        await self.add_plugin(comm, address)
+        await self._add_plugin(ask, address)
         try:
-            hello = await _ask(comm, self.timeout, op=dask_seat.HELLO)
+            hello = await ask(op=dask_seat.HELLO)
         except RuntimeError as error:
             raise self._refusal(address, str(error)) from None
         ours = dask_seat.versions()
@@ -315,14 +325,15 @@ class Cluster:
             threads=info["nthreads"],
             device=hello["device"],
             pid=hello["pid"] if hello["machine"] == dask_seat.this_machine() else None,
+            direct=direct,
         )
 
-    async def add_plugin(self, comm: Any, address: str) -> None:
+    async def _add_plugin(self, ask: Ask, address: str) -> None:
         """Let a worker be a seat. Raises ``ClusterError``, saying why it cannot be."""
         from mp_rerank._workers.dask_seat import PLUGIN_NAME
 
         try:
-            answer = await _ask(comm, self.timeout, op="plugin-add", plugin=self._plugin, name=PLUGIN_NAME)
+            answer = await ask(op="plugin-add", plugin=self._plugin, name=PLUGIN_NAME)
         except RuntimeError as error:
             why = str(error)
             if "No module named" in why:
@@ -330,6 +341,53 @@ class Cluster:
             raise self._refusal(address, why) from None
         if answer.get("status") != "OK":
             raise self._refusal(address, str(answer.get("exception_text", answer)))
+
+    async def ask_through(self, address: str, **message: Any) -> Any:
+        """Have the scheduler ask a worker; its answer. Raises as ``_ask``; ``OSError`` where that cannot reach it."""
+        comm = await self.connect(self._address)
+        try:
+            return await _ask(comm, self.timeout, op="proxy", worker=address, msg=message)
+        except RuntimeError as error:
+            # Dask has one way to say that something was raised, at the worker or on the way to it.
+            if any(word in str(error) for word in ("CommClosedError", "OSError", "Timed out", "ConnectionError")):
+                raise OSError(str(error)) from None
+            raise
+        finally:
+            comm.abort()
+
+    async def open(self, member: Member, launch: Launch) -> Any:
+        """A session's connection. Raises ``OSError``, ``ClusterError``."""
+        from mp_rerank._workers.dask_relay import PoolEnd
+        from mp_rerank._workers.dask_seat import SESSION
+
+        if not member.direct:
+            ask = partial(self.ask_through, member.address)
+            await self._add_plugin(ask, member.address)
+            end = PoolEnd(ask, uuid.uuid4().hex)
+            await end.write({"launch": pickle.dumps(launch)})
+            return end
+        comm = await self.connect(member.address)
+        try:
+            await self._add_plugin(partial(_ask, comm, self.timeout), member.address)
+            await comm.write({"op": SESSION, "launch": pickle.dumps(launch)})
+        except BaseException:
+            comm.abort()
+            raise
+        return comm
+
+    async def end_process(self, member: Member) -> None:
+        """Have a worker ended by its nanny, which starts another."""
+        try:
+            comm = await self.connect(member.nanny if member.direct else self._address)
+            try:
+                if member.direct:
+                    await _ask(comm, self.timeout, op="restart", timeout=self.timeout)
+                else:
+                    await _ask(comm, self.timeout, op="restart_workers", workers=[member.address], timeout=self.timeout)
+            finally:
+                comm.abort()
+        except (OSError, asyncio.TimeoutError, RuntimeError) as error:
+            logger.warning("the nanny %s could not end its worker: %s", member.nanny, error)
 
     def _refusal(self, address: str, why: str) -> ClusterError:
         return ClusterError(f"worker {address} of {self} cannot be used: {why}", address=address)
@@ -463,16 +521,8 @@ class DaskHandle:
     async def _make_sure_it_dies(self, member: Member) -> None:
         """Have a worker ended by its nanny whose own event loop hangs too."""
         await asyncio.wait([self._task], timeout=DIE_SECONDS)
-        if self._over.is_set():
-            return
-        try:
-            comm = await self._cluster.connect(member.nanny)
-            try:
-                await _ask(comm, self._cluster.timeout, op="restart", timeout=self._cluster.timeout)
-            finally:
-                comm.abort()
-        except (OSError, asyncio.TimeoutError, RuntimeError) as error:
-            logger.warning("the nanny %s could not end its worker: %s", member.nanny, error)
+        if not self._over.is_set():
+            await self._cluster.end_process(member)
 
     async def _live(self) -> None:
         comm = None
@@ -490,7 +540,7 @@ class DaskHandle:
             self.loaded.set_exception(error)
         except ClusterError as error:
             self.loaded.set_exception(LaunchError(str(error), hopeless=True))
-        except (OSError, asyncio.CancelledError) as error:
+        except (OSError, RuntimeError, asyncio.CancelledError) as error:
             logger.debug("the session with %s has ended: %r", self._place, error)
         finally:
             if comm is not None:
@@ -508,17 +558,13 @@ class DaskHandle:
 
     async def _open(self) -> Any:
         """The session's connection: with the worker that the place has now, or is given within the time."""
-        from mp_rerank._workers.dask_seat import SESSION
-
         cluster = self._cluster
         deadline = cluster._loop.time() + cluster.timeout
         while True:
             member = cluster.find(str(self._place))
             if member is not None:
                 try:
-                    comm = await cluster.connect(member.address)
-                    await cluster.add_plugin(comm, member.address)
-                    await comm.write({"op": SESSION, "launch": pickle.dumps(self._launch)})
+                    comm = await cluster.open(member, self._launch)
                 except (OSError, asyncio.TimeoutError) as error:
                     logger.debug("worker %s cannot be reached: %s", member.address, error)
                     cluster.forget(member)

@@ -4,6 +4,8 @@ A pool's ``DaskHandle`` (``dask.py``) adds `SeatPlugin` to the worker, and that 
 server. A connection that asks for it becomes a *session*, and stays open for as long as the pool has this seat. What is
 said in it are small dicts:
 
+A pool that reaches the scheduler only has them said by that: see ``dask_relay.py``.
+
     pool    -> worker   launch                              the model to load, in the first message
                         call, name, arguments               of ``LoadedModel``: describe, score; arguments pickled
                         beat                                are you there?
@@ -26,7 +28,7 @@ import os
 import pickle
 import platform
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from functools import partial
 from pathlib import Path
@@ -41,6 +43,7 @@ from distributed.threadpoolexecutor import ThreadPoolExecutor
 import mp_rerank
 from mp_rerank._planning.machine import read_machine
 from mp_rerank._workers.child import EXIT_DEVICE_LOST, Launch, LoadedModel, set_threads
+from mp_rerank._workers.dask_relay import RELAY, WorkerEnd
 from mp_rerank.errors import RerankError, ScoringError
 
 __all__ = ["DIE_EXIT_CODE", "HELLO", "PLUGIN_NAME", "SESSION", "SeatPlugin", "this_machine", "versions"]
@@ -78,6 +81,7 @@ class SeatPlugin(WorkerPlugin):
             seat = WorkerSeat()
             worker.handlers[HELLO] = seat.hello
             worker.handlers[SESSION] = seat.session
+            worker.handlers[RELAY] = seat.relay
             worker._mp_rerank_seat = seat
 
     async def teardown(self, worker: Any) -> None:
@@ -93,6 +97,8 @@ class WorkerSeat:
         # Of daemon threads: a model that hangs does not keep the worker from ending.
         self.executor = ThreadPoolExecutor(1, thread_name_prefix="mp_rerank-seat")
         self.sessions: set[Session] = set()
+        self._relayed: dict[str, WorkerEnd] = {}
+        self._serving: set[asyncio.Task[Status]] = set()
 
     async def hello(self) -> dict[str, Any]:
         """What a pool must know before it takes a seat here."""
@@ -105,7 +111,24 @@ class WorkerSeat:
             "machine": this_machine(),
         }
 
-    async def session(self, comm: Comm, launch: bytes) -> Status:
+    async def relay(self, session: str, messages: Sequence[dict[str, Any]], wait: float) -> dict[str, Any]:
+        """What a pool says to its session by way of the scheduler, and what the session has to say.
+
+        Raises:
+            ConnectionError: the session has ended.
+        """
+        if session not in self._relayed:
+            if not messages or "launch" not in messages[0]:
+                raise ConnectionError("the session has ended")
+            end = self._relayed[session] = WorkerEnd()
+            serving = asyncio.create_task(self.session(end, messages[0]["launch"]))
+            self._serving.add(serving)
+            serving.add_done_callback(self._serving.discard)
+            serving.add_done_callback(lambda _: self._relayed.pop(session))
+            messages = messages[1:]
+        return await self._relayed[session].answer(messages, wait)
+
+    async def session(self, comm: Comm | WorkerEnd, launch: bytes) -> Status:
         """One pool's session, until it ends."""
         session = Session(self, comm, launch)
         self.sessions.add(session)
@@ -127,7 +150,7 @@ class WorkerSeat:
 class Session:
     """A pool's seat here: its model, and its calls in the order they came."""
 
-    def __init__(self, seat: WorkerSeat, comm: Comm, launch: bytes) -> None:
+    def __init__(self, seat: WorkerSeat, comm: Comm | WorkerEnd, launch: bytes) -> None:
         self._seat = seat
         self._comm = comm
         self._launch = launch
