@@ -31,18 +31,35 @@ class Processes:
 
     Args:
         folder: for their files and logs.
-        inside: what is put before each command line, such as ``["ip", "netns", "exec", "a"]``.
+        inside: what is put before the scheduler's command line, such as ``["ip", "netns", "exec", "a"]``.
+        host: where the scheduler listens.
+        port: which one; 0: any.
         arguments: for the scheduler and the workers: TLS, say.
     """
 
-    def __init__(self, folder: Path, *, inside: Sequence[str] = (), arguments: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        inside: Sequence[str] = (),
+        host: str = "127.0.0.1",
+        port: int = 0,
+        arguments: Sequence[str] = (),
+    ) -> None:
         self.folder = folder
         self.arguments = list(arguments)
         self.started: list[subprocess.Popen[bytes]] = []
         file = folder / "scheduler.json"
-        host = [] if inside else ["--host", "127.0.0.1"]
         self.scheduler = self.start(
-            "scheduler", *host, "--port", "0", "--no-dashboard", "--scheduler-file", str(file), inside=inside
+            "scheduler",
+            "--host",
+            host,
+            "--port",
+            str(port),
+            "--no-dashboard",
+            "--scheduler-file",
+            str(file),
+            inside=inside,
         )
         self.address = json.loads(self._read(file))["address"]
 
@@ -68,11 +85,12 @@ class Processes:
         self.started.append(process)
         return process
 
-    def worker(self, *arguments: str, inside: Sequence[str] = (), **environ: str) -> psutil.Popen:
+    def worker(
+        self, *arguments: str, inside: Sequence[str] = (), host: str = "127.0.0.1", scheduler: str = "", **environ: str
+    ) -> psutil.Popen:
         """Start a worker with a nanny, which is the process that is returned; it has one thread."""
-        host = [] if inside else ["--host", "127.0.0.1"]
         return self.start(
-            *("worker", self.address, "--nthreads", "1", "--no-dashboard", *host),
+            *("worker", scheduler or self.address, "--nthreads", "1", "--no-dashboard", "--host", host),
             *("--local-directory", str(self.folder), *arguments),
             inside=inside,
             **environ,
