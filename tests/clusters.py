@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import psutil
-import pytest
 
 ROOT = Path(__file__).parent.parent
 PATIENCE = 60.0
@@ -23,6 +22,8 @@ CLUSTER_MARK = "MP_RERANK_TEST_CLUSTER"
 def need_dask() -> None:
     """Skip where Dask is not installed, unless ``MP_RERANK_CLUSTER=required`` says that it must be."""
     if os.environ.get("MP_RERANK_CLUSTER") != "required":
+        import pytest
+
         pytest.importorskip("distributed")
 
 
@@ -34,6 +35,7 @@ class Processes:
         inside: what is put before the scheduler's command line, such as ``["ip", "netns", "exec", "a"]``.
         host: where the scheduler listens.
         port: which one; 0: any.
+        protocol: ``"tcp"`` or ``"tls"``.
         arguments: for the scheduler and the workers: TLS, say.
     """
 
@@ -44,23 +46,15 @@ class Processes:
         inside: Sequence[str] = (),
         host: str = "127.0.0.1",
         port: int = 0,
+        protocol: str = "tcp",
         arguments: Sequence[str] = (),
     ) -> None:
         self.folder = folder
         self.arguments = list(arguments)
         self.started: list[subprocess.Popen[bytes]] = []
         file = folder / "scheduler.json"
-        self.scheduler = self.start(
-            "scheduler",
-            "--host",
-            host,
-            "--port",
-            str(port),
-            "--no-dashboard",
-            "--scheduler-file",
-            str(file),
-            inside=inside,
-        )
+        where = ["--host", host, "--port", str(port), "--protocol", protocol]
+        self.scheduler = self.start("scheduler", *where, "--no-dashboard", "--scheduler-file", str(file), inside=inside)
         self.address = json.loads(self._read(file))["address"]
 
     def start(self, command: str, *arguments: str, inside: Sequence[str] = (), **environ: str) -> psutil.Popen:
@@ -113,6 +107,13 @@ class Processes:
         while asyncio.run(count()) < workers:
             assert time.monotonic() < deadline, self.log()
             time.sleep(0.05)
+
+    def reap(self, but: Sequence[psutil.Popen]) -> None:
+        """End, and wait for, every process but those named and the scheduler."""
+        for process in self.started:
+            if process is not self.scheduler and process not in but:
+                process.kill()
+                process.wait()
 
     def close(self) -> None:
         """End all processes, also those that are stopped."""

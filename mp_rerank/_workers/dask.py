@@ -17,8 +17,9 @@ import asyncio
 import pickle
 import threading
 import uuid
-from collections.abc import Awaitable, Callable, Coroutine, Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping
 from concurrent.futures import BrokenExecutor, Future
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -123,6 +124,8 @@ class Cluster:
         self._members: dict[str, Member] = {}  # by address
         self._meetings: dict[str, asyncio.Task[None]] = {}
         self._refused: dict[str, ClusterError] = {}
+        self._awaited = 0  # handles that wait for a worker
+        self._wake = asyncio.Event()
         self._sessions: set[asyncio.Task[None]] = set()
         self._connection_args: dict[str, Any] = {}
         self._plugin = b""
@@ -223,11 +226,15 @@ class Cluster:
                     self._see(identity["workers"])
                     self._tell_first(heard - began)
                     pause = POLL_SECONDS * max(1.0, len(identity["workers"]) / WORKERS_A_POLL_SECOND)
-                    if not self._first.done():
-                        pause = POLL_SECONDS / 20
+                    if self._awaited or not self._first.done():
+                        pause = POLL_SECONDS / 10
                 if self._notify is not None:
                     self._notify(self._seats(), self.lost)
-                await asyncio.sleep(pause)
+                try:
+                    await asyncio.wait_for(self._wake.wait(), pause)
+                except asyncio.TimeoutError:
+                    pass
+                self._wake.clear()
         finally:
             if comm is not None:
                 comm.abort()
@@ -392,6 +399,16 @@ class Cluster:
     def _refusal(self, address: str, why: str) -> ClusterError:
         return ClusterError(f"worker {address} of {self} cannot be used: {why}", address=address)
 
+    @contextmanager
+    def awaited(self) -> Iterator[None]:
+        """A worker is waited for: ask the scheduler more often."""
+        self._awaited += 1
+        self._wake.set()
+        try:
+            yield
+        finally:
+            self._awaited -= 1
+
     def find(self, name: str) -> Member | None:
         """The worker that a place has now."""
         return next((member for member in self._members.values() if member.name == name), None)
@@ -527,7 +544,8 @@ class DaskHandle:
     async def _live(self) -> None:
         comm = None
         try:
-            comm = await self._open()
+            with self._cluster.awaited():
+                comm = await self._open()
             writing = asyncio.ensure_future(self._write(comm))
             beating = asyncio.ensure_future(self._beat(comm))
             try:

@@ -11,6 +11,7 @@ from mp_rerank.pool import RerankerPool
 
 __all__ = [
     "PROGRAM",
+    "add_cluster",
     "add_model",
     "add_network",
     "add_reading",
@@ -41,6 +42,16 @@ def add_workers(parser: argparse.ArgumentParser) -> None:
     """How many workers, and how many threads each."""
     parser.add_argument("--workers", type=int, metavar="N", help="workers in all (default: see `mp-rerank plan`)")
     parser.add_argument("--threads", type=int, metavar="N", help="compute threads a worker")
+
+
+def add_cluster(parser: argparse.ArgumentParser) -> None:
+    """Workers of a Dask cluster."""
+    parser.add_argument(
+        "--cluster",
+        metavar="ADDRESS",
+        help="score in the workers of a Dask cluster: the scheduler's address, such as tcp://10.0.0.1:8786 "
+        "(with --workers, in so many here too)",
+    )
 
 
 def add_network(parser: argparse.ArgumentParser, *, backend: bool = True) -> None:
@@ -101,4 +112,5 @@ def pool_of(arguments: argparse.Namespace, spec: ModelSpec) -> RerankerPool:
         workers=arguments.workers,
         threads_per_worker=arguments.threads,
         nan_scores="none",
+        cluster=getattr(arguments, "cluster", None),
     )
