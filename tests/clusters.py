@@ -94,7 +94,7 @@ class Processes:
         """What all processes have said so far."""
         return (self.folder / "log").read_text()
 
-    def wait_for(self, workers: int) -> None:
+    def wait_for(self, workers: int, seconds: float = PATIENCE) -> None:
         """Return once the scheduler knows so many workers."""
         from distributed.core import rpc
 
@@ -103,7 +103,7 @@ class Processes:
                 found: int = (await scheduler.identity())["n_workers"]
                 return found
 
-        deadline = time.monotonic() + PATIENCE
+        deadline = time.monotonic() + seconds
         while asyncio.run(count()) < workers:
             assert time.monotonic() < deadline, self.log()
             time.sleep(0.05)
