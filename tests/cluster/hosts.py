@@ -34,8 +34,9 @@ def need_hosts() -> None:
     elif shutil.which("ip") is None:
         why = "there is no command ip"
     else:
-        made = subprocess.run(["ip", "netns", "add", "mpr-probe"], capture_output=True, text=True)
-        subprocess.run(["ip", "netns", "del", "mpr-probe"], capture_output=True)
+        probe = f"mpr-{os.getpid()}"
+        made = subprocess.run(["ip", "netns", "add", probe], capture_output=True, text=True)
+        subprocess.run(["ip", "netns", "del", probe], capture_output=True)
         why = made.stderr.strip()
     if why:
         pytest.skip(f"network namespaces: {why}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -13,6 +14,8 @@ from hosts import Network, need_hosts
 from mp_rerank import RerankerPool
 
 MakePool = Callable[..., RerankerPool]
+# Tests that run side by side (pytest-xdist) have networks of their own.
+NUMBER = 2 * int(os.environ.get("PYTEST_XDIST_WORKER", "gw0")[2:])
 DOCUMENTS = [f"document {i}" for i in range(200)]
 
 
@@ -20,7 +23,7 @@ DOCUMENTS = [f"document {i}" for i in range(200)]
 def network() -> Iterator[Network]:
     need_dask()
     need_hosts()
-    network = Network(1, ["head", "one", "two"])
+    network = Network(NUMBER, ["head", "one", "two"])
     yield network
     network.close()
 
@@ -77,7 +80,7 @@ def test_a_host_that_was_cut_off_has_its_seat_again(make_pool: MakePool, network
 def test_workers_behind_the_scheduler_are_reached_through_it(
     make_pool: MakePool, network: Network, tmp_path: Path
 ) -> None:
-    behind = Network(2, ["inner"])
+    behind = Network(NUMBER + 1, ["inner"])
     cluster = None
     try:
         # The scheduler's host is on both networks; this process is on the first only.
