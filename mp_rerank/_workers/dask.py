@@ -26,7 +26,7 @@ from typing import Any
 
 from mp_rerank._planning.plan import Seat
 from mp_rerank._recipe import Recipe
-from mp_rerank._workers.child import Launch, Pairs, Scored, WorkerFacts
+from mp_rerank._workers.child import Launch, Options, Pairs, Scored, WorkerFacts
 from mp_rerank._workers.launching import LaunchError
 from mp_rerank._workers.logs import POOL_LOGGER, QueuedLogger
 from mp_rerank.config import PoolConfig
@@ -474,8 +474,8 @@ class DaskHandle:
     def describe(self, recipe: Recipe | None) -> Future[WorkerFacts]:
         return self._call("describe", recipe)
 
-    def score(self, pairs: Pairs) -> Future[Scored]:
-        return self._call("score", pairs)
+    def score(self, pairs: Pairs, options: Options = None) -> Future[Scored]:
+        return self._call("score", pairs, options)
 
     def resident_bytes(self) -> int | None:
         return None  # Dask's own limit of memory holds: the process is not the pool's

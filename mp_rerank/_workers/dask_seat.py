@@ -42,9 +42,9 @@ from distributed.threadpoolexecutor import ThreadPoolExecutor
 
 import mp_rerank
 from mp_rerank._planning.machine import read_machine
-from mp_rerank._workers.child import EXIT_DEVICE_LOST, Launch, LoadedModel, set_threads
+from mp_rerank._workers.child import Launch, LoadedModel, set_threads
 from mp_rerank._workers.dask_relay import RELAY, WorkerEnd
-from mp_rerank.errors import RerankError, ScoringError
+from mp_rerank.errors import RerankError
 
 __all__ = ["DIE_EXIT_CODE", "HELLO", "PLUGIN_NAME", "SESSION", "SeatPlugin", "this_machine", "versions"]
 
@@ -220,19 +220,13 @@ class Session:
         if "torch" not in sys.modules:
             set_threads(launch.threads or 1)
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false" if launch.threads == 1 else "true")
-        self._model = LoadedModel(launch)
+        self._model = LoadedModel(launch, owns_process=True)
         self._model.load()
         self._model.loaded()
 
     def _run(self, name: str, arguments: bytes) -> Any:
         assert self._model is not None
-        try:
-            return getattr(self._model, name)(*pickle.loads(arguments))
-        except ScoringError as error:
-            if "CUDA error" in error.cause:
-                logger.error("leaving, for this process cannot use its GPU any more: %s", error)
-                os._exit(EXIT_DEVICE_LOST)
-            raise
+        return getattr(self._model, name)(*pickle.loads(arguments))
 
     def _forget(self) -> None:
         self._model = None
