@@ -14,7 +14,7 @@ QUESTION = "Where was currywurst invented?"
 
 if __name__ == "__main__":  # Dask's own processes run this module
     with (
-        LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None) as cluster,
+        LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=":0") as cluster,
         RerankerPool(cluster=cluster) as pool,
     ):
         [best] = pool.rerank(QUESTION, PASSAGES, top_n=1)

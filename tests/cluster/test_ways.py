@@ -35,7 +35,7 @@ def test_a_client_and_its_own_cluster_will_do(make_pool: MakePool) -> None:
     need_dask()
     from distributed import Client, LocalCluster
 
-    with LocalCluster(n_workers=1, threads_per_worker=3, dashboard_address=None) as cluster:
+    with LocalCluster(n_workers=1, threads_per_worker=3, dashboard_address=":0") as cluster:
         with Client(cluster) as client, make_pool(cluster=client) as pool:
             assert pool.submit("query", DOCUMENTS).result(PATIENCE) == ranked("query", DOCUMENTS)
             assert [info.threads for info in pool.workers()] == [3]
