@@ -315,6 +315,8 @@ class PoolConfig:
                 limit = check_seconds(name, getattr(self, name))
                 object.__setattr__(self, name, None if is_for_ever(limit) else limit)
         wait = check_seconds("cluster_timeout", self.cluster_timeout)
+        if not wait:
+            raise ValueError("cluster_timeout: more than 0 seconds are needed, not 0")
         object.__setattr__(self, "cluster_timeout", min(wait, threading.TIMEOUT_MAX))
         backoff = check_seconds("restart_backoff", self.restart_backoff)
         object.__setattr__(self, "restart_backoff", min(backoff, threading.TIMEOUT_MAX))

@@ -14,7 +14,7 @@ import pytest
 from clusters import PATIENCE, ROOT, Processes, need_dask
 from conftest import ranked, until
 
-from mp_rerank import RerankerPool
+from mp_rerank import ModelPools, RerankerPool
 
 MakePool = Callable[..., RerankerPool]
 DOCUMENTS = [f"document {i}" for i in range(200)]
@@ -27,6 +27,8 @@ def test_a_cluster_is_an_address_or_what_has_one(make_pool: MakePool) -> None:
             make_pool(cluster=wrong)
     with pytest.raises(ValueError, match="cluster: this one has no processes"):
         make_pool(cluster="inproc://10.0.0.1/1/1")
+    with pytest.raises(ValueError, match="cluster: ModelPools keep models within a bound on this machine's memory"):
+        ModelPools("1GiB").pool("builtin", cluster="tcp://10.0.0.1:8786")
     pool = make_pool(cluster="tcp://10.0.0.1:8786")
     assert "10.0.0.1:8786" in " ".join(pool.plan.reasons)
 
