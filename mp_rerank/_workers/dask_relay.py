@@ -2,7 +2,7 @@
 
 The scheduler hands a message on to a worker and its answer back (its operation ``proxy``), and that is all there is:
 the pool asks, and the worker answers. So what the worker has to say waits there until the pool asks for it, and one
-question of the pool's is always on its way.
+question of the pool's is always on its way. The next question says that the answer before it has arrived.
 
 Both ends have of Dask's ``Comm`` what sessions use: ``read``, ``write``, ``close``, ``abort``.
 """
@@ -11,13 +11,15 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 from distributed.comm import CommClosedError
 
 __all__ = ["RELAY", "PoolEnd", "WorkerEnd"]
 
 RELAY = "mp_rerank_relay"
+_T = TypeVar("_T")
+
 # How long a question waits at the worker for something to answer.
 WAIT_SECONDS = 10.0
 # A pool that has said nothing for so long has gone: it has a beat each second.
@@ -71,7 +73,8 @@ class WorkerEnd:
 
     def __init__(self) -> None:
         self._inbox: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
-        self._outbox: list[dict[str, Any]] = []
+        self._outbox: list[tuple[dict[str, Any], asyncio.Event]] = []
+        self._unconfirmed: list[asyncio.Event] = []
         self._something = asyncio.Event()
         self._closed = False
 
@@ -86,28 +89,31 @@ class WorkerEnd:
             self._inbox.put_nowait(message)
         if not wait:
             return {"messages": [], "closed": False}
-        if not self._closed:
+        for arrived in self._unconfirmed:
+            arrived.set()
+        self._unconfirmed = []
+        if not self._closed and not self._outbox:
+            self._something.clear()
             try:
                 await asyncio.wait_for(self._something.wait(), wait)
             except asyncio.TimeoutError:
                 pass
-        self._something.clear()
         said, self._outbox = self._outbox, []
-        return {"messages": said, "closed": self._closed}
+        self._unconfirmed = [arrived for _, arrived in said]
+        return {"messages": [message for message, _ in said], "closed": self._closed}
 
     async def read(self) -> dict[str, Any]:
         """The pool's next message; waits for it."""
-        try:
-            return await asyncio.wait_for(self._inbox.get(), SILENCE_SECONDS)
-        except asyncio.TimeoutError:
-            raise CommClosedError(f"the pool has said nothing for {SILENCE_SECONDS:g} s") from None
+        return await _in_time(self._inbox.get())
 
     async def write(self, message: dict[str, Any]) -> None:
-        """Say ``message``, the next time the pool asks."""
+        """Say ``message``, the next time the pool asks; returns once it has arrived."""
         if self._closed:
             raise CommClosedError("the session is closed")
-        self._outbox.append(message)
+        arrived = asyncio.Event()
+        self._outbox.append((message, arrived))
         self._something.set()
+        await _in_time(arrived.wait())
 
     async def close(self) -> None:
         """Say nothing more."""
@@ -117,3 +123,12 @@ class WorkerEnd:
         """As ``close``."""
         self._closed = True
         self._something.set()
+        for arrived in (*self._unconfirmed, *(event for _, event in self._outbox)):
+            arrived.set()
+
+
+async def _in_time(waited: Awaitable[_T]) -> _T:
+    try:
+        return await asyncio.wait_for(waited, SILENCE_SECONDS)
+    except asyncio.TimeoutError:
+        raise CommClosedError(f"the pool has said nothing for {SILENCE_SECONDS:g} s") from None

@@ -29,7 +29,6 @@ import pickle
 import platform
 import sys
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -96,6 +95,7 @@ class WorkerSeat:
     def __init__(self) -> None:
         # Of daemon threads: a model that hangs does not keep the worker from ending.
         self.executor = ThreadPoolExecutor(1, thread_name_prefix="mp_rerank-seat")
+        self.turn = asyncio.Lock()
         self.sessions: set[Session] = set()
         self._relayed: dict[str, WorkerEnd] = {}
         self._serving: set[asyncio.Task[Status]] = set()
@@ -155,9 +155,9 @@ class Session:
         self._comm = comm
         self._launch = launch
         self._model: LoadedModel | None = None
-        self._calls: dict[asyncio.Task[None], Future[bytes]] = {}
+        self._calls: set[asyncio.Task[None]] = set()
         self._writing = asyncio.Lock()
-        self._leaving = False
+        self._over = False  # nothing begins any more
 
     async def serve(self) -> None:
         """Read messages until the pool says goodbye."""
@@ -165,9 +165,7 @@ class Session:
         while True:
             message = await self._comm.read()
             if "call" in message:
-                if not self._leaving:  # the pool is about to be told, and sends it elsewhere
-                    run = partial(self._run, message["name"], message["arguments"])
-                    self._call(message["call"], run)
+                self._call(message["call"], partial(self._run, message["name"], message["arguments"]))
             elif "beat" in message:
                 await self._write({"beat": message["beat"]})
             elif "die" in message:
@@ -177,10 +175,8 @@ class Session:
                 return
 
     async def leave(self) -> None:
-        """Drop what has not begun, finish the rest, and say so."""
-        self._leaving = True
-        for outcome in self._calls.values():
-            outcome.cancel()  # without effect on the one that runs
+        """Begin nothing more, finish what has begun, and say so."""
+        self._over = True
         await asyncio.gather(*self._calls, return_exceptions=True)
         try:
             await self._write({"left": True})
@@ -190,24 +186,29 @@ class Session:
 
     def end(self) -> None:
         """Let go of the model, once the slice that is being scored is."""
-        for outcome in self._calls.values():
-            outcome.cancel()
+        self._over = True
         try:
             self._seat.executor.submit(self._forget)
         except RuntimeError:  # the interpreter is leaving
             pass
 
     def _call(self, number: int, run: Callable[[], Any]) -> None:
-        outcome = self._seat.executor.submit(_outcome_of, run)
-        task = asyncio.create_task(self._answer(number, outcome))
-        self._calls[task] = outcome
-        task.add_done_callback(self._calls.pop)
+        call = asyncio.create_task(self._answer(number, run))
+        self._calls.add(call)
+        call.add_done_callback(self._calls.discard)
 
-    async def _answer(self, number: int, outcome: Future[bytes]) -> None:
-        try:
-            await self._write({"call": number, "outcome": await asyncio.wrap_future(outcome)})
-        except (asyncio.CancelledError, OSError):  # leaving; or the pool has gone, which the reader notices too
-            pass
+    async def _answer(self, number: int, run: Callable[[], Any]) -> None:
+        # Nothing begins before the last outcome is on its way: of what ends this process, the pool would blame whatever
+        # it has no answer to.
+        async with self._seat.turn:
+            if self._over:
+                return  # the pool is told once all that had begun is done, and scores it elsewhere
+            loop = asyncio.get_running_loop()
+            outcome = await loop.run_in_executor(self._seat.executor, _outcome_of, run)
+            try:
+                await self._write({"call": number, "outcome": outcome})
+            except OSError:  # the pool has gone, which the reader notices too
+                pass
 
     async def _write(self, message: dict[str, Any]) -> None:
         async with self._writing:

@@ -97,7 +97,7 @@ def test_a_killed_worker_is_replaced_by_its_nanny_and_keeps_its_seat(
 
 def test_a_poison_document_fails_alone(make_cluster_pool: MakePool, cluster: Processes) -> None:
     cluster.worker("--nworkers", "2")
-    with make_cluster_pool(max_attempts=2) as pool:
+    with make_cluster_pool(max_attempts=2, slice_tokens=1) as pool:  # 199 is scored just before 200
         poisoned = pool.submit("query", [*DOCUMENTS, "!signal SIGKILL"])
         others = [pool.submit(f"query {i}", DOCUMENTS) for i in range(5)]
         with pytest.raises(WorkerCrashedError, match="document 200 ended 2 workers") as caught:
