@@ -97,13 +97,28 @@ def test_a_killed_worker_is_replaced_by_its_nanny_and_keeps_its_seat(
 
 def test_a_poison_document_fails_alone(make_cluster_pool: MakePool, cluster: Processes) -> None:
     cluster.worker("--nworkers", "2")
-    with make_cluster_pool(max_attempts=2, slice_tokens=1) as pool:  # 199 is scored just before 200
+    with make_cluster_pool(max_attempts=2) as pool:
         poisoned = pool.submit("query", [*DOCUMENTS, "!signal SIGKILL"])
         others = [pool.submit(f"query {i}", DOCUMENTS) for i in range(5)]
         with pytest.raises(WorkerCrashedError, match="document 200 ended 2 workers") as caught:
             poisoned.result(PATIENCE)
         assert caught.value.document_index == 200
         assert [other.result(PATIENCE) for other in others] == [ranked(f"query {i}", DOCUMENTS) for i in range(5)]
+
+
+def test_what_was_scored_just_before_a_death_is_not_blamed(
+    make_cluster_pool: MakePool, cluster: Processes, fifo: Fifo
+) -> None:
+    cluster.worker()
+    with make_cluster_pool(max_attempts=1) as pool:
+        first = pool.submit("query", [fifo.order])
+        fifo.wait_until_read()
+        second = pool.submit("query", ["!signal SIGKILL"])
+        pool.stats()  # by now it has been sent, and waits behind the first
+        fifo.release()
+        assert first.result(PATIENCE)[0].index == 0
+        with pytest.raises(WorkerCrashedError, match="document 0 ended 1 workers"):
+            second.result(PATIENCE)
 
 
 def test_a_worker_that_is_retired_finishes_its_slice_and_nothing_is_blamed(
