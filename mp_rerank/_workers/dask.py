@@ -570,8 +570,11 @@ class DaskHandle:
         calls, self._calls = self._calls, {}
         for future in calls.values():
             future.set_exception(BrokenExecutor("the worker has ended"))
-        never_there = self._member is None and self.loaded.done()
-        if not never_there and not self._retired:
+        if self._retired:
+            return
+        if self._member is not None:
+            self._cluster.forget(self._member)
+        if self._member is not None or not self.loaded.done():
             self._on_exit(None)
 
     async def _open(self) -> Any:
@@ -613,7 +616,6 @@ class DaskHandle:
             silent = self._cluster._loop.time() - self._heard
             if self._settled and silent > self._cluster.timeout:
                 logger.warning("%s has been silent for %.0f s: given up", self._place, silent)
-                self._cluster.forget(self._member)  # type: ignore[arg-type]
                 comm.abort()
                 return
             number += 1
