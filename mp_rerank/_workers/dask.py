@@ -93,6 +93,10 @@ class Place:
     def __str__(self) -> str:
         return self.name
 
+    def __deepcopy__(self, memo: object) -> Place:
+        """The place itself: plans are copied, and there is one cluster."""
+        return self
+
     def start_worker(self, launch: Launch, on_exit: Callable[[int | None], None]) -> DaskHandle:
         """Start a worker there: see ``handle.make_handle``."""
         return DaskHandle(self, launch, on_exit)

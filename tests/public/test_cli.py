@@ -239,7 +239,7 @@ def test_the_plan_says_how_many_workers_and_why() -> None:
     assert "3 workers: asked for" in done.stdout
     assert done.stdout.splitlines()[-3:] == [f"worker {i}: cpu, 2 threads" for i in range(3)]
     made = json.loads(mp_rerank("plan", "--devices", "cpu", "--workers", "1", "--threads", "1", "--json").stdout)
-    assert made["seats"] == [{"device": "cpu", "threads": 1, "cpus": []}]
+    assert made["seats"] == [{"device": "cpu", "threads": 1, "cpus": [], "place": None}]
 
 
 def test_no_command_is_a_usage_error() -> None:
