@@ -31,7 +31,8 @@ COMMANDS: dict[str, tuple[str, str]] = {
     # memory and starting
     "memory": ("bench.resources.memory", "memory of a worker by phase, number of workers, start method and backend"),
     "weights": ("bench.resources.weights", "a worker's memory with its weights shared and private, and its speed"),
-    "start": ("bench.resources.start", "time and memory of starting workers, spawned and forked"),
+    "start": ("bench.resources.start", "time and memory of starting workers, by start method"),
+    "growth": ("bench.resources.growth", "time and memory of 1 to 64 workers, for each start method; without a model"),
     "load": ("bench.resources.load", "what importing, constructing and the first prediction cost, cached and not"),
     # quality
     "quality": ("bench.quality.ndcg", "nDCG@10 of rerankers beside random, BM25 and the bi-encoder"),

@@ -606,11 +606,11 @@ class Manager:
 def _fit(spec: ModelSpec, config: PoolConfig, limit: int) -> _Fitted:
     """What to start for a model: fewer workers than it would have by itself, if ``config`` does not say how many."""
     workers = len(make_plan(config, spec).seats)
-    size = estimate_memory(spec, workers)
+    size = estimate_memory(spec, workers, config.start_method)
     if config.workers is None and config.isolation == "process":
         while workers > 1 and size > limit * SHARE_OF_ONE:
             workers -= 1
-            size = estimate_memory(spec, workers)
+            size = estimate_memory(spec, workers, config.start_method)
             config = replace(config, workers=workers)
     return _Fitted(config, workers, size)
 
@@ -626,7 +626,8 @@ def _remeasure(tenant: _Tenant) -> None:
 def _measure(pool: RerankerPool) -> int:
     """Bytes that the pool's workers take, pages that they share counted once; 0: none of them can be measured now."""
     seats = [worker for worker in pool.workers() if worker.state not in ("failed", "closed")]
-    measured = pool.memory().workers
+    memory = pool.memory()
+    measured = memory.workers
     if not measured:
         return 0
     taken = mapped = 0
@@ -638,7 +639,9 @@ def _measure(pool: RerankerPool) -> int:
         else:
             taken += worker.rss if worker.uss is None else worker.uss
             mapped = max(mapped, 0 if worker.uss is None else worker.mapped_bytes)
-    return math.ceil(taken * max(len(seats), len(measured)) / len(measured)) + mapped  # some may be starting anew
+    templates = sum(template.pss or template.rss for template in memory.templates)
+    workers = math.ceil(taken * max(len(seats), len(measured)) / len(measured))  # some may be starting anew
+    return workers + mapped + templates
 
 
 def _measured(snapshot: _Snapshot) -> ModelPoolsStats:

@@ -21,7 +21,7 @@ from typing import Any, Literal
 from mp_rerank._checks import check_count, check_flag, check_optional_count, check_seconds, check_text, is_for_ever
 from mp_rerank._text import one_line
 
-__all__ = ["BUILTIN", "ClusterAddress", "ModelSpec", "PoolConfig"]
+__all__ = ["BUILTIN", "START_METHODS", "ClusterAddress", "ModelSpec", "PoolConfig"]
 
 BUILTIN = "builtin"
 # More than any machine has cores; a larger number is a slip.
@@ -34,6 +34,7 @@ DTYPES = {
     "onnx": ("float32", "int8"),
     "openvino": ("float32", "bfloat16", "int8"),
 }
+START_METHODS = ("spawn", "forkserver", "fork-model")
 ACTIVATIONS = {"sigmoid": "torch.nn.Sigmoid", "identity": "torch.nn.Identity"}
 DEVICE = re.compile(r"auto|(cpu|mps)(:0)?|(cuda|xpu|npu|hpu)(:\d+)?")
 
@@ -204,8 +205,10 @@ class PoolConfig:
             ``threads_per_worker`` and ``batch_tokens`` that are not given. ``False``, or ``MP_RERANK_TUNED=0`` in the
             environment, turns that off.
         isolation: ``"process"``, or ``"thread"``: one model in this process, one prediction at a time.
-        start_method: ``"spawn"``, or ``"forkserver"`` (not on Windows): workers are forked from a process that has done
-            the imports. The first start takes about as long, a restart less than half. Workers share memory.
+        start_method: ``"spawn"``; ``"forkserver"`` (not on Windows): workers are forked from a process that has done
+            the imports, a restart takes less than half as long, and workers share that memory; or ``"fork-model"``
+            (Linux, CPU, torch): workers are forked from a process that has loaded and proved the model, a restart takes
+            a fraction of a second, and a worker's own memory is little.
         batch_tokens: padded tokens of one forward pass; ``None``: as tuned, else 1,024 on a CPU (2,048 with a 16-bit
             dtype), 16,384 elsewhere.
         slice_tokens: tokens of one slice, which is what a worker is given at a time; ``None``: about one batch. Smaller
@@ -237,6 +240,11 @@ class PoolConfig:
             while the pool lives. Seats on this machine are beside them only if ``workers`` is given. Needs the extra
             ``dask``.
         cluster_timeout: seconds that the cluster's scheduler, or one of its workers, may be silent or away.
+        min_workers: start with so many workers (at least one, to prove the model), and a further one, up to
+            ``workers``, while more work waits than the others have been given; ``None``: start all, unless
+            ``idle_timeout`` is given: then 1.
+        idle_timeout: retire a worker that has had nothing to do for so many seconds, as long as ``min_workers`` are
+            left; its seat rests until there is work for it. ``None``: never.
 
     Raises:
         TypeError, ValueError: naming the field and the value.
@@ -248,7 +256,7 @@ class PoolConfig:
     pin: bool = True
     tuned: bool = True
     isolation: Literal["process", "thread"] = "process"
-    start_method: Literal["spawn", "forkserver"] = "spawn"
+    start_method: Literal["spawn", "forkserver", "fork-model"] = "spawn"
     batch_tokens: int | None = None
     slice_tokens: int | None = None
     max_pending_pairs: int = 1_000_000
@@ -267,6 +275,8 @@ class PoolConfig:
     max_memory_per_worker: int | None = None
     cluster: Any = None
     cluster_timeout: float = 30.0
+    min_workers: int | None = None
+    idle_timeout: float | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "devices", _devices(self.devices))
@@ -279,10 +289,14 @@ class PoolConfig:
             checked[name] = check_count(name, getattr(self, name))
         for name in ("max_restarts", "score_cache"):
             checked[name] = check_count(name, getattr(self, name), least=0)
+        if self.min_workers is not None:
+            checked["min_workers"] = check_count("min_workers", self.min_workers, least=0)
         for name, number in checked.items():
             object.__setattr__(self, name, number)
         if self.workers is not None and self.workers > MAX_WORKERS:
             raise ValueError(f"workers: at most {MAX_WORKERS} are started, not {self.workers}")
+        if self.min_workers is not None and self.workers is not None and self.min_workers > self.workers:
+            raise ValueError(f"min_workers: at most workers ({self.workers}) are needed, not {self.min_workers}")
         for name in ("pin", "tuned", "coalesce"):
             check_flag(name, getattr(self, name))
         if self.nan_scores not in ("error", "none"):
@@ -295,12 +309,36 @@ class PoolConfig:
         """Check ``isolation`` and ``start_method``."""
         if self.isolation not in ("process", "thread"):
             raise ValueError(f"isolation: 'process' or 'thread' is needed, not {self.isolation!r}")
-        if self.start_method not in ("spawn", "forkserver"):
-            raise ValueError(f"start_method: 'spawn' or 'forkserver' is needed, not {self.start_method!r}")
-        if self.start_method not in multiprocessing.get_all_start_methods():
+        if self.start_method not in START_METHODS:
+            words = "'spawn', 'forkserver' or 'fork-model' is needed"
+            raise ValueError(f"start_method: {words}, not {self.start_method!r}")
+        if self.start_method == "fork-model":
+            self._check_fork_model()
+        elif self.start_method not in multiprocessing.get_all_start_methods():
             raise ValueError(f"start_method: this system has no {self.start_method!r}")
         if self.isolation == "thread" and self.workers not in (None, 1):
             raise ValueError(f"workers: isolation='thread' is one model and one worker, not {self.workers}")
+
+    def check_model(self, spec: ModelSpec) -> None:
+        """Raise ``ValueError`` where the devices or workers asked for cannot be ``spec``'s."""
+        spec.check_devices(self.devices)
+        if self.start_method == "fork-model" and (spec.backend != "torch" or spec.compile):
+            other = f"backend={spec.backend!r}" if spec.backend != "torch" else "compile=True"
+            raise ValueError(
+                f"start_method: 'fork-model' is for torch as it is, not for {other}, whose threads no fork has"
+            )
+
+    def _check_fork_model(self) -> None:
+        words = "start_method: 'fork-model'"
+        if self.isolation == "thread":
+            raise ValueError(f"{words} is of no use with isolation='thread', which has no process to fork")
+        others = [device for device in self.devices if device not in ("auto", "cpu", "cpu:0")]
+        if others:
+            raise ValueError(f"{words} works on the CPU only (devices='cpu'), not on {', '.join(others)}")
+        try:
+            os.close(os.pidfd_open(os.getpid()))
+        except (AttributeError, OSError):
+            raise ValueError(f"{words} needs Linux 5.3 or newer: this system has no pidfd_open") from None
 
     def _check_seconds(self) -> None:
         """Check all times. One beyond any clock means the same as no limit."""
@@ -310,7 +348,7 @@ class PoolConfig:
         else:
             wait = check_seconds("overload", self.overload)
             object.__setattr__(self, "overload", "block" if is_for_ever(wait) else wait)
-        for name in ("start_timeout", "hang_timeout"):
+        for name in ("start_timeout", "hang_timeout", "idle_timeout"):
             if getattr(self, name) is not None:
                 limit = check_seconds(name, getattr(self, name))
                 object.__setattr__(self, name, None if is_for_ever(limit) else limit)

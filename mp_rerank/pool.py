@@ -70,7 +70,7 @@ class RerankerPool(RerankerCalls):
         self.spec = spec_of(model)
         options.update(devices=devices, workers=workers, threads_per_worker=threads_per_worker)
         self.config = PoolConfig.of(options)
-        self.spec.check_devices(self.config.devices)
+        self.config.check_model(self.spec)
         self._owner = os.getpid()
         self._closed = False
 
@@ -158,7 +158,7 @@ class RerankerPool(RerankerCalls):
             RerankError: another reload is under way.
         """
         spec = spec_of(model)
-        spec.check_devices(self.config.devices)
+        self.config.check_model(spec)
         dispatcher = self._running()
         dispatcher.reload(spec).get()
         self.spec = spec
@@ -194,7 +194,10 @@ class RerankerPool(RerankerCalls):
         return [] if dispatcher is None else dispatcher.workers()
 
     def memory(self) -> PoolMemory:
-        """RSS, USS and PSS of the parent and of each worker now alive, and the bytes of each worker's weights."""
+        """RSS, USS and PSS of the parent and of each worker now alive, and the bytes of each worker's weights.
+
+        Beside them that of the templates, under ``start_method="fork-model"``.
+        """
         workers = [
             memory_of(info.pid, info.weights_bytes, info.mapped_bytes)
             for info in self.workers()
@@ -202,7 +205,12 @@ class RerankerPool(RerankerCalls):
         ]
         parent = memory_of(os.getpid())
         assert parent is not None
-        return PoolMemory(parent, tuple(worker for worker in workers if worker is not None))
+        templates = [] if self._dispatcher is None else map(memory_of, self._dispatcher.template_pids())
+        return PoolMemory(
+            parent,
+            tuple(worker for worker in workers if worker is not None),
+            tuple(template for template in templates if template is not None),
+        )
 
     @property
     def plan(self) -> Plan:

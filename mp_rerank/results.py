@@ -86,6 +86,7 @@ ExitReason = Literal[
     "device_lost",
     "recycled_slices",
     "recycled_memory",
+    "idle_timeout",
     "reloaded",
     "load_failed",
     "launch_failed",
@@ -102,8 +103,9 @@ class WorkerExit:
             ``hang_timeout`` or ``start_timeout``. ``"unkillable"``: hung, and did not end when it was killed.
             ``"idle_death"``: it died with nothing to do, as by the system for its memory. ``"device_lost"``: its
             process could not use its GPU any more. ``"recycled_slices"``, ``"recycled_memory"``: replaced after
-            ``max_slices_per_worker`` or ``max_memory_per_worker``. ``"reloaded"``: another model took its place.
-            ``"load_failed"``: it could not load the model. ``"launch_failed"``: the system would start no process.
+            ``max_slices_per_worker`` or ``max_memory_per_worker``. ``"idle_timeout"``: it had nothing to do for
+            that long. ``"reloaded"``: another model took its place. ``"load_failed"``: it could not load the model.
+            ``"launch_failed"``: the system would start no process.
             ``"left"``: the Dask cluster took it away, or it cannot be reached any more.
         exit_code: of its process; negative for a signal; ``None`` where it was told to leave, or where nobody knows.
         signal: the signal's name, such as ``"SIGKILL"``; empty without one.
@@ -122,14 +124,14 @@ class WorkerInfo:
 
     Attributes:
         slot: the seat's number, from 0.
-        state: ``starting``, ``ready``, ``draining``, ``restarting``, ``failed`` or ``closed``.
+        state: ``starting``, ``ready``, ``draining``, ``restarting``, ``resting``, ``failed`` or ``closed``.
         generation: how many workers have had this seat; 1 is the first.
         device: the seat's device; its workers never leave it.
         threads: compute threads of the worker.
         pid: the worker's process (the caller's own under ``isolation="thread"``); ``None`` while there is none, or
             where it is on another machine.
         dtype: the dtype of the weights; two joined by ``+`` where the architecture itself mixes them.
-        load_seconds: imports and loading, in the worker.
+        load_seconds: imports and loading, in the worker, or in the template it was forked from.
         weights_bytes: size of parameters and buffers.
         mapped_bytes: the part of ``weights_bytes`` that is in the pages of the checkpoint's file, which all workers
             share. The rest is the worker's own: weights on a GPU, of another dtype than the file's, from another
@@ -265,10 +267,17 @@ class WorkerMemory:
 
 @dataclass(frozen=True)
 class PoolMemory:
-    """Memory of the parent process and of each worker alive at the moment of asking."""
+    """Memory of the parent process and of each worker alive at the moment of asking.
+
+    Attributes:
+        parent: the process that has the pool.
+        workers: the worker processes.
+        templates: the processes that workers are forked from under ``start_method="fork-model"``.
+    """
 
     parent: WorkerMemory
     workers: tuple[WorkerMemory, ...]
+    templates: tuple[WorkerMemory, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -215,7 +215,7 @@ def _ladders(default: Setup, devices: Sequence[str], machine: Machine, spec: Mod
 
     def both_threads_of_a_core(best: Setup) -> Iterator[Setup]:
         workers = machine.affinity if machine.quota is None else min(machine.affinity, int(machine.quota))
-        if best.workers < workers <= fitting_workers(machine, spec)[0]:
+        if best.workers < workers <= fitting_workers(machine, spec, PoolConfig())[0]:
             yield replace(best, workers=workers, threads=1)
 
     def more_on_each_device(best: Setup) -> Iterator[Setup]:

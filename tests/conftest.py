@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -21,6 +22,9 @@ from mp_rerank import ModelSpec, RerankerPool, RerankResult, shared
 
 FAKE = ModelSpec("fake", loader="fakes:load")
 
+# Those of every POSIX system, and of this one.
+START_METHODS = ["spawn", "forkserver", *(["fork-model"] if sys.platform.startswith("linux") else [])]
+
 # Long enough for a loaded machine, short enough that a hang is a failed test.
 PATIENCE = 60.0
 
@@ -30,6 +34,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--cross-encoder-device",
         default=os.environ.get("TEST_CROSS_ENCODER_DEVICE", "cpu"),
         help="device of the real models' pools, and of the CrossEncoder they are held against",
+    )
+    parser.addoption(
+        "--start-method",
+        choices=START_METHODS,
+        default="spawn",
+        help="how the fake model's pools start their workers, where a test does not say",
     )
 
 
@@ -80,7 +90,7 @@ def make_pool(request: pytest.FixtureRequest) -> Iterator[Callable[..., Reranker
     Those of a real model are forked: importing torch anew for every worker of every test would take most of the time.
     """
     pools: list[RerankerPool] = []
-    start_method = "spawn"
+    start_method = request.config.getoption("--start-method")
     if request.node.get_closest_marker("real"):
         start_method = request.getfixturevalue("fork_server")
 
@@ -124,6 +134,15 @@ def ranked(query: str, documents: list[str]) -> list[RerankResult]:
     scores = scores_of(query, documents)
     order = sorted(range(len(documents)), key=lambda i: -scores[i])
     return [RerankResult(i, scores[i], documents[i]) for i in order]
+
+
+def kill(pool: RerankerPool, seat: int) -> None:
+    """Kill the worker of ``seat``, and the template it was forked by, if one was: the next worker loads the model."""
+    worker = psutil.Process(pool.workers()[seat].pid)
+    forked_by = worker.parent()
+    if forked_by is not None and forked_by.pid != os.getpid():
+        forked_by.kill()
+    worker.kill()
 
 
 class Fifo:

@@ -26,6 +26,7 @@ import math
 import os
 import signal
 import sys
+import threading
 import time
 import warnings
 import zlib
@@ -359,3 +360,31 @@ class Optimizable(FakeModel):
 def load_optimizable(spec: object, device: str) -> Optimizable:
     """``spec.name`` is the path of the notes; the first to prove anything dies of it if there is a file ``.die``."""
     return Optimizable(Path(spec.name))  # type: ignore[attr-defined]
+
+
+def load_beside_a_thread(spec: object, device: str) -> FakeModel:
+    """Leaves a thread behind."""
+    threading.Thread(target=threading.Event().wait, name="left-behind", daemon=True).start()
+    return FakeModel()
+
+
+class Threaded(FakeModel):
+    """Scores a pair as the number of threads it was told to compute with; 0 before it was told."""
+
+    threads = 0
+
+    def set_threads(self, threads: int) -> None:
+        self.threads = threads
+
+    def predict(self, pairs: list[tuple[str, str]]) -> list[float]:
+        return super().predict(pairs) if tuple(pairs[0]) == CANARY[0] else [float(self.threads)] * len(pairs)
+
+
+def load_threaded(spec: object, device: str) -> Threaded:
+    return Threaded()
+
+
+def load_as_from_a_hub(spec: object, device: str) -> FakeModel:
+    """Leaves a thread behind where it is not told to ask no hub, and notes how often it was loaded."""
+    obey(spec.name)  # type: ignore[attr-defined]
+    return FakeModel() if os.environ.get("HF_HUB_OFFLINE") else load_beside_a_thread(spec, device)

@@ -15,6 +15,7 @@ leaked          processes, threads and files at the end that were not there at t
 from __future__ import annotations
 
 import argparse
+import ctypes
 import gc
 import json
 import logging
@@ -35,6 +36,10 @@ import psutil
 from bench.inputs.fakes import CLUSTER_MARK, PACED, Processes, score_of
 from mp_rerank import ClusterError, ModelSpec, RequestTimeoutError, RerankerPool, RerankResult, WorkerCrashedError
 
+FORK_MODEL = "fork-model"
+METHODS = ("spawn", "forkserver", FORK_MODEL)
+TEMPLATES_SHARE = 0.2  # of the signals go to the template that has forked the worker
+PR_SET_CHILD_SUBREAPER = 36  # of linux/prctl.h
 MODELS = ("red", "green")
 SECONDS_PER_TOKEN = 5e-6
 # How a document ends the worker that meets it.
@@ -58,15 +63,31 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--agents", type=int, default=32, help="agent threads")
     parser.add_argument("--workers", type=int, default=2, help="worker processes")
     parser.add_argument("--cluster", type=int, metavar="N", help="workers of a Dask cluster in place of --workers")
+    parser.add_argument("--start-method", choices=METHODS, default="spawn", help="of the workers (default: spawn)")
     parser.add_argument("--seed", type=int, default=0, help="of the agents' and the monkeys' choices")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     options = parser.parse_args(argv)
     logging.getLogger("mp_rerank").addHandler(logging.NullHandler())  # no warning for each death
+    if options.start_method == FORK_MODEL:
+        _adopt_orphans()
     with tempfile.TemporaryDirectory() as marks:
-        chaos = Chaos(options.seconds, options.agents, options.workers, options.seed, Path(marks))
+        chaos = Chaos(options.seconds, options.agents, options.workers, options.seed, Path(marks), options.start_method)
         report = chaos.run_in_cluster(options.cluster) if options.cluster else chaos.run()
     print(json.dumps(report, indent=2) if options.json else _table(report))
     return 1 if any(report[name] for name in FAULTS) else 0
+
+
+_adopting = False
+
+
+def _adopt_orphans() -> None:
+    """Be the parent of workers whose template has died (Linux), so that none is lost sight of."""
+    global _adopting
+    _adopting = True
+    try:
+        ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+    except (AttributeError, OSError):  # not on this system
+        pass
 
 
 FAULTS = ("lost", "wrong", "unexplained", "leaked_processes", "leaked_threads", "leaked_files", "unreleased")
@@ -75,12 +96,13 @@ FAULTS = ("lost", "wrong", "unexplained", "leaked_processes", "leaked_threads", 
 class Chaos:
     """One run, and its counts."""
 
-    def __init__(self, seconds: float, agents: int, workers: int, seed: int, marks: Path) -> None:
+    def __init__(self, seconds: float, agents: int, workers: int, seed: int, marks: Path, start_method: str) -> None:
         self.seconds = seconds
         self.agents = agents
         self.workers = workers
         self.seed = seed
         self.marks = marks
+        self.start_method = start_method
         self.stop = threading.Event()
         self.lock = threading.Lock()
         self.outcomes: Counter[str] = Counter()
@@ -178,6 +200,7 @@ class Chaos:
             **where,
             devices="cpu",
             threads_per_worker=1,
+            start_method=self.start_method,
             start_timeout=START_TIMEOUT,
             hang_timeout=HANG_TIMEOUT,
             restart_backoff=0.05,
@@ -346,7 +369,7 @@ class Chaos:
     # What is done to the pool meanwhile.
 
     def _killer(self, pool: RerankerPool, chance: random.Random) -> None:
-        """Kill, stop and crash workers, whether they load, wait or score."""
+        """Kill, stop and crash workers, whether they load, wait or score, and their template."""
         # A Dask worker takes ten times as long to come back as a process of the pool's.
         while not self.stop.wait(chance.random() * (6.0 if self.cluster is not None else 1.5)):
             if self.cluster is not None:
@@ -358,9 +381,13 @@ class Chaos:
             name = chance.choice(["SIGKILL", "SIGKILL", "SIGSEGV", "SIGTERM", "SIGSTOP"])
             try:
                 process = psutil.Process(chance.choice(pids))
-                if process.ppid() == os.getpid():
-                    process.send_signal(getattr(signal, name))
-                    self.kills[name] += 1
+                above = process.parent()
+                if above is None or os.getpid() not in (above.pid, above.ppid()):
+                    continue  # another program's, by now
+                if self.start_method == FORK_MODEL and above.pid != os.getpid() and chance.random() < TEMPLATES_SHARE:
+                    process, name = above, f"{name} of a template"
+                process.send_signal(getattr(signal, name.partition(" ")[0]))
+                self.kills[name] += 1
             except psutil.Error:
                 pass
 
@@ -399,13 +426,22 @@ def _resume(process: psutil.Process) -> None:
         pass
 
 
+def _is_adopted_zombie(process: psutil.Process) -> bool:
+    """Whether it was a worker of a template that has died: elsewhere the system's first process waits for those."""
+    try:
+        return process.ppid() == os.getpid() and _adopting and process.status() == psutil.STATUS_ZOMBIE
+    except psutil.Error:
+        return True
+
+
 class _Footprint:
     """The children, threads, open files and memory of this process."""
 
     def __init__(self) -> None:
         gc.collect()
         process = psutil.Process()
-        self.processes = sum(not _in_cluster(child) for child in process.children(recursive=True))
+        children = process.children(recursive=True)
+        self.processes = sum(not _in_cluster(child) and not _is_adopted_zombie(child) for child in children)
         self.threads = threading.active_count()
         self.files = process.num_fds() if hasattr(process, "num_fds") else process.num_handles()
         self.rss = process.memory_info().rss

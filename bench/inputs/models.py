@@ -15,6 +15,14 @@ Pairs = list[tuple[str, str]]
 SHAPES = {
     "minilm-l6": {"hidden_size": 384, "num_hidden_layers": 6, "num_attention_heads": 12, "intermediate_size": 1536},
     "bert-large": {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "intermediate_size": 4096},
+    # As XLM-RoBERTa-large and bge-reranker-v2-m3: half of it are the embeddings of 250,002 tokens.
+    "xlm-r-large": {
+        "vocab_size": 250_002,
+        "hidden_size": 1024,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 16,
+        "intermediate_size": 4096,
+    },
     "bert-base": {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 3072},
 }
 
@@ -26,7 +34,9 @@ def make_model(folder: str, shape: dict[str, int]) -> None:
     # A wider spread than BERT's 0.02, so that scores differ and mixed-up scores are noticed. Wider layers get a
     # narrower one: their larger sums would saturate.
     model = BertForSequenceClassification(
-        BertConfig(vocab_size=len(tokenizer), num_labels=1, initializer_range=2 / shape["hidden_size"] ** 0.5, **shape)
+        BertConfig(
+            **{"vocab_size": len(tokenizer), **shape}, num_labels=1, initializer_range=2 / shape["hidden_size"] ** 0.5
+        )
     )
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

@@ -89,7 +89,7 @@ def memory(report: Report) -> None:
                     axis.plot(
                         [row.of["phase"] for row in line],
                         [row.median for row in line],
-                        ("-", "--")[methods.index(method)],
+                        ("-", "--", ":")[methods.index(method)],
                         marker="o",
                         color=SERIES[counts.index(count) % len(SERIES)],
                         label=f"{backend}, {method}, {count} worker{'s' * (count > 1)}",
@@ -111,6 +111,18 @@ def start(report: Report) -> None:
     for axis, measure in zip(panels(len(measures), 3, 1.4), measures, strict=True):
         bars(axis, rows_of(report, measure), lambda row: row.of["start method"])
         axis.set_title(measure, loc="left")
+
+
+def growth(report: Report) -> None:
+    """A panel for each measure, a line for each start method, by the number of workers."""
+    measures = list(dict.fromkeys(row.measure for row in report.rows))
+    for axis, measure in zip(panels(len(measures), 3, 2.6), measures, strict=True):
+        found = rows_of(report, measure)
+        for color, method in zip(SERIES, distinct(found, "start method"), strict=False):
+            lines(axis, [row for row in found if row.of["start method"] == method], "workers", method, color)
+        axis.set(title=measure)
+        axis.set_ylim(bottom=0)
+    axis.legend(frameon=False, fontsize=7)
 
 
 def backends(report: Report) -> None:
@@ -157,7 +169,7 @@ def cluster(report: Report) -> None:
 
 PAINTERS: dict[str, Callable[[Report], None]] = {
     painter.__name__: painter
-    for painter in (throughput, latency, scale, memory, load, start, backends, weights, reuse, cluster)
+    for painter in (throughput, latency, scale, memory, load, start, growth, backends, weights, reuse, cluster)
 }
 
 

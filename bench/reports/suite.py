@@ -30,6 +30,7 @@ COMMANDS: dict[str, str] = {
     "memory": "--workers 2 --requests 500",
     "load": "--rounds 1",
     "start": "--rounds 1",
+    "growth": "--workers 1 4 16 --rounds 1",
     "backends": "--rounds 1 --queries 4 --documents 20",
     "weights": "--workers 1 2 --rounds 1",
     "reuse": "--rounds 1 --requests 2",

@@ -7,8 +7,9 @@
     after N       after N requests (`--requests`) of one document; only with the first number of `--workers`
 
 Measured for each number of workers, start method and backend. The report has the memory of the parent too, and that of
-all processes together, with the fork server. RSS counts shared memory in full, USS not at all, and PSS in parts. A
-single worker's USS is larger than that of several, since it has no other to share the libraries' memory with.
+all processes together, with the fork server or the template. RSS counts shared memory in full, USS not at all, and PSS
+in parts. A single worker's USS is larger than that of several, since it has no other to share the libraries' memory
+with.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from bench.reports.report import Report
 from mp_rerank import ModelSpec, RerankerPool
 
 MIB = 2**20
-METHODS = ("spawn", "forkserver")
+METHODS = ("spawn", "forkserver", "fork-model")
 BARE = ModelSpec("bare", loader=fakes.EMPTY)
 IMPORTS = ModelSpec("imports", loader=fakes.IMPORTS)
 QUERY = "How many people live in Berlin?"
@@ -97,6 +98,8 @@ def weigh(report: Report, pool: RerankerPool, of: dict[str, object], phase: str)
             report.add(of, f"{kind.upper()} a worker, MiB", values)
     if found.parent.uss is not None:
         report.add(of, "USS of the parent, MiB", found.parent.uss / MIB)
+    if found.templates and found.templates[0].uss is not None:
+        report.add(of, "USS of the template, MiB", sum(template.uss or 0 for template in found.templates) / MIB)
     if found.parent.pss is not None:  # with the fork server
         children = psutil.Process().children(recursive=True)
         everything = found.parent.pss + sum(child.memory_full_info().pss for child in children)

@@ -122,6 +122,10 @@ class Engine:
             self.recipe = replace(self.recipe, pipeline=self._pipeline is not None)
         return self
 
+    def set_threads(self, threads: int) -> None:
+        """Compute with so many threads: in a process that was forked from the one that has loaded this model."""
+        torch.set_num_threads(threads)
+
     @property
     def mapped_bytes(self) -> int:
         """Bytes of parameters and buffers that are pages of the checkpoint's file."""

@@ -27,7 +27,7 @@ from mp_rerank._scheduling.queue import RequestQueue, Slice, Suspect
 from mp_rerank._scheduling.request import Request
 from mp_rerank._workers.child import EXIT_DEVICE_LOST, Scored, WorkerFacts
 from mp_rerank._workers.dask import SeatLeftError
-from mp_rerank._workers.handle import WorkerHandle
+from mp_rerank._workers.handle import WorkerHandle, make_templates
 from mp_rerank._workers.launching import LaunchError
 from mp_rerank._workers.logs import POOL_LOGGER, QueuedLogger
 from mp_rerank._workers.slot import Described, Exited, Loaded, Report, SliceEnded, Slot, SlotState
@@ -68,6 +68,8 @@ GRACE_SECONDS = 5.0
 # A worker that has not ended so long after it was killed (a system call that cannot be interrupted, a frozen control
 # group) is not waited for any more. Freeing the memory of a large model takes seconds.
 KILL_GRACE_SECONDS = 20.0
+# How soon a template follows the last of its workers.
+LOOK_SECONDS = 0.1
 
 
 class Deployment:
@@ -111,6 +113,9 @@ class Deployment:
         self._dispatched_at = 0.0  # when slots were last asked for room
         self._lost: RerankError | None = None  # why no seat will join, if none will
         self._leaving: list[tuple[WorkerHandle, float]] = []  # workers let go, and when to kill them
+        self._templates = make_templates(config)
+        self._closed = False
+        self._look_again: float | None = None  # whether the workers have ended, and their template may
         self._started = False
         self._scored = False  # whether the model has ever scored anything but its canary
         self._blamed: set[Hashable] = set()  # pairs that failed their requests since it last did
@@ -128,8 +133,8 @@ class Deployment:
 
     @property
     def ready(self) -> bool:
-        """Whether every slot has a worker with a proved model."""
-        return bool(self.slots) and all(slot.state is SlotState.READY for slot in self.slots)
+        """Whether every slot that does not rest has a worker with a proved model, and one has."""
+        return self.facts is not None and all(slot.state in (SlotState.READY, SlotState.RESTING) for slot in self.slots)
 
     @property
     def drained(self) -> bool:
@@ -138,8 +143,11 @@ class Deployment:
 
     def start(self, now: float) -> None:
         """Launch the first workers: all at once, or one to fetch a hub's model and then the others, from its cache."""
+        for slot in self.slots[max(1, self._min_workers) :]:
+            slot.state = SlotState.RESTING
         for slot in self.slots if self.spec.local else self.slots[:1]:
-            self._launch(slot, now)
+            if slot.state is SlotState.STARTING:
+                self._launch(slot, now)
 
     def seat(self, seats: Sequence[Seat], lost: RerankError | None, now: float) -> None:
         """Take the seats of a cluster that there are now and that have no slot yet.
@@ -214,19 +222,25 @@ class Deployment:
                     self._abandon(slot)
                 else:
                     self._kill_hung(slot, now)
+        self._retire_idle(now)
         self._leaving = [(leaving, limit) for leaving, limit in self._leaving if leaving.alive]
         for i, (leaving, limit) in enumerate(self._leaving):
             if now >= limit:
                 leaving.kill()
                 self._leaving[i] = (leaving, math.inf)
+        if self._closed and self._templates is not None:
+            self._look_again = now + LOOK_SECONDS if self._leaving else None
+            if not self._leaving:
+                self._templates.close()
 
     def wake_at(self) -> float | None:
         """When ``tick`` has something to do next, if nothing is reported before."""
-        times = [self.queue.next_deadline(), *(limit for _, limit in self._leaving)]
+        times = [self.queue.next_deadline(), self._look_again, *(limit for _, limit in self._leaving)]
         for slot in self.slots:
             times += [slot.restart_at, self._limit(slot)]
             if self.queue.waiting_tokens and slot.room_at is not None and slot.room_at > self._dispatched_at:
                 times.append(slot.room_at)
+        times.append(self._next_retirement())
         return min((t for t in times if t is not None), default=None)
 
     def dispatch(self, now: float) -> None:
@@ -235,19 +249,18 @@ class Deployment:
         while self.queue.waiting_tokens:
             room = [slot for slot in self.slots if slot.has_room(now)]
             if not room:
-                return
+                break
             slot = min(room, key=lambda slot: len(slot.outstanding))
-            batch_tokens = self._batch_tokens(slot)
-            tokens = self.config.slice_tokens or batch_tokens * BATCHES_A_SLICE
-            budget = int(tokens * self._overestimate)
+            budget = self._slice_tokens(slot)
             if not slot.outstanding:
                 idle = sum(not slot.outstanding for slot in room)
                 least = int(MIN_SLICE_TOKENS * self._overestimate)
                 budget = min(budget, max(least, math.ceil(self.queue.waiting_tokens / idle)))
             slice_ = self.queue.take(budget)
             if slice_ is None:
-                return
+                break
             slot.send(slice_, now)
+        self._wake_for_work(now)
 
     def fail_all(self, error: RerankError) -> None:
         """Fail every request that is left, each with an error of its own: raising one adds to its traceback."""
@@ -273,11 +286,18 @@ class Deployment:
             if slot.worker is not None and kill_it and slot.seat.place is None:  # a cluster's processes stay
                 slot.worker.kill()
             self._end_worker(slot, now)
+        self._closed = True
 
     @property
     def alive(self) -> bool:
-        """Whether a worker that was told to leave has not ended yet."""
+        """Whether a worker that was told to leave has not ended yet, or what it was forked from."""
+        if self._templates is not None and self._templates.alive:
+            return True
         return any(leaving.alive for leaving, _ in self._leaving)
+
+    def template_pids(self) -> list[int]:
+        """The processes that the workers are forked from."""
+        return [] if self._templates is None else self._templates.pids()
 
     def join(self) -> None:
         """Wait until every worker has ended, killing those that outstay their grace."""
@@ -290,20 +310,82 @@ class Deployment:
                 logger.error("process %s was killed and has not ended: it is not waited for any more", leaving.pid)
                 leaving.abandon()
         self._leaving.clear()
+        if self._templates is not None:  # after the workers, whose parent it is
+            self._templates.close()
+            self._templates.join(GRACE_SECONDS)
+            if self._templates.alive:
+                logger.error("a template was killed and has not ended: it is not waited for any more")
 
     def workers(self) -> list[WorkerInfo]:
         """Each slot, as callers see it."""
         return [slot.info() for slot in self.slots]
 
+    def _slice_tokens(self, slot: Slot[Slice]) -> int:
+        """Estimated tokens of a full slice."""
+        tokens = self.config.slice_tokens or self._batch_tokens(slot) * BATCHES_A_SLICE
+        return int(tokens * self._overestimate)
+
     def _batch_tokens(self, slot: Slot[Slice]) -> int:
         return self.config.batch_tokens or default_batch_tokens(self.spec, slot.seat.device)
+
+    # As many workers as there is work for.
+
+    @property
+    def _min_workers(self) -> int:
+        """How many workers there are at least, but for those that failed."""
+        asked = self.config.min_workers
+        if asked is None:
+            asked = len(self.slots) if self.config.idle_timeout is None else 1
+        return min(asked, len(self.slots))
+
+    def _wake_for_work(self, now: float) -> None:
+        """Launch workers of resting slots: for what waits beside all that the others have been given, and no more.
+
+        Those that are loading, or will soon take their second slice, count as if they had taken it. A worker that is
+        launched stays for ``idle_timeout`` at least: so work that comes and goes starts no more of them than that.
+        """
+        resting = [slot for slot in self.slots if slot.state is SlotState.RESTING]
+        if not resting:
+            return
+        on_their_way = sum(slot.state in (SlotState.STARTING, SlotState.RESTARTING) for slot in self.slots)
+        on_their_way += sum(slot.room_at is not None for slot in self.slots)
+        wanted = math.ceil(self.queue.waiting_tokens / max(1, self._slice_tokens(resting[0])))
+        there = sum(slot.state not in (SlotState.RESTING, SlotState.FAILED) for slot in self.slots)
+        for slot in resting[: max(wanted - on_their_way, self._min_workers - there, 0)]:
+            self._launch(slot, now)
+
+    def _retire_idle(self, now: float) -> None:
+        """Let those workers go that have had nothing to do for ``idle_timeout``, the last first."""
+        for slot in reversed(self._idle()):
+            if now < self._idle_until(slot):
+                continue
+            self._note_exit(slot, "idle_timeout")
+            self._end_worker(slot, now)
+            slot.state = SlotState.RESTING
+
+    def _next_retirement(self) -> float | None:
+        return min(map(self._idle_until, self._idle()), default=None)
+
+    def _idle_until(self, slot: Slot[Slice]) -> float:
+        assert self.config.idle_timeout is not None
+        return slot.since + self.config.idle_timeout
+
+    def _idle(self) -> list[Slot[Slice]]:
+        """Slots whose workers may be let go, if they have had nothing to do for long enough."""
+        if self.config.idle_timeout is None or self._closed or self.queue.waiting_tokens:
+            return []
+        ready = [slot for slot in self.slots if slot.state is SlotState.READY]
+        idle = [slot for slot in ready if not slot.outstanding]
+        spare = max(0, len(ready) - self._min_workers)
+        return idle[max(0, len(idle) - spare) :]
 
     # Starting.
 
     def _launch(self, slot: Slot[Slice], now: float) -> None:
+        rested = slot.state is SlotState.RESTING
+        slot.state = SlotState.RESTARTING if slot.generation else SlotState.STARTING
         if slot.generation:
-            slot.state = SlotState.RESTARTING
-            self._counts.restarts += 1
+            self._counts.restarts += not rested
             assert slot.last_exit is not None
             logger.info(
                 "worker %d on %s: starting generation %d; the one before ended: %s",
@@ -312,7 +394,7 @@ class Deployment:
         # A hub that has given the model once is not asked again: it may be down by then.
         offline = not self.spec.local and self._fetched
         try:
-            slot.launch(self.spec, self.config, self._batch_tokens(slot), offline=offline, now=now)
+            slot.launch(self.spec, self.config, self._batch_tokens(slot), self._templates, offline=offline, now=now)
         except Exception as error:  # the system has no thread left
             self._launch_failed(slot, LaunchError.of(error), now)
 
@@ -341,7 +423,7 @@ class Deployment:
         else:
             slot.waiting = self._fetched = True
             for other in self.slots:
-                if other.generation == 0:
+                if other.generation == 0 and other.state is SlotState.STARTING:
                     self._launch(other, now)
             self._describe_waiting()
 
@@ -371,6 +453,7 @@ class Deployment:
                 slot.facts = outcome
                 slot.seconds_per_token = 1.0 / outcome.tokens_per_second
                 slot.state = SlotState.READY
+                slot.since = now
                 if self.facts is None:
                     self.facts, self._canary_device = outcome, slot.seat.device
                 self._started = self._started or self.ready
@@ -548,7 +631,7 @@ class Deployment:
         slices, memory = self.config.max_slices_per_worker, self.config.max_memory_per_worker
         if slices is None and memory is None:
             return None
-        if any(other.state not in (SlotState.READY, SlotState.FAILED) for other in self.slots):
+        if any(other.state not in (SlotState.READY, SlotState.RESTING, SlotState.FAILED) for other in self.slots):
             return None
         if slices is not None and slot.scored_slices >= slices:
             return "recycled_slices"

@@ -225,6 +225,11 @@ class Dispatcher:
         workers: list[WorkerInfo] = self.ask(lambda: [] if self._deployment is None else self._deployment.workers())
         return workers
 
+    def template_pids(self) -> list[int]:
+        """The processes that the present model's workers are forked from, if they are."""
+        pids: list[int] = self.ask(lambda: [] if self._deployment is None else self._deployment.template_pids())
+        return pids
+
     def reload(self, spec: ModelSpec) -> Answer[None]:
         """Replace the model; the answer is there once new requests go to it, an error if it could not be loaded."""
         done: Answer[None] = Answer()

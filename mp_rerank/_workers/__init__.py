@@ -11,12 +11,14 @@ In the parent:
     green.py           threads that are greenlets (gevent)
     thread.py          a worker on a thread of this process
     forkserver.py      the process that has done the imports and forks workers
+    template.py        the process that has loaded a model and forks workers
     logs.py            what is logged, and a worker's words on their way to the parent's ``logging``
     memory.py          memory of a process
 
 In the worker:
     child.py           what a worker runs: initialize, describe, score
     preload.py         what the fork server imports
+    template_child.py  what a template runs: load, prove, fork
     lazy_import.py     a package's import put off until it is called
 
 Imports nothing of the scheduling above it. Only ``child`` imports the engine, and only once it runs in a worker.

@@ -50,6 +50,7 @@ class Popen(popen_forkserver.Popen):
         RuntimeError: the server ended, or nobody wants the worker any more, before the server answered.
     """
 
+    forker = "fork server"
     _fds: list[int]  # what the worker inherits
 
     def __init__(self, process: Any) -> None:
@@ -65,7 +66,7 @@ class Popen(popen_forkserver.Popen):
             reduction.dump(process, told)
         finally:
             context.set_spawning_popen(None)
-        self.sentinel, to_child = _server.connect(self._fds)
+        self.sentinel, to_child = self._connect(process)
         parent_alive = os.dup(to_child)  # the worker's sign that this process is there
         self.finalizer = util.Finalize(self, util.close_fds, (parent_alive, self.sentinel))  # type: ignore[attr-defined]
         with open(to_child, "wb") as pipe:
@@ -74,7 +75,11 @@ class Popen(popen_forkserver.Popen):
         try:
             self.pid = forkserver.read_signed(self.sentinel)
         except EOFError:
-            raise RuntimeError("the fork server ended before it had forked this worker") from None
+            raise RuntimeError(f"the {self.forker} ended before it had forked this worker") from None
+
+    def _connect(self, process: Any) -> tuple[int, int]:
+        """Ask for a fork; the pipe that its pid and exit code come down, and the one to tell it what it is."""
+        return _server.connect(self._fds)
 
     def poll(self, flag: int = os.WNOHANG) -> int | None:
         # The exit code comes down a pipe, once: a second thread that reads would take the end of the pipe for the

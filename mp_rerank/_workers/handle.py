@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
-from typing import Protocol
+from typing import Any, Protocol
 
 from mp_rerank._recipe import Recipe
 from mp_rerank._workers.child import Launch, Options, Pairs, Scored, WorkerFacts
@@ -20,7 +20,7 @@ from mp_rerank._workers.process import ProcessHandle
 from mp_rerank._workers.thread import ThreadHandle
 from mp_rerank.config import ModelSpec, PoolConfig
 
-__all__ = ["WorkerHandle", "check_may_start", "make_handle", "starting_workers"]
+__all__ = ["Templates", "WorkerHandle", "check_may_start", "make_handle", "make_templates", "starting_workers"]
 
 
 class WorkerHandle(Protocol):
@@ -69,16 +69,41 @@ class WorkerHandle(Protocol):
         """Wait until it has ended, at most ``timeout`` seconds."""
 
 
+class Templates(Protocol):
+    """What the workers of one model are forked from: processes that have loaded it."""
+
+    def popen(self, launch: Launch) -> Callable[[Any], Any]:
+        """What forks the process of the worker ``launch``, given that process."""
+
+    def pids(self) -> list[int]:
+        """The processes that there are now."""
+
+    def close(self) -> None:
+        """End them, once their workers have ended. Returns at once."""
+
+    @property
+    def alive(self) -> bool:
+        """Whether one has not ended yet."""
+
+    def join(self, timeout: float) -> None:
+        """Wait until all have ended, at most ``timeout`` seconds; nothing waits then for one that has not."""
+
+
 def make_handle(
-    config: PoolConfig, launch: Launch, on_exit: Callable[[int | None], None], place: Place | None = None
+    config: PoolConfig,
+    launch: Launch,
+    on_exit: Callable[[int | None], None],
+    templates: Templates | None = None,
+    place: Place | None = None,
 ) -> WorkerHandle:
     """Start a worker of the kind that ``config`` asks for, or at ``place``.
 
     Args:
         config: ``isolation`` and ``start_method`` say which kind.
         launch: what to start.
-        place: in a Dask cluster; ``None``: on this machine.
         on_exit: called once, on some thread, with the exit code of a worker process that has ended.
+        templates: those of the model, as ``make_templates`` made them.
+        place: in a Dask cluster; ``None``: on this machine.
 
     Raises:
         RuntimeError: the system would start no other thread.
@@ -88,7 +113,16 @@ def make_handle(
     if config.isolation == "thread":
         # The process is the caller's: its thread settings change only where that is asked for.
         return ThreadHandle(replace(launch, threads=config.threads_per_worker))
-    return ProcessHandle(launch, config.start_method, on_exit)
+    return ProcessHandle(launch, config.start_method, on_exit, templates)
+
+
+def make_templates(config: PoolConfig) -> Templates | None:
+    """What the workers of one model are forked from, if ``config`` asks for such: closed once they have ended."""
+    if config.isolation == "thread" or config.start_method != "fork-model":
+        return None
+    from mp_rerank._workers import template  # not on every system
+
+    return template.Templates()
 
 
 @contextmanager

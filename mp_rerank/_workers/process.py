@@ -1,4 +1,4 @@
-"""A worker in a process of its own: a ``ProcessPoolExecutor(1)``, spawned or forked by the server.
+"""A worker in a process of its own: a ``ProcessPoolExecutor(1)``, spawned, or forked by the server or a template.
 
 Making a ``ProcessHandle`` takes no time. One thread of the handle starts the process and stays with it:
 
@@ -25,6 +25,7 @@ from collections.abc import Callable
 from concurrent.futures import BrokenExecutor, Future, ProcessPoolExecutor
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
+from typing import Any, Protocol
 
 import psutil
 
@@ -32,9 +33,10 @@ from mp_rerank._recipe import Recipe
 from mp_rerank._workers import child
 from mp_rerank._workers.child import Launch, Options, Pairs, Scored, WorkerFacts
 from mp_rerank._workers.green import let_files_close, threads_are_green
-from mp_rerank._workers.launching import LaunchError, WorkerContext
+from mp_rerank._workers.launching import LaunchError, TemplateDiedError, WorkerContext
 from mp_rerank._workers.logs import WORKER_LOGGER, repeat_log
 from mp_rerank._workers.surroundings import block_sigpipe, standard_descriptors
+from mp_rerank.errors import ModelLoadError
 
 __all__ = ["ProcessHandle"]
 
@@ -42,12 +44,19 @@ __all__ = ["ProcessHandle"]
 FIRST_WORD_SECONDS = 5.0
 
 
+class _Templates(Protocol):
+    def popen(self, launch: Launch) -> Callable[[Any], Any]:
+        """What forks the process of the worker ``launch``."""
+
+
 class ProcessHandle:
     """A worker in a process. See ``handle.WorkerHandle``.
 
     Args:
         launch: what to start.
-        start_method: ``"spawn"`` or ``"forkserver"``; for the latter somebody holds a lease on the server.
+        start_method: ``"spawn"``, or ``"forkserver"``, for which somebody holds a lease on the server, or
+            ``"fork-model"``.
+        templates: for ``"fork-model"``: of the model.
         on_exit: called on a thread of its own with the exit code, once, when the process has ended, for whatever
             reason. Not where ``loaded`` says that none was started.
 
@@ -62,12 +71,19 @@ class ProcessHandle:
     killable = True
     left = False
 
-    def __init__(self, launch: Launch, start_method: str, on_exit: Callable[[int | None], None]) -> None:
+    def __init__(
+        self,
+        launch: Launch,
+        start_method: str,
+        on_exit: Callable[[int | None], None],
+        templates: _Templates | None = None,
+    ) -> None:
         self.name = name = launch.name
         self.loaded: Future[None] = Future()
         self.pid: int | None = None
         self._launch = launch
         self._start_method = start_method
+        self._templates = templates
         self._on_exit = on_exit
         # Set by whoever wants the worker gone, and looked at once there is a process: no lock, since each writes first
         # and looks then, and what both then do may be done twice.
@@ -147,6 +163,10 @@ class ProcessHandle:
         except BaseException as error:
             if self._unwanted.is_set():
                 self._on_exit(-getattr(signal, "SIGKILL", 9))
+            elif isinstance(error, TemplateDiedError) and error.began:
+                self._on_exit(error.exit_code)
+            elif isinstance(error, ModelLoadError):  # the template's
+                self.loaded.set_exception(error)
             else:
                 self.loaded.set_exception(self._launch_error(error))
             return
@@ -163,7 +183,7 @@ class ProcessHandle:
             self._on_exit(code)
 
     def _start(self) -> BaseProcess:
-        context = WorkerContext(self.name, self._start_method, self._unwanted)
+        context = WorkerContext(self.name, self._popen(), self._unwanted)
         level = logging.getLogger(WORKER_LOGGER).getEffectiveLevel()
         executor = None
         with standard_descriptors:
@@ -196,6 +216,16 @@ class ProcessHandle:
         loaded.add_done_callback(self._pass_on)
         return context.started
 
+    def _popen(self) -> Callable[[Any], Any] | None:
+        """What starts the process: none of ours where it is spawned."""
+        if self._start_method == "spawn":
+            return None
+        if self._templates is not None:
+            return self._templates.popen(self._launch)
+        from mp_rerank._workers import forkserver  # not on every system
+
+        return forkserver.Popen
+
     def _pass_on(self, loaded: Future[None]) -> None:
         """Give the worker's first words. A process that ended before them, or is given up, is the watch's to report."""
         if loaded.cancelled() or isinstance(error := loaded.exception(), BrokenExecutor):
@@ -222,13 +252,16 @@ class ProcessHandle:
             threading.Event().wait(0.01)
         self._kill_process()  # a fork server that dies takes its children's exit codes along, perhaps not the children
         process.join(0.0)  # multiprocessing keeps it, and its files, until somebody has joined it
-        return process.exitcode
+        popen: Any = process._popen  # type: ignore[attr-defined]
+        return None if getattr(popen, "code_is_unknown", False) else process.exitcode
 
     def _launch_error(self, error: BaseException) -> LaunchError:
         of = LaunchError.of(error)
         if isinstance(error, BrokenPipeError) and self._start_method == "spawn":
             # The one who reads is multiprocessing's resource tracker, started before the worker and in the same way.
             return self._never_began("a helper of multiprocessing's", str(of), of.details)
+        if isinstance(error, TemplateDiedError):
+            return self._never_began("the template", f"exit code {error.exit_code}")
         if isinstance(error, ConnectionError) or "fork server" in str(error):
             return self._never_began("the fork server", str(of), of.details)
         return of

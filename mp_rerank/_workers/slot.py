@@ -12,6 +12,8 @@ report names its generation, so that the last words of a dead worker are not tak
        |                                 |
        +-- could not load ---> FAILED <--+  too many deaths in a row, or a worker that cannot be killed
 
+                                 READY ---- nothing to do for long ----> RESTING ---- work waits ----> RESTARTING
+
     any state ---- the pool closes, or a reload lets the deployment go ----> CLOSED
 """
 
@@ -29,7 +31,7 @@ from mp_rerank._pairs import Pair, PairOptions
 from mp_rerank._planning.plan import Seat
 from mp_rerank._recipe import Recipe
 from mp_rerank._workers.child import Launch, Scored, WorkerFacts
-from mp_rerank._workers.handle import WorkerHandle, make_handle
+from mp_rerank._workers.handle import Templates, WorkerHandle, make_handle
 from mp_rerank.config import ModelSpec, PoolConfig
 from mp_rerank.results import ExitReason, WorkerExit, WorkerInfo
 
@@ -73,6 +75,7 @@ class SlotState(enum.Enum):
     READY = "ready"
     DRAINING = "draining"  # its worker finishes what it has and is then replaced
     RESTARTING = "restarting"  # a later worker is loading, or waits for its back-off
+    RESTING = "resting"  # it has no worker, and gets one when there is work for it
     FAILED = "failed"  # given up
     CLOSED = "closed"
 
@@ -189,7 +192,16 @@ class Slot(Generic[_Slice]):
     def _has_live_worker(self) -> bool:
         return self.worker is not None and self.ended_at is None
 
-    def launch(self, spec: ModelSpec, config: PoolConfig, batch_tokens: int, *, offline: bool, now: float) -> None:
+    def launch(
+        self,
+        spec: ModelSpec,
+        config: PoolConfig,
+        batch_tokens: int,
+        templates: Templates | None,
+        *,
+        offline: bool,
+        now: float,
+    ) -> None:
         """Start the next generation. Raises ``OSError`` or ``RuntimeError`` where the system would start no more."""
         self.generation += 1
         self.worker = None
@@ -216,7 +228,7 @@ class Slot(Generic[_Slice]):
             offline=offline,
         )
         self.worker = make_handle(
-            config, launch, lambda code: self.notify(Exited(self, generation, code)), self.seat.place
+            config, launch, lambda code: self.notify(Exited(self, generation, code)), templates, self.seat.place
         )
 
         def loaded(future: Future[None]) -> None:

@@ -6,7 +6,7 @@ import argparse
 
 from mp_rerank._arguments import RequestKeywords, RequestOptions
 from mp_rerank.cli.streams import InputError
-from mp_rerank.config import BUILTIN, ModelSpec
+from mp_rerank.config import BUILTIN, START_METHODS, ModelSpec
 from mp_rerank.pool import RerankerPool
 
 __all__ = [
@@ -42,6 +42,12 @@ def add_workers(parser: argparse.ArgumentParser) -> None:
     """How many workers, and how many threads each."""
     parser.add_argument("--workers", type=int, metavar="N", help="workers in all (default: see `mp-rerank plan`)")
     parser.add_argument("--threads", type=int, metavar="N", help="compute threads a worker")
+    parser.add_argument(
+        "--start-method",
+        choices=START_METHODS,
+        default="spawn",
+        help="how workers are started; fork-model (Linux, CPU) loads the model once for all (default: spawn)",
+    )
 
 
 def add_cluster(parser: argparse.ArgumentParser) -> None:
@@ -111,6 +117,7 @@ def pool_of(arguments: argparse.Namespace, spec: ModelSpec) -> RerankerPool:
         devices=arguments.devices,
         workers=arguments.workers,
         threads_per_worker=arguments.threads,
+        start_method=arguments.start_method,
         nan_scores="none",
         cluster=getattr(arguments, "cluster", None),
     )

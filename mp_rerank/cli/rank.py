@@ -7,9 +7,12 @@ import shutil
 import sys
 from collections.abc import Iterable, Sequence
 from concurrent.futures import TimeoutError as FutureTimeoutError
+from dataclasses import replace
 from typing import Any
 
 from mp_rerank._arguments import RequestKeywords
+from mp_rerank._pairs import estimate_pair, estimate_text
+from mp_rerank._planning.plan import worthwhile_workers
 from mp_rerank._text import one_line
 from mp_rerank.cli import streams
 from mp_rerank.cli.documents import Document, read_documents
@@ -58,13 +61,27 @@ def call(arguments: argparse.Namespace) -> int:
     options: RequestKeywords = {**reading_options(arguments), "min_score": arguments.min_score}
     pool = pool_of(arguments, spec_of(arguments))
     documents = read_documents(arguments.file, arguments.format, arguments.field)  # before anything is started
-    with pool:
-        results = _rank(pool, arguments.query, documents, arguments.top_n, options)
+    with _no_larger_than_worthwhile(pool, arguments.query, documents) as fitted:
+        results = _rank(fitted, arguments.query, documents, arguments.top_n, options)
     if arguments.json:
         streams.write_json([_as_json(result, documents[result.index]) for result in results])
     else:
         _print_table(results, show_passage=arguments.show_passage)
     return 0
+
+
+def _no_larger_than_worthwhile(pool: RerankerPool, query: str, documents: Sequence[Document]) -> RerankerPool:
+    """``pool``, or one of fewer workers on the CPU, where the documents are too few to keep all of them busy."""
+    seats = pool.plan.seats
+    if pool.config.workers is not None or any(not seat.device.startswith("cpu") for seat in seats):
+        return pool
+    asked = estimate_text(query)
+    tokens = sum(estimate_pair(asked, document.text, pool.spec.max_length) for document in documents)
+    workers = min(len(seats), worthwhile_workers(pool.spec, tokens))
+    if workers == len(seats):
+        return pool
+    config = replace(pool.config, devices="cpu", workers=workers, threads_per_worker=seats[0].threads)
+    return RerankerPool(pool.spec, **vars(config))
 
 
 def _rank(

@@ -10,13 +10,21 @@ from pathlib import Path
 
 import psutil
 import pytest
-from conftest import FAKE
+from conftest import FAKE, START_METHODS
 
 from mp_rerank import ModelLoadError, ModelSpec, PoolConfig, RerankerPool
 from mp_rerank._planning import tuning_cache
 from mp_rerank._planning.checkpoint import weight_files, will_be_mapped
 from mp_rerank._planning.machine import Machine, Node
-from mp_rerank._planning.plan import WORKER_BYTES, Plan, Seat, estimate_memory, fitting_workers, make_plan
+from mp_rerank._planning.plan import (
+    WORKER_BYTES,
+    Plan,
+    Seat,
+    estimate_memory,
+    fitting_workers,
+    make_plan,
+    worthwhile_workers,
+)
 from mp_rerank._workers.child import set_threads
 
 MakePool = Callable[..., RerankerPool]
@@ -189,12 +197,12 @@ def test_weights_that_workers_share_are_in_memory_once(tmp_path: Path) -> None:
     spec = ModelSpec(str(tmp_path))
 
     def fitting(**fields: object) -> int:
-        return fitting_workers(on, replace(spec, **fields))[0]  # type: ignore[arg-type]
+        return fitting_workers(on, replace(spec, **fields), PoolConfig())[0]  # type: ignore[arg-type]
 
     assert fitting() == fitting(dtype="float32") == fitting(dtype="auto") == 3  # prepacking copies most of them
     assert fitting(prepack=False) == 17
     assert fitting(weights="private") == fitting(dtype="bfloat16") == fitting(weights="private", prepack=False) == 2
-    assert "that they share" in fitting_workers(on, spec)[1]
+    assert "that they share" in fitting_workers(on, spec, PoolConfig())[1]
 
 
 def test_memory_is_estimated_with_shared_weights_once(tmp_path: Path) -> None:
@@ -205,6 +213,56 @@ def test_memory_is_estimated_with_shared_weights_once(tmp_path: Path) -> None:
         assert two - one == WORKER_BYTES + more * GIB
         assert one - (two - one) == (0 if "weights" in fields else 2 * GIB)
     assert estimate_memory(ModelSpec("org/not-here"), 3) == 3 * WORKER_BYTES, "nobody knows its size"
+
+
+def test_workers_that_are_forked_are_counted_by_what_is_their_own(tmp_path: Path) -> None:
+    """Of a model that each spawned worker would have its own copies of, a template's workers share them."""
+    safetensors(tmp_path / "model.safetensors", ["F32"], 2 * GIB)
+    spec, on = ModelSpec(str(tmp_path)), machine(cores=32, memory=12 * GIB)
+    found = {method: make_plan(PoolConfig(start_method=method), spec, on) for method in START_METHODS}  # type: ignore[arg-type]
+    assert len(found["spawn"].seats) == 3
+    assert len(found["forkserver"].seats) == 3
+    forked = found["fork-model"]
+    assert len(forked.seats) == 32
+    assert "2048 MiB of weights that they share with their template" in " ".join(forked.reasons)
+    suggested = [reason for reason in found["spawn"].reasons if "fork-model" in reason]
+    assert suggested == [
+        "start_method='fork-model' would have memory for 32 workers (150 MiB each, with 2048 MiB of weights that they "
+        "share with their template)"
+    ]
+    assert not any("would have" in reason for reason in forked.reasons)
+    one = estimate_memory(spec, 1, "fork-model")
+    assert estimate_memory(spec, 2, "fork-model") - one == 150 * 2**20
+
+
+def test_each_numa_node_s_template_counts(tmp_path: Path) -> None:
+    safetensors(tmp_path / "model.safetensors", ["F32"], 2 * GIB)
+    on = replace(machine(cores=64, memory=12 * GIB), nodes=(Node((0,), 32), Node((1,), 32)))
+    fitting = {
+        pin: fitting_workers(on, ModelSpec(str(tmp_path)), PoolConfig(start_method="fork-model", pin=pin))[0]
+        for pin in (True, False)
+    }
+    assert fitting == {True: 18, False: 35}
+
+
+def test_a_template_is_not_suggested_where_it_would_not_work(tmp_path: Path) -> None:
+    safetensors(tmp_path / "model.safetensors", ["F32"], 2 * GIB)
+    reasons = make_plan(PoolConfig(), ModelSpec(str(tmp_path), backend="onnx"), machine(memory=8 * GIB)).reasons
+    assert any("memory for no more" in reason for reason in reasons)
+    assert not any("fork-model" in reason for reason in reasons)
+
+
+def test_a_template_has_no_gpu() -> None:
+    with pytest.raises(ValueError, match=r"CPU only, .* are cuda:0 here: say devices='cpu'"):
+        seats(PoolConfig(start_method="fork-model"), machine(gpus=("cuda:0",)))
+
+
+def test_no_more_workers_are_worth_starting_than_there_is_work_for(tmp_path: Path) -> None:
+    assert worthwhile_workers(ModelSpec(), 500) == 1
+    assert worthwhile_workers(ModelSpec(), 10**6) > 5
+    safetensors(tmp_path / "model.safetensors", ["F32"], 2 * GIB)
+    assert worthwhile_workers(ModelSpec(str(tmp_path)), 500) == 1
+    assert worthwhile_workers(ModelSpec(str(tmp_path)), 5000) == 6
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -17,7 +18,9 @@ from conftest import PATIENCE
 from fakes import score_of
 
 from mp_rerank import ModelSpec, RerankerPool, __version__, cli
-from mp_rerank.cli.documents import read_documents
+from mp_rerank._planning.plan import Plan, Seat
+from mp_rerank.cli import rank
+from mp_rerank.cli.documents import Document, read_documents
 
 MakePool = Callable[..., RerankerPool]
 ROOT = Path(__file__).parents[2]
@@ -240,6 +243,26 @@ def test_the_plan_says_how_many_workers_and_why() -> None:
     assert done.stdout.splitlines()[-3:] == [f"worker {i}: cpu, 2 threads" for i in range(3)]
     made = json.loads(mp_rerank("plan", "--devices", "cpu", "--workers", "1", "--threads", "1", "--json").stdout)
     assert made["seats"] == [{"device": "cpu", "threads": 1, "cpus": [], "place": None}]
+
+
+def test_a_few_documents_are_not_given_a_worker_on_every_core(monkeypatch: pytest.MonkeyPatch) -> None:
+    seats = tuple(Seat("cpu", 1) for _ in range(32))
+    monkeypatch.setattr(RerankerPool, "plan", Plan(seats, ()))
+
+    def workers(documents: int, **options: Any) -> tuple[int | None, int | None]:
+        pool = RerankerPool(**options)
+        fitted = rank._no_larger_than_worthwhile(pool, "query", [Document("some words " * 20)] * documents)
+        return fitted.config.workers, fitted.config.threads_per_worker
+
+    assert workers(12) == (1, 1)
+    assert 1 < workers(10**4)[0] < 32  # type: ignore[operator]
+    assert workers(10**6) == (None, None), "as planned"
+    assert workers(12, workers=4) == (4, None), "as asked for"
+
+
+def test_the_plan_is_that_of_the_start_method() -> None:
+    done = mp_rerank("plan", "--start-method", "fork-model")
+    assert "that they share with their template" in done.stdout
 
 
 def test_no_command_is_a_usage_error() -> None:

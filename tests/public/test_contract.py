@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import PATIENCE, Fifo
+from conftest import PATIENCE, START_METHODS, Fifo
 from fakes import score_of, scores_of
 
 from mp_rerank import ModelSpec, PoolClosedError, RerankerPool, RerankResult, ScoringError
@@ -21,8 +21,9 @@ THREE_LABELS = ModelSpec("three", loader="fakes:load_three_labels")
 
 
 KINDS: dict[str, dict[str, Any]] = {
-    "process": {},
+    "process": {"start_method": "spawn"},
     "forked process": {"start_method": "forkserver"},
+    "forked from the model": {"start_method": "fork-model"},
     "thread": {"isolation": "thread"},
     "cluster": {"cluster": ...},
     "process and cluster": {"cluster": ..., "workers": 1},
@@ -36,6 +37,8 @@ def kind(request: pytest.FixtureRequest) -> dict[str, Any]:
     if "cluster" in request.param:
         seats = 2 - KINDS[request.param].get("workers", 0)
         return {**KINDS[request.param], "cluster": request.getfixturevalue("dask_clusters")[seats]}
+    if KINDS[request.param].get("start_method") not in (None, *START_METHODS):
+        pytest.skip("not on this system")
     return KINDS[request.param]
 
 

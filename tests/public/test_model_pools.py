@@ -55,7 +55,9 @@ def sizes(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
         name = pool.spec.name
         return sizes.get(f"measured {name}", len(pool.workers()) * sizes.get(name, SIZE))
 
-    monkeypatch.setattr(_model_manager, "estimate_memory", lambda spec, workers: workers * sizes.get(spec.name, SIZE))
+    monkeypatch.setattr(
+        _model_manager, "estimate_memory", lambda spec, workers, _: workers * sizes.get(spec.name, SIZE)
+    )
     monkeypatch.setattr(_model_manager, "_measure", measure)
     monkeypatch.setattr(_model_manager, "MEASURE_SECONDS", -1.0)
     return sizes
@@ -317,7 +319,7 @@ def test_an_idle_worker_killed_as_it_is_told_to_leave(make_pools: MakePools, mon
         close(manager, tenant, drain=drain)
 
     monkeypatch.setattr(_model_manager.Manager, "_close_pool", kill_and_close)
-    monkeypatch.setattr(_model_manager, "estimate_memory", lambda spec, workers: SIZE)
+    monkeypatch.setattr(_model_manager, "estimate_memory", lambda spec, workers, _: SIZE)
     assert pools.pool(B).rerank("query", DOCUMENTS) == ranked("query", DOCUMENTS)
 
 

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import PATIENCE
+from conftest import PATIENCE, START_METHODS
 
 from mp_rerank._shadowing import shadowing
 
@@ -129,7 +129,7 @@ def test_importing_a_name_of_the_package_says_which_file_is_in_the_way(name: str
 
 
 @pytest.mark.real
-@pytest.mark.parametrize("start_method", ["spawn", "forkserver"])
+@pytest.mark.parametrize("start_method", START_METHODS)
 def test_a_worker_s_error_is_the_first_one_and_names_the_file(start_method: str, tmp_path: Path) -> None:
     """To import torch a second time, once it is half imported, fails in another way."""
     pytest.importorskip("torch")

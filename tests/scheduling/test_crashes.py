@@ -15,7 +15,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from conftest import PATIENCE, Fifo, ranked, stays, until
+from conftest import PATIENCE, Fifo, kill, ranked, stays, until
 from fakes import Obeying, scores_of
 
 from mp_rerank import ModelSpec, PoolClosedError, RerankerPool, ScoringError, WorkerCrashedError
@@ -139,7 +139,8 @@ def test_a_death_on_the_way_to_being_ready(
         psutil.Process(pid).kill()
         starting.join()
     pool.start()
-    assert pool.stats().crashes == 1
+    by_template = pool.config.start_method == "fork-model" and moment != "interpreter"  # both workers wait for it
+    assert pool.stats().crashes == (2 if by_template else 1)
     assert pool.rerank("query", documents(9)) == ranked("query", documents(9))
 
 
@@ -276,9 +277,7 @@ def test_the_pool_goes_on_with_the_seats_that_are_left(
     monkeypatch.setenv("DIES_AT_IMPORT", "")
     with make_pool(ModelSpec("fake", loader="dies_at_import:load"), max_restarts=2) as pool:
         monkeypatch.setenv("DIES_AT_IMPORT", "!signal SIGKILL")
-        pid = pool.workers()[1].pid
-        assert pid is not None
-        psutil.Process(pid).kill()
+        kill(pool, 1)
         until(lambda: pool.workers()[1].state == "failed")
         assert [w.state for w in pool.workers()] == ["ready", "failed"]
         assert pool.rerank("query", documents(500)) == ranked("query", documents(500))
@@ -291,9 +290,7 @@ def test_back_off_grows_and_is_kept(make_pool: MakePool, monkeypatch: pytest.Mon
         ModelSpec("fake", loader="dies_at_import:load"), workers=1, max_restarts=5, restart_backoff=1000.0
     ) as pool:
         monkeypatch.setenv("DIES_AT_IMPORT", "!signal SIGKILL")
-        pid = pool.workers()[0].pid
-        assert pid is not None
-        psutil.Process(pid).kill()
+        kill(pool, 0)
         until(lambda: pool.stats().crashes == 2)  # the first restart is at once
         assert pool.workers()[0].state == "restarting"
         waiting = pool.submit("query", ["document"], timeout=0.05)

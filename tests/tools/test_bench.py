@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import START_METHODS
 
 ROOT = Path(__file__).parents[2]
 
@@ -113,6 +114,16 @@ def test_nothing_in_common_is_no_success(write: Callable[..., Path]) -> None:
     done = bench("compare", write("old", a=(1.0, 1.0, 1.0, "")), write("new", b=(1.0, 1.0, 1.0, "")))
     assert done.returncode == 2
     assert "no row in common" in done.stderr
+
+
+def test_growth_is_measured_without_torch(tmp_path: Path) -> None:
+    methods = ["spawn", *START_METHODS[2:]]
+    done = bench("growth", "--workers", "1", "2", "--methods", *methods, "--rounds", "1", "--out", tmp_path)
+    assert done.returncode == 0, done.stderr
+    rows = json.loads((tmp_path / "growth.json").read_text())["rows"]
+    assert {(row["of"]["start method"], row["of"]["workers"]) for row in rows} == {
+        (m, n) for m in methods for n in (1, 2)
+    }
 
 
 def test_the_machinery_is_measured_without_torch(tmp_path: Path) -> None:

@@ -7,9 +7,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+from conftest import START_METHODS
 
-def test_agents_lose_nothing_while_workers_die() -> None:
+
+@pytest.mark.parametrize("start_method", ["spawn", *START_METHODS[2:]])
+def test_agents_lose_nothing_while_workers_die(start_method: str) -> None:
     command = [sys.executable, "-m", "bench", "chaos", "--seconds", "5", "--agents", "32", "--workers", "2", "--json"]
+    command += ["--start-method", start_method]
     done = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=250)
     assert done.returncode == 0, (done.stdout, done.stderr)
     assert done.stderr == ""

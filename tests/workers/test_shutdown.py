@@ -6,7 +6,6 @@ terminal.
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import signal
 import subprocess
@@ -19,7 +18,7 @@ from typing import Any
 
 import psutil
 import pytest
-from conftest import FAKE, PATIENCE, Fifo, ranked, until
+from conftest import FAKE, PATIENCE, START_METHODS, Fifo, ranked, until
 
 from mp_rerank import ModelSpec, PoolClosedError, RerankerPool, RerankError
 from mp_rerank._scheduling.dispatcher import Dispatcher
@@ -271,10 +270,12 @@ class Script:
 
 
 @pytest.fixture
-def run(tmp_path: Path) -> Iterator[Callable[..., Script]]:
+def run(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Callable[..., Script]]:
     scripts: list[Script] = []
 
-    def make(program: str, state: str, parting: str = "", start_method: str = "spawn") -> Script:
+    default = str(request.config.getoption("--start-method"))
+
+    def make(program: str, state: str, parting: str = "", start_method: str = default) -> Script:
         gate = tmp_path / f"gate{len(scripts)}"
         script = Script(program, state, gate, parting, start_method)
         scripts.append(script)  # before anything can fail: what was started is ended
@@ -309,11 +310,13 @@ def test_every_ending_from_every_state(run: Callable[..., Script], ending: str, 
     check(script, release=state == "busy" and drains, code=code)
 
 
-@pytest.mark.skipif("forkserver" not in multiprocessing.get_all_start_methods(), reason="no fork server here")
+@pytest.mark.parametrize("start_method", START_METHODS[1:])
 @pytest.mark.parametrize("ending", ["close at once", "interpreter exit", "killed"])
-def test_a_fork_server_and_its_workers_leave_too(run: Callable[..., Script], ending: str) -> None:
-    script = run(ENDINGS.get(ending, STAYING), "busy", start_method="forkserver")
-    assert len(script.workers) == 2, "the server and the worker"
+def test_a_fork_server_or_a_template_and_its_workers_leave_too(
+    run: Callable[..., Script], ending: str, start_method: str
+) -> None:
+    script = run(ENDINGS.get(ending, STAYING), "busy", start_method=start_method)
+    assert len(script.workers) == 2, "the server or the template, and the worker"
     if ending == "killed":
         script.process.kill()
         script.end()

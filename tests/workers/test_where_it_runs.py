@@ -16,7 +16,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from conftest import PATIENCE, until
+from conftest import PATIENCE, START_METHODS, until
 
 from mp_rerank import RerankerPool
 
@@ -107,7 +107,7 @@ def test_closed_standard_descriptors_and_a_fork_server(tmp_path: Path) -> None:
 
 
 @posix
-@pytest.mark.parametrize("start_method", ["spawn", "forkserver"])
+@pytest.mark.parametrize("start_method", START_METHODS)
 def test_sigpipe_turned_on_again_does_not_end_the_program(start_method: str) -> None:
     """The usual recipe for ``| head``: writing to a worker that is dead is an error for us, no end for the program."""
     program = """
@@ -146,7 +146,7 @@ with make() as pool:
 
 
 @posix
-@pytest.mark.parametrize("start_method", ["spawn", "forkserver"])
+@pytest.mark.parametrize("start_method", START_METHODS)
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_a_deleted_directory(when: str, start_method: str, tmp_path: Path) -> None:
     gone = tmp_path / "gone"
@@ -207,7 +207,7 @@ print(len(beats) > 5 or {})
 """
 
 
-@pytest.mark.parametrize("start_method", ["spawn", "forkserver"])
+@pytest.mark.parametrize("start_method", START_METHODS)
 @pytest.mark.parametrize("patched", ["", "thread=False", "queue=False", "os=False, signal=False", "select=False"])
 def test_gevent(patched: str, start_method: str) -> None:
     """Greenlets that ask, a worker that dies, other greenlets meanwhile; or an error that says what to do."""
@@ -380,7 +380,7 @@ def test_a_frozen_program(aware: bool, tmp_path: Path) -> None:
 
 
 @linux
-@pytest.mark.parametrize("start_method", ["spawn", "forkserver"])
+@pytest.mark.parametrize("start_method", START_METHODS)
 def test_stopped_workers_end_with_a_killed_parent(start_method: str) -> None:
     """A process that is stopped can look at nothing: the system must kill it."""
     program = """
