@@ -24,6 +24,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "delays of small requests beside a large one, and beside another caller's many",
     ),
     "scale": ("bench.speed.scale", "what 64 workers and 100,000 pending requests cost the dispatcher"),
+    "cluster": (
+        "bench.speed.cluster",
+        "what a Dask worker costs beside a process: a slice, 1 to 32 seats, and where one caller's process ends",
+    ),
     "reuse": (
         "bench.speed.reuse",
         "what agents that ask alike gain from scoring equal pairs once, and a score cache",

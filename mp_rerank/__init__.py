@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from mp_rerank.config import ModelSpec, PoolConfig
     from mp_rerank.errors import (
+        ClusterError,
         ModelLoadError,
         PoolClosedError,
         PoolOverloadedError,
@@ -47,6 +48,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "CallerStats",
+    "ClusterError",
     "KeptModel",
     "ModelLoadError",
     "ModelPools",

@@ -292,14 +292,12 @@ class _InFlight:
         self._options = options
         self._tasks: deque[_Task] = deque()
         self._pairs = 0
-        on_cpu = [worker.device.startswith("cpu") for worker in pool.workers()]
-        self._bound = sum(PAIRS_IN_FLIGHT_CPU if cpu else PAIRS_IN_FLIGHT_GPU for cpu in on_cpu)
         self._deadly: dict[str, str] = {}  # documents that have ended workers, and how
         self._in_vain = 0  # queries in a row without any score
 
     def submit(self, task: _Task) -> None:
         """Have ``task`` scored. Waits while there is enough in flight, and writes what is done."""
-        while len(self._tasks) > 1 and self._pairs + len(task.documents) > self._bound:
+        while len(self._tasks) > 1 and self._pairs + len(task.documents) > self._bound():
             self._finish_first()
         task.sent = [i for i, name in enumerate(task.candidates.documents) if name not in self._deadly]
         texts = [task.documents[i] for i in task.sent]
@@ -308,6 +306,11 @@ class _InFlight:
         self._pairs += len(task.documents)
         while self._tasks and self._tasks[0].future.done():
             self._finish_first()
+
+    def _bound(self) -> int:
+        """Pairs in flight for the workers that there are now: those of a cluster come and go."""
+        on_cpu = [worker.device.startswith("cpu") for worker in self._pool.workers()]
+        return sum(PAIRS_IN_FLIGHT_CPU if cpu else PAIRS_IN_FLIGHT_GPU for cpu in on_cpu)
 
     def __enter__(self) -> _InFlight:
         return self

@@ -21,7 +21,7 @@ from typing import Any, Literal
 from mp_rerank._checks import check_count, check_flag, check_optional_count, check_seconds, check_text, is_for_ever
 from mp_rerank._text import one_line
 
-__all__ = ["BUILTIN", "START_METHODS", "ModelSpec", "PoolConfig"]
+__all__ = ["BUILTIN", "START_METHODS", "ClusterAddress", "ModelSpec", "PoolConfig"]
 
 BUILTIN = "builtin"
 # More than any machine has cores; a larger number is a slip.
@@ -172,6 +172,19 @@ class ModelSpec:
 
 
 @dataclass(frozen=True)
+class ClusterAddress:
+    """Where a Dask scheduler is, and how to speak to it.
+
+    Attributes:
+        address: such as ``"tcp://10.0.0.1:8786"``.
+        security: Dask's ``Security``, for TLS; ``None``: as Dask's own configuration says.
+    """
+
+    address: str
+    security: Any = field(default=None, repr=False)
+
+
+@dataclass(frozen=True)
 class PoolConfig:
     """How many workers, on which devices, with which limits. ``RerankerPool`` takes each field as a keyword.
 
@@ -214,7 +227,13 @@ class PoolConfig:
         hang_timeout: a worker is killed when its slice takes so many seconds longer than ten times what the worker's
             measured speed promises; ``None``: never. No effect under ``isolation="thread"``: threads cannot be killed.
         max_slices_per_worker: replace a worker after so many slices; ``None``: never.
-        max_memory_per_worker: replace a worker when its resident memory passes so many bytes; ``None``: never.
+        max_memory_per_worker: replace a worker when its resident memory passes so many bytes; ``None``: never. No
+            effect on workers of a Dask cluster, which has a limit of its own.
+        cluster: a Dask cluster, each of whose worker processes is a seat of the pool: the address of its scheduler, or
+            a Dask ``Client`` or cluster object, of which address and security are taken. Workers may join and leave
+            while the pool lives. Seats on this machine are beside them only if ``workers`` is given. Needs the extra
+            ``dask``.
+        cluster_timeout: seconds that the cluster's scheduler, or one of its workers, may be silent or away.
         min_workers: start with so many workers (at least one, to prove the model), and a further one, up to
             ``workers``, while more work waits than the others have been given; ``None``: start all, unless
             ``idle_timeout`` is given: then 1.
@@ -248,6 +267,8 @@ class PoolConfig:
     hang_timeout: float | None = 300.0
     max_slices_per_worker: int | None = None
     max_memory_per_worker: int | None = None
+    cluster: Any = None
+    cluster_timeout: float = 30.0
     min_workers: int | None = None
     idle_timeout: float | None = None
 
@@ -276,6 +297,7 @@ class PoolConfig:
             raise ValueError(f"nan_scores: 'error' or 'none' is needed, not {self.nan_scores!r}")
         self._check_kind_of_worker()
         self._check_seconds()
+        object.__setattr__(self, "cluster", _cluster_address(self.cluster))
 
     def _check_kind_of_worker(self) -> None:
         """Check ``isolation`` and ``start_method``."""
@@ -323,6 +345,10 @@ class PoolConfig:
             if getattr(self, name) is not None:
                 limit = check_seconds(name, getattr(self, name))
                 object.__setattr__(self, name, None if is_for_ever(limit) else limit)
+        wait = check_seconds("cluster_timeout", self.cluster_timeout)
+        if not wait:
+            raise ValueError("cluster_timeout: more than 0 seconds are needed, not 0")
+        object.__setattr__(self, "cluster_timeout", min(wait, threading.TIMEOUT_MAX))
         backoff = check_seconds("restart_backoff", self.restart_backoff)
         object.__setattr__(self, "restart_backoff", min(backoff, threading.TIMEOUT_MAX))
 
@@ -380,6 +406,30 @@ def _devices(devices: object) -> tuple[str, ...]:
         if not isinstance(device, str) or not DEVICE.fullmatch(device):
             raise ValueError(f"devices: unknown device {device!r}; 'auto', 'cpu', 'cuda', 'cuda:0', 'mps', … are known")
     return tuple(str.__str__(device) for device in named)
+
+
+def _cluster_address(cluster: object) -> ClusterAddress | None:
+    """``cluster`` as an address; of an object of Dask's, the address and the security that it has."""
+    if cluster is None or isinstance(cluster, ClusterAddress):
+        return cluster
+    security = None
+    address = cluster
+    if not isinstance(cluster, str):  # a client, or a cluster, which have both
+        security = getattr(cluster, "security", None)
+        address = getattr(cluster, "scheduler_address", None) or getattr(
+            getattr(cluster, "scheduler", None), "address", None
+        )
+    if not isinstance(address, str) or not address:
+        raise TypeError(
+            f"cluster: the address of a Dask scheduler, or a Dask Client, is needed, not {cluster!r:.100}"
+            f"{'' if address is cluster else ' (it has no scheduler yet, or is closed)'}"
+        )
+    if address.startswith("inproc://"):
+        raise ValueError(
+            "cluster: this one has no processes (processes=False), and its workers would load models in this one: "
+            "LocalCluster(processes=True) has, and without a cluster isolation='thread' is one model in this process"
+        )
+    return ClusterAddress(str.__str__(address), security)
 
 
 def _importable(loader: str | Callable[..., Any]) -> str:

@@ -8,6 +8,7 @@
      +-- ScoringError            the model raised an exception on a document, or its score is no finite number
      +-- TextTooLongError        a document is longer than the request allows; also a ``ValueError``
      +-- WorkerCrashedError      a document ended every worker that had it, or no worker is left
+     +-- ClusterError            a Dask cluster cannot be used, or its scheduler is lost and no worker is left
 
 Each error has its facts as attributes. They are text and numbers only: a foreign exception could import torch into the
 parent when it is unpickled. Errors survive pickling: ``args`` holds the message, ``__dict__`` the facts.
@@ -22,6 +23,7 @@ from __future__ import annotations
 from mp_rerank._text import one_line, printable
 
 __all__ = [
+    "ClusterError",
     "ModelLoadError",
     "PoolClosedError",
     "PoolOverloadedError",
@@ -154,3 +156,15 @@ class WorkerCrashedError(RerankError):
         self.exit_code = exit_code
         self.attempts = attempts
         self.document_index = document_index
+
+
+class ClusterError(RerankError):
+    """A Dask cluster cannot be used: no scheduler, no workers, or workers that cannot be seats.
+
+    Attributes:
+        address: the scheduler's, or that of the worker that cannot be used.
+    """
+
+    def __init__(self, message: str, *, address: str = "") -> None:
+        super().__init__(message)
+        self.address = address

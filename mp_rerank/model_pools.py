@@ -59,6 +59,7 @@ class ModelPools:
     def __init__(self, memory: int | str, *, devices: str | Sequence[str] = "auto", **options: Any) -> None:
         self._options: dict[str, Any] = {"devices": devices, **options}
         self._config = PoolConfig.of(self._options)
+        _check_here(self._config)
         self._manager = Manager(memory_size("memory", memory))
         weakref.finalize(self, self._manager.close, drain=True).atexit = False
 
@@ -125,6 +126,7 @@ class _Handle(RerankerPool):
 
     def __init__(self, pools: ModelPools, manager: Manager, spec: ModelSpec, options: dict[str, Any]) -> None:
         super().__init__(spec, **options)
+        _check_here(self.config)
         self._pools = pools  # they end with the last who holds them, or a handle
         self._manager = manager
         self._key = key_of(spec, self.config)
@@ -280,3 +282,12 @@ def _wait_for_end(ended: Answer[None], close: Callable[..., None], drain: bool, 
         close(drain=False)
         ended.wait()
         raise
+
+
+def _check_here(config: PoolConfig) -> None:
+    """Raise ``ValueError`` for pools whose memory is not this machine's."""
+    if config.cluster is not None:
+        raise ValueError(
+            "cluster: ModelPools keep models within a bound on this machine's memory, which says nothing of a "
+            "cluster's: use a RerankerPool for each model"
+        )

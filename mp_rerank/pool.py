@@ -52,7 +52,7 @@ class RerankerPool(RerankerCalls):
         devices: ``"auto"``, a device, or a list of them; see ``PoolConfig``, whose every field is a keyword here.
         workers: workers in all; ``None``: what was tuned, else one a GPU, or what the cores and the memory allow.
         threads_per_worker: compute threads of each; ``None``: what was tuned, else the cores are shared out.
-        options: the other fields of ``PoolConfig``.
+        options: the other fields of ``PoolConfig``, such as ``cluster``: seats in a Dask cluster.
 
     Raises:
         TypeError, ValueError: naming the argument and its value.

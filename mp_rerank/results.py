@@ -90,6 +90,7 @@ ExitReason = Literal[
     "reloaded",
     "load_failed",
     "launch_failed",
+    "left",
 ]
 
 
@@ -105,6 +106,7 @@ class WorkerExit:
             ``max_slices_per_worker`` or ``max_memory_per_worker``. ``"idle_timeout"``: it had nothing to do for
             that long. ``"reloaded"``: another model took its place. ``"load_failed"``: it could not load the model.
             ``"launch_failed"``: the system would start no process.
+            ``"left"``: the Dask cluster took it away, or it cannot be reached any more.
         exit_code: of its process; negative for a signal; ``None`` where it was told to leave, or where nobody knows.
         signal: the signal's name, such as ``"SIGKILL"``; empty without one.
         at: when, in seconds since the epoch.
@@ -126,7 +128,8 @@ class WorkerInfo:
         generation: how many workers have had this seat; 1 is the first.
         device: the seat's device; its workers never leave it.
         threads: compute threads of the worker.
-        pid: the worker's process (the caller's own under ``isolation="thread"``); ``None`` while there is none.
+        pid: the worker's process (the caller's own under ``isolation="thread"``); ``None`` while there is none, or
+            where it is on another machine.
         dtype: the dtype of the weights; two joined by ``+`` where the architecture itself mixes them.
         load_seconds: imports and loading, in the worker, or in the template it was forked from.
         weights_bytes: size of parameters and buffers.
@@ -146,6 +149,7 @@ class WorkerInfo:
         canary: the scores of the canary pairs; equal on every worker of a pool.
         tokens_per_second: estimated tokens scored per second, as last measured in this worker.
         last_exit: how the worker before it on this seat ended; ``None`` while it is the first.
+        place: where in a Dask cluster: the address of the nanny, or of a worker that has none; empty on this machine.
     """
 
     slot: int
@@ -166,6 +170,7 @@ class WorkerInfo:
     canary: tuple[float, ...] = ()
     tokens_per_second: float = 0.0
     last_exit: WorkerExit | None = None
+    place: str = ""
 
 
 @dataclass

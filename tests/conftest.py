@@ -15,6 +15,7 @@ from typing import Any
 
 import psutil
 import pytest
+from clusters import CLUSTER_MARK, Processes, need_dask
 from fakes import scores_of
 
 from mp_rerank import ModelSpec, RerankerPool, RerankResult, shared
@@ -70,6 +71,18 @@ def fork_server() -> Iterator[str]:
     forkserver.release()
 
 
+@pytest.fixture(scope="session")
+def dask_clusters(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[int, str]]:
+    """The addresses of two Dask clusters, by the number of their workers: 1 and 2."""
+    need_dask()
+    clusters = {count: Processes(tmp_path_factory.mktemp("cluster")) for count in (1, 2)}
+    for count, cluster in clusters.items():
+        cluster.worker("--nworkers", str(count))
+    yield {count: cluster.address for count, cluster in clusters.items()}
+    for cluster in clusters.values():
+        cluster.close()
+
+
 @pytest.fixture
 def make_pool(request: pytest.FixtureRequest) -> Iterator[Callable[..., RerankerPool]]:
     """Makes pools, of the fake model unless another is named, and closes them when the test ends.
@@ -83,7 +96,7 @@ def make_pool(request: pytest.FixtureRequest) -> Iterator[Callable[..., Reranker
 
     def make(model: str | ModelSpec = FAKE, **options: Any) -> RerankerPool:
         options.setdefault("devices", "cpu")
-        if options.get("isolation") != "thread":
+        if options.get("isolation") != "thread" and "cluster" not in options:
             options.setdefault("workers", 2)
         options.setdefault("restart_backoff", 0.01)
         options.setdefault("start_method", start_method)
@@ -184,8 +197,10 @@ def _nothing_left_behind() -> Iterator[None]:
 
 
 def stays(process: psutil.Process) -> bool:
-    """Whether it is no worker, but multiprocessing's tracker, of which there is one, or the tests' fork server."""
+    """Whether it is none of ours: multiprocessing's tracker, the tests' fork server, or of their Dask clusters."""
     try:
+        if CLUSTER_MARK in process.environ():
+            return True
         line = " ".join(process.cmdline())
         return "resource_tracker" in line or ("forkserver" in line and process.ppid() == os.getpid())
     except psutil.Error:

@@ -3,7 +3,8 @@
 Agents submit requests of all sizes and check every score that they get. Some cancel, and some set a deadline. Some
 submit documents that kill or hang the worker that scores them, once or every time. Half of the requests share their
 queries and documents with others, and some scores are cached. Meanwhile workers are killed and stopped at random
-moments, models are reloaded, and workers are recycled. Each of these counts must be 0:
+moments, models are reloaded, and workers are recycled. With ``--cluster N`` the seats are N workers of a Dask cluster,
+whose nannies are killed and replaced too, and which are retired. Each of these counts must be 0:
 
 lost            requests without an outcome
 unexplained     outcomes that no agent's and no other action explains
@@ -32,8 +33,8 @@ from typing import Any
 
 import psutil
 
-from bench.inputs.fakes import PACED, score_of
-from mp_rerank import ModelSpec, RequestTimeoutError, RerankerPool, RerankResult, WorkerCrashedError
+from bench.inputs.fakes import CLUSTER_MARK, PACED, Processes, score_of
+from mp_rerank import ClusterError, ModelSpec, RequestTimeoutError, RerankerPool, RerankResult, WorkerCrashedError
 
 FORK_MODEL = "fork-model"
 METHODS = ("spawn", "forkserver", FORK_MODEL)
@@ -46,6 +47,8 @@ DEATHS = {"kill": "!signal SIGKILL", "segfault": "!segfault", "exit": "!os._exit
 HANG_TIMEOUT = 1.0
 # The queries and documents that agents share; the cache is smaller than the number of their pairs.
 QUERIES, DOCUMENTS, SCORE_CACHE = 4, 100, 300
+# What a Dask worker may be away. A nanny starts another in 2 s, and in 6 where all of them do.
+CLUSTER_TIMEOUT = 10.0
 START_TIMEOUT = 20.0  # for workers that are stopped (SIGSTOP) while they load
 # A request is lost if it has no outcome so many seconds after agents and killings have ended.
 PATIENCE = 120.0
@@ -59,6 +62,7 @@ def main(argv: Sequence[str]) -> int:
     )
     parser.add_argument("--agents", type=int, default=32, help="agent threads")
     parser.add_argument("--workers", type=int, default=2, help="worker processes")
+    parser.add_argument("--cluster", type=int, metavar="N", help="workers of a Dask cluster in place of --workers")
     parser.add_argument("--start-method", choices=METHODS, default="spawn", help="of the workers (default: spawn)")
     parser.add_argument("--seed", type=int, default=0, help="of the agents' and the monkeys' choices")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
@@ -67,9 +71,8 @@ def main(argv: Sequence[str]) -> int:
     if options.start_method == FORK_MODEL:
         _adopt_orphans()
     with tempfile.TemporaryDirectory() as marks:
-        report = Chaos(
-            options.seconds, options.agents, options.workers, options.seed, Path(marks), options.start_method
-        ).run()
+        chaos = Chaos(options.seconds, options.agents, options.workers, options.seed, Path(marks), options.start_method)
+        report = chaos.run_in_cluster(options.cluster) if options.cluster else chaos.run()
     print(json.dumps(report, indent=2) if options.json else _table(report))
     return 1 if any(report[name] for name in FAULTS) else 0
 
@@ -110,6 +113,21 @@ class Chaos:
         self.lost: list[str] = []
         self.unexplained: list[str] = []
         self.errors: list[BaseException] = []
+        self.cluster: Processes | None = None
+        self.nannies: list[psutil.Popen] = []
+
+    def run_in_cluster(self, workers: int) -> dict[str, Any]:
+        """As ``run``, with so many workers of a Dask cluster."""
+        folder = self.marks / "cluster"
+        folder.mkdir()
+        self.workers = workers
+        self.cluster = Processes(folder)
+        try:
+            self.nannies = [self.cluster.worker() for _ in range(workers)]
+            self.cluster.wait_for(workers)
+            return self.run()
+        finally:
+            self.cluster.close()
 
     def run(self) -> dict[str, Any]:
         """Run agents and killings, and compare the process before and after; the report."""
@@ -135,6 +153,8 @@ class Chaos:
         stats = pool.stats()
         workers = [info.state for info in pool.workers()]
         pool.close()
+        if self.cluster is not None:
+            self.cluster.reap(self.nannies)
         end = _Footprint.now(until=start)
         if self.errors:
             raise self.errors[0]
@@ -172,10 +192,13 @@ class Chaos:
         }
 
     def _pool(self) -> RerankerPool:
+        where: dict[str, Any] = {"workers": self.workers}
+        if self.cluster is not None:
+            where = {"cluster": self.cluster.address, "cluster_timeout": CLUSTER_TIMEOUT}
         return RerankerPool(
             _spec(MODELS[0]),
+            **where,
             devices="cpu",
-            workers=self.workers,
             threads_per_worker=1,
             start_method=self.start_method,
             start_timeout=START_TIMEOUT,
@@ -347,7 +370,11 @@ class Chaos:
 
     def _killer(self, pool: RerankerPool, chance: random.Random) -> None:
         """Kill, stop and crash workers, whether they load, wait or score, and their template."""
-        while not self.stop.wait(chance.random() * 1.5):
+        # A Dask worker takes ten times as long to come back as a process of the pool's.
+        while not self.stop.wait(chance.random() * (6.0 if self.cluster is not None else 1.5)):
+            if self.cluster is not None:
+                self._harm_cluster(self.cluster, chance)
+                continue
             pids = [info.pid for info in pool.workers() if info.pid is not None]
             if not pids:
                 continue
@@ -364,11 +391,39 @@ class Chaos:
             except psutil.Error:
                 pass
 
+    def _harm_cluster(self, cluster: Processes, chance: random.Random) -> None:
+        """Do something to one of the Dask workers, or to its nanny: then another is started in its place."""
+        number = chance.randrange(len(self.nannies))
+        nanny = self.nannies[number]
+        name = chance.choice(["SIGKILL", "SIGKILL", "SIGSEGV", "SIGSTOP", "nanny SIGKILL", "nanny SIGTERM"])
+        if name.startswith("nanny"):
+            nanny.send_signal(getattr(signal, name.split()[1]))  # SIGTERM: the worker finishes what it has
+            self.nannies[number] = cluster.worker()
+        else:
+            workers = [child for child in nanny.children() if "spawn_main" in " ".join(child.cmdline())]
+            if not workers:
+                return
+            workers[0].send_signal(getattr(signal, name))
+            if name == "SIGSTOP":
+                threading.Timer(chance.random() * 2 * CLUSTER_TIMEOUT, _resume, workers).start()
+        self.kills[name] += 1
+
     def _reloader(self, pool: RerankerPool, chance: random.Random) -> None:
         turn = 0
         while not self.stop.wait(3.0 + chance.random() * 7.0):
             turn += 1
-            pool.reload(_spec(MODELS[turn % 2]))
+            try:
+                pool.reload(_spec(MODELS[turn % 2]))
+            except ClusterError:  # every worker has left while it loaded
+                turn -= 1
+
+
+def _resume(process: psutil.Process) -> None:
+    """Let a worker that was stopped go on."""
+    try:
+        process.resume()
+    except psutil.NoSuchProcess:  # its nanny has ended it
+        pass
 
 
 def _is_adopted_zombie(process: psutil.Process) -> bool:
@@ -385,7 +440,8 @@ class _Footprint:
     def __init__(self) -> None:
         gc.collect()
         process = psutil.Process()
-        self.processes = sum(not _is_adopted_zombie(child) for child in process.children(recursive=True))
+        children = process.children(recursive=True)
+        self.processes = sum(not _in_cluster(child) and not _is_adopted_zombie(child) for child in children)
         self.threads = threading.active_count()
         self.files = process.num_fds() if hasattr(process, "num_fds") else process.num_handles()
         self.rss = process.memory_info().rss
@@ -402,6 +458,13 @@ class _Footprint:
             if until is None or within or time.monotonic() > deadline:
                 return found
             time.sleep(0.1)
+
+
+def _in_cluster(process: psutil.Process) -> bool:
+    try:
+        return CLUSTER_MARK in process.environ()
+    except psutil.Error:
+        return False
 
 
 def _quantile(values: list[float], share: float) -> float:

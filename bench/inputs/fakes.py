@@ -1,4 +1,4 @@
-"""The fake models of `tests/fakes.py`, for commands whose figures do not depend on a model.
+"""The fake models and the Dask clusters of `tests/`, for commands whose figures do not depend on a model.
 
 A worker imports a loader by the name of its module and gets this process's search path. So this module adds the tests'
 folder to the search path.
@@ -8,12 +8,13 @@ import sys
 
 from bench import ROOT
 
-__all__ = ["EMPTY", "GATED", "IMPORTS", "PACED", "SLEEPING", "score_of"]
+__all__ = ["CLUSTER_MARK", "EMPTY", "GATED", "IMPORTS", "PACED", "SLEEPING", "Processes", "score_of"]
 
 TESTS = str(ROOT / "tests")
 if TESTS not in sys.path:
     sys.path.append(TESTS)
 
+from clusters import CLUSTER_MARK, Processes  # noqa: E402
 from fakes import score_of  # noqa: E402
 
 #: scores of 0, at once

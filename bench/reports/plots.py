@@ -155,9 +155,26 @@ def reuse(report: Report) -> None:
     axis.set_title("pairs/s, by what is reused", loc="left")
 
 
+def cluster(report: Report) -> None:
+    """Efficiency by number of seats; slices a second of many more, by the model and simulated."""
+    left, right = panels(2, 2, 3)
+    lines(left, rows_of(report, "efficiency, %"), "seats")
+    left.set(title="the seats' time spent at work, %", ylim=(0, 105))
+    for i, way in enumerate(("directly", "through the scheduler")):
+        model, simulated = (
+            [row for row in rows_of(report, f"slices/s, {how}") if row.of["slices go"] == way]
+            for how in ("by the model", "simulated")
+        )
+        counts = [row.of["seats"] for row in model]
+        right.plot(counts, [row.median for row in model], "--", color=SERIES[i], label=f"{way}: the model")
+        right.plot(counts, [row.median for row in simulated], "o", color=SERIES[i], label=f"{way}: simulated")
+    right.set(title="slices/s", xlabel="seats", xscale="log", yscale="log")
+    right.legend(frameon=False, fontsize=7)
+
+
 PAINTERS: dict[str, Callable[[Report], None]] = {
     painter.__name__: painter
-    for painter in (throughput, latency, scale, memory, load, start, growth, backends, models, weights, reuse)
+    for painter in (throughput, latency, scale, memory, load, start, growth, backends, models, weights, reuse, cluster)
 }
 
 

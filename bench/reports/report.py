@@ -33,6 +33,7 @@ PACKAGES = (
     "sentence-transformers",
     "tokenizers",
     "numpy",
+    "distributed",
     "onnxruntime",
     "openvino",
     "nncf",

@@ -38,7 +38,7 @@ COMMANDS: dict[str, str] = {
 }
 
 #: reports that are on the page, though the suite does not make them
-OTHERS = ("throughput-cuda", "bulk", "langroid")
+OTHERS = ("throughput-cuda", "bulk", "langroid", "cluster")
 #: commands that measure real texts too, if they get `--data`
 WITH_DATA = ("throughput", "backends")
 

@@ -87,14 +87,14 @@ def slots(report: Report, count: int, seconds: float, slices: int, rounds: int) 
     print(f"{count} slots: {statistics.median(efficiency):.1f} %", flush=True)
 
 
-def kept_busy(pool: RerankerPool, count: int, slices: int) -> float:
+def kept_busy(pool: RerankerPool, count: int, slices: int, document: str = "a document") -> float:
     """The seconds of ``count`` workers for ``slices`` slices each, with a few requests a worker always pending."""
     start = time.perf_counter()
     waiting: deque[Future[Any]] = deque()
     for _ in range(count * slices):
         if len(waiting) == PENDING_A_SLOT * count:
             waiting.popleft().result()  # about the first to be done: all take equally long
-        waiting.append(pool.submit_pairs([("a query", "a document")]))
+        waiting.append(pool.submit_pairs([("a query", document)]))
     while waiting:
         waiting.popleft().result()
     return time.perf_counter() - start

@@ -14,6 +14,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from mp_rerank._planning.checkpoint import weight_files, will_be_mapped
 from mp_rerank._planning.machine import Machine, Node, read_machine
@@ -51,11 +52,14 @@ class Seat:
         device: the worker's device.
         threads: its compute threads.
         cpus: the logical CPUs it is kept on; empty: wherever this process may run.
+        place: what starts the worker, and where, if not on this machine (``_workers.dask.Place``); its text is the name
+            of that place.
     """
 
     device: str
     threads: int
     cpus: tuple[int, ...] = ()
+    place: Any = None
 
 
 @dataclass(frozen=True)
@@ -79,6 +83,9 @@ def make_plan(config: PoolConfig, spec: ModelSpec, machine: Machine | None = Non
     What the caller asks for comes first, then what was tuned for this model and machine, then the rule at the top of
     this module.
     """
+    if config.cluster is not None and config.workers is None:
+        why = f"each worker of the Dask cluster at {config.cluster.address}; none here, as workers= asks for none"
+        return Plan((), (why,), config.batch_tokens)
     machine = machine or read_machine()
     reasons = [str(machine)]
     devices = _devices(config, spec, machine, reasons)

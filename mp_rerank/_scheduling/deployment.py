@@ -26,12 +26,14 @@ from mp_rerank._recipe import Recipe
 from mp_rerank._scheduling.queue import RequestQueue, Slice, Suspect
 from mp_rerank._scheduling.request import Request
 from mp_rerank._workers.child import EXIT_DEVICE_LOST, Scored, WorkerFacts
+from mp_rerank._workers.dask import SeatLeftError
 from mp_rerank._workers.handle import WorkerHandle, make_templates
 from mp_rerank._workers.launching import LaunchError
 from mp_rerank._workers.logs import POOL_LOGGER, QueuedLogger
 from mp_rerank._workers.slot import Described, Exited, Loaded, Report, SliceEnded, Slot, SlotState
 from mp_rerank.config import ModelSpec, PoolConfig
 from mp_rerank.errors import (
+    ClusterError,
     ModelLoadError,
     RequestTimeoutError,
     RerankError,
@@ -98,16 +100,18 @@ class Deployment:
         self.config = config
         # The scores kept are this model's, as the queue is: they end with it.
         self.queue = RequestQueue(coalesce=config.coalesce, kept=_kept_scores(config.score_cache), counts=counts)
-        self.slots: list[Slot[Slice]] = [Slot(index, seat, notify) for index, seat in enumerate(seats)]
+        self.slots: list[Slot[Slice]] = []
         self.failure: RerankError | None = None
         self.facts: WorkerFacts | None = None  # of the first worker that was ready; the others must agree with it
         self._canary_device = ""
         self._fetched = False  # whether a worker has ever loaded the model
         self._recipes: dict[str, Recipe | None] = {}  # by the kind of device; ``None``: nothing can be optimized
         self._provers: dict[str, Slot[Slice]] = {}  # whose workers are finding the recipes now
+        self._notify = notify
         self._on_done = on_done
         self._counts = counts
         self._dispatched_at = 0.0  # when slots were last asked for room
+        self._lost: RerankError | None = None  # why no seat will join, if none will
         self._leaving: list[tuple[WorkerHandle, float]] = []  # workers let go, and when to kill them
         self._templates = make_templates(config)
         self._closed = False
@@ -118,6 +122,9 @@ class Deployment:
         self._read = self._truncated = 0  # pairs, and those of them that were cut off
         self._warned = False
         self._overestimate = 1.0  # estimated tokens for each that workers count
+        self._seated = 0  # slots there have been
+        for seat in seats:
+            self._add_slot(seat)
 
     def __repr__(self) -> str:
         states = Counter(slot.state.value for slot in self.slots)
@@ -141,6 +148,30 @@ class Deployment:
         for slot in self.slots if self.spec.local else self.slots[:1]:
             if slot.state is SlotState.STARTING:
                 self._launch(slot, now)
+
+    def seat(self, seats: Sequence[Seat], lost: RerankError | None, now: float) -> None:
+        """Take the seats of a cluster that there are now and that have no slot yet.
+
+        Args:
+            seats: all of them.
+            lost: why no more will come, while none can: then the deployment fails once it has no slot left.
+        """
+        self._lost = lost
+        known = {slot.seat.place for slot in self.slots}
+        for seat in seats:
+            if seat.place not in known:
+                slot = self._add_slot(seat)
+                logger.info("worker %d: %s of the cluster has a seat", slot.index, seat.place)
+                # Who has to fetch the model is alone in it.
+                if self.spec.local or self._fetched or len(self.slots) == 1:
+                    self._launch(slot, now)
+        self._check_seats()
+
+    def _add_slot(self, seat: Seat) -> Slot[Slice]:
+        slot: Slot[Slice] = Slot(self._seated, seat, self._notify)
+        self._seated += 1
+        self.slots.append(slot)
+        return slot
 
     def submit(self, request: Request) -> None:
         """Take over ``request``."""
@@ -246,11 +277,13 @@ class Deployment:
         for slot in self.slots:
             if successor is not None and slot.worker is not None:
                 self._note_exit(slot, "reloaded")
-                successor.slots[slot.index].last_exit = slot.last_exit
+                for other in successor.slots:
+                    if other.index == slot.index and other.seat == slot.seat:
+                        other.last_exit = slot.last_exit
             kill_it = kill or slot.loading  # whoever is loading has nothing to finish
             slot.state = SlotState.CLOSED
             slot.restart_at = None
-            if slot.worker is not None and kill_it:
+            if slot.worker is not None and kill_it and slot.seat.place is None:  # a cluster's processes stay
                 slot.worker.kill()
             self._end_worker(slot, now)
         self._closed = True
@@ -383,6 +416,8 @@ class Deployment:
     def _loaded(self, slot: Slot[Slice], error: BaseException | None, now: float) -> None:
         if isinstance(error, BrokenExecutor):
             self._make_sure_it_ends(slot, now)
+        elif isinstance(error, SeatLeftError):
+            self._leave(slot, now)
         elif isinstance(error, LaunchError):
             self._launch_failed(slot, error, now)
         elif error is not None:
@@ -686,6 +721,12 @@ class Deployment:
         """Act on a death, once its process has ended and its slices are back."""
         if slot.ended_at is None or slot.worker is None or slot.outstanding or slot.state is SlotState.CLOSED:
             return
+        if slot.worker.left:
+            for slice_ in reversed(slot.lost):
+                self.queue.put_back(slice_)
+            slot.lost = []
+            self._leave(slot, now)
+            return
         device = slot.seat.device
         how = "hung and was killed" if slot.hung else f"died with {_exit_in_words(slot.exit_code)}"
         logger.warning("worker %d on %s %s", slot.index, slot.seat.device, how)
@@ -746,6 +787,27 @@ class Deployment:
         if not self._started or all(other.state is SlotState.FAILED for other in self.slots):
             self.failure = error
             self.fail_all(error)
+
+    def _leave(self, slot: Slot[Slice], now: float) -> None:
+        """Do without a slot whose seat the cluster has taken away. It has one again if it comes back."""
+        self._note_exit(slot, "left")
+        self._end_worker(slot, now)
+        slot.state = SlotState.CLOSED
+        self.slots.remove(slot)
+        if any(other.generation for other in self.slots):
+            self._started = self._started or self.ready
+        elif self.slots:  # it was to fetch the model for all
+            self._launch(self.slots[0], now)
+        self._check_seats()
+
+    def _check_seats(self) -> None:
+        """Fail where there is no seat, and none to come."""
+        if any(slot.state is not SlotState.FAILED for slot in self.slots) or self.failure is not None:
+            return
+        if self._lost is None and self._started:
+            return  # they may come back
+        self.failure = self._lost or ClusterError("every worker left the cluster before the model was loaded")
+        self.fail_all(self.failure)
 
     def _end_worker(self, slot: Slot[Slice], now: float) -> None:
         """Let go of the slot's worker; what it says from here on is stale."""

@@ -32,13 +32,14 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from mp_rerank._planning.plan import Plan, make_plan
+from mp_rerank._planning.plan import Plan, Seat, make_plan
 from mp_rerank._scheduling.admission import Admission
 from mp_rerank._scheduling.callers import CallerCounts
 from mp_rerank._scheduling.deployment import Deployment, Outcome
 from mp_rerank._scheduling.futures import Answer, is_pool_thread
 from mp_rerank._scheduling.request import Request, misfit
 from mp_rerank._workers.child import WorkerFacts
+from mp_rerank._workers.dask import Cluster
 from mp_rerank._workers.green import make_queue
 from mp_rerank._workers.handle import starting_workers
 from mp_rerank._workers.logs import POOL_LOGGER, QueuedLogger
@@ -61,6 +62,14 @@ MAX_UNSEEN = 100
 @dataclass(frozen=True)
 class _Planned:
     outcome: Plan | BaseException
+
+
+@dataclass(frozen=True)
+class _Seats:
+    """The seats that a cluster has now; and why there will be no others, if so."""
+
+    seats: tuple[Seat, ...]
+    lost: RerankError | None
 
 
 @dataclass
@@ -96,7 +105,7 @@ class _Close:
     drain: bool
 
 
-_Message = _Planned | _Submit | _Cancel | _Reported | _Ask | _Reload | _Close
+_Message = _Planned | _Seats | _Submit | _Cancel | _Reported | _Ask | _Reload | _Close
 
 
 class Dispatcher:
@@ -123,6 +132,8 @@ class Dispatcher:
             config.max_pending_pairs, config.max_pending_tokens, config.overload, config.max_pending_pairs_per_caller
         )
         self._inbox: queue.SimpleQueue[_Message] = make_queue()
+        self._cluster: Cluster | None = None
+        self._cluster_seats: tuple[Seat, ...] = ()
         self._counts = PoolStats()
         self._callers = CallerCounts()
         self._pending = 0
@@ -268,7 +279,7 @@ class Dispatcher:
     def _serve(self) -> None:
         error = PoolClosedError("the pool was closed")
         try:
-            with starting_workers(self.config):
+            with starting_workers(self.config, self._spec) as self._cluster:
                 try:
                     threading.Thread(target=self._make_plan, name="mp_rerank-plan", daemon=True).start()
                     while self._step():
@@ -284,7 +295,12 @@ class Dispatcher:
 
     def _make_plan(self) -> None:
         try:
-            self._put(_Planned(make_plan(self.config, self._spec)))
+            plan = make_plan(self.config, self._spec)
+            if self._cluster is not None:
+                seats = self._cluster.first_seats()
+                reason = f"{len(seats)} workers: in {self._cluster}, and all that join it"
+                plan = dataclasses.replace(plan, seats=plan.seats + seats, reasons=(*plan.reasons, reason))
+            self._put(_Planned(plan))
         except BaseException as error:
             self._put(_Planned(error))
 
@@ -331,6 +347,8 @@ class Dispatcher:
             _answer(message)
         elif isinstance(message, _Planned):
             self._begin_deployment(message.outcome)
+        elif isinstance(message, _Seats):
+            self._seat(message)
         elif isinstance(message, _Reload):
             self._begin_reload(message)
         else:
@@ -393,8 +411,16 @@ class Dispatcher:
             return
         self.plan = plan
         self.config = dataclasses.replace(self.config, batch_tokens=plan.batch_tokens)
+        self._cluster_seats = tuple(seat for seat in plan.seats if seat.place is not None)
         self._deployment = self._make_deployment(self._spec)
         self._deployment.start(time.monotonic())
+        if self._cluster is not None:
+            self._cluster.watch(lambda seats, lost: self._put(_Seats(seats, lost)))
+
+    def _seat(self, message: _Seats) -> None:
+        self._cluster_seats = message.seats
+        for deployment in self._deployments():
+            deployment.seat(message.seats, message.lost, time.monotonic())
 
     def _begin_reload(self, message: _Reload) -> None:
         if self._closing is not None:
@@ -411,7 +437,8 @@ class Dispatcher:
             self._put(_Reported(deployment, report))
 
         assert self.plan is not None
-        deployment = Deployment(spec, self.plan.seats, self.config, notify, self._on_done, self._counts)
+        seats = [seat for seat in self.plan.seats if seat.place is None]
+        deployment = Deployment(spec, [*seats, *self._cluster_seats], self.config, notify, self._on_done, self._counts)
         return deployment
 
     def _change_deployments(self, now: float) -> None:

@@ -37,7 +37,7 @@ logger = logging.getLogger("mp_rerank.pool")
 SIGNAL_CHECK_SECONDS = 0.5
 
 # Of threads that pools depend on: their own, and those of their workers, which are named for slot and generation.
-OURS = re.compile(r"mp_rerank-(dispatcher|models|plan|server|log|\d+\.\d+)\b")
+OURS = re.compile(r"mp_rerank-(dispatcher|models|plan|server|log|cluster|\d+\.\d+)\b")
 CALLBACK_THREAD = "mp_rerank-callback"
 
 

@@ -164,10 +164,17 @@ class Scored:
 
 
 class LoadedModel:
-    """A worker's model: loaded once, made fast and described once, then scoring. One thread calls it."""
+    """A worker's model: loaded once, made fast and described once, then scoring. One thread calls it.
 
-    def __init__(self, launch: Launch) -> None:
+    Args:
+        launch: what to load.
+        owns_process: whether the process is there to score: its libraries are then set up for that, and it ends where
+            it can use its GPU no more.
+    """
+
+    def __init__(self, launch: Launch, *, owns_process: bool = False) -> None:
         self._launch = launch
+        self._owns_process = owns_process
         self._model = "the model"
         self._scorer: Scorer
         self._facts: dict[str, Any]
@@ -186,7 +193,7 @@ class LoadedModel:
                 start = time.perf_counter()
                 spec: ModelSpec = pickle.loads(self._launch.spec)
                 self._model = spec.name if spec.loader is None else str(spec.loader)
-                self._scorer, self._facts = _load(spec, self._launch)
+                self._scorer, self._facts = _load(spec, self._launch, owns_process=self._owns_process)
                 self._load_seconds = time.perf_counter() - start
         except BaseException as error:
             self._error = self._in_words(error)
@@ -259,7 +266,7 @@ class LoadedModel:
         try:
             scores, num_labels = _predict(self._scorer, pairs, options)
         except BaseException as error:
-            if in_worker_process() and _has_lost_its_device(error):
+            if self._owns_process and _has_lost_its_device(error):
                 logging.getLogger(__name__).error("leaving, for this process cannot use its GPU any more: %s", error)
                 os._exit(EXIT_DEVICE_LOST)
             raise ScoringError(
@@ -287,7 +294,7 @@ def initialize_process(launch: Launch, logs: Connection, log_level: int) -> None
     global _model
     logs.send_bytes(FIRST_WORD)
     forked = _model  # a template's, which has loaded it
-    _model = forked or LoadedModel(launch)
+    _model = forked or LoadedModel(launch, owns_process=True)
     if hasattr(signal, "pthread_sigmask"):  # the thread that started this process had it blocked
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGPIPE})
     if forked is None:
@@ -319,7 +326,7 @@ def initialize_process(launch: Launch, logs: Connection, log_level: int) -> None
 def load_as_template(launch: Launch, recipe: Recipe | None) -> WorkerFacts:
     """Load the model and make it fast, for the workers that are forked from this process. Raises ``ModelLoadError``."""
     global _model
-    _model = LoadedModel(launch)
+    _model = LoadedModel(launch, owns_process=True)
     _model.load()
     _model.loaded()
     return _model.describe(recipe)
@@ -365,7 +372,7 @@ def set_threads(threads: int) -> None:
         os.environ.pop(name, None)
 
 
-def _load(spec: ModelSpec, launch: Launch) -> tuple[Scorer, dict[str, Any]]:
+def _load(spec: ModelSpec, launch: Launch, *, owns_process: bool) -> tuple[Scorer, dict[str, Any]]:
     """The scorer and its share of the facts."""
     loaded: Any = None
     if spec.loader is not None:
@@ -382,8 +389,8 @@ def _load(spec: ModelSpec, launch: Launch) -> tuple[Scorer, dict[str, Any]]:
                 if hasattr(loaded, name):
                     facts[name] = getattr(loaded, name)
             return loaded, facts
-    engine = _engine_type()(
-        spec, launch.device, launch.threads, launch.batch_tokens, loaded, owns_process=in_worker_process()
+    engine = _engine_type(fast_import=owns_process)(
+        spec, launch.device, launch.threads, launch.batch_tokens, loaded, owns_process=owns_process
     )
     return engine, engine.facts()
 
@@ -401,9 +408,9 @@ def import_engine() -> None:
         _import_error = _import_error or error
 
 
-def _engine_type() -> type[Engine]:
+def _engine_type(*, fast_import: bool) -> type[Engine]:
     """``Engine``. Raises the first error that importing it ended in: torch, once half imported, fails in other ways."""
-    if in_worker_process():
+    if fast_import:
         import_engine()
     try:
         from mp_rerank._engine.engine import Engine

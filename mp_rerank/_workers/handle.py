@@ -8,16 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any, Protocol
 
 from mp_rerank._recipe import Recipe
 from mp_rerank._workers.child import Launch, Options, Pairs, Scored, WorkerFacts
-from mp_rerank._workers.may_start import check_may_spawn, check_may_start_threads
+from mp_rerank._workers.dask import Cluster, Place
+from mp_rerank._workers.may_start import check_may_spawn, check_may_start_threads, check_may_use_cluster
 from mp_rerank._workers.process import ProcessHandle
 from mp_rerank._workers.thread import ThreadHandle
-from mp_rerank.config import PoolConfig
+from mp_rerank.config import ModelSpec, PoolConfig
 
 __all__ = ["Templates", "WorkerHandle", "check_may_start", "make_handle", "make_templates", "starting_workers"]
 
@@ -29,12 +30,14 @@ class WorkerHandle(Protocol):
         loaded: the worker's first words: that it has loaded its model, or ``ModelLoadError``; ``LaunchError`` if no
             worker came of it.
         killable: whether ``kill`` ends it. One that cannot be killed is never called hung.
-        pid: the process it is in, once there is one.
+        pid: the process it is in, once there is one, if that is on this machine.
+        left: whether it ended because whoever owns its machine took it away: nothing that it was scoring is to blame.
     """
 
     loaded: Future[None]
     killable: bool
     pid: int | None
+    left: bool
 
     @property
     def alive(self) -> bool:
@@ -87,19 +90,26 @@ class Templates(Protocol):
 
 
 def make_handle(
-    config: PoolConfig, launch: Launch, on_exit: Callable[[int | None], None], templates: Templates | None = None
+    config: PoolConfig,
+    launch: Launch,
+    on_exit: Callable[[int | None], None],
+    templates: Templates | None = None,
+    place: Place | None = None,
 ) -> WorkerHandle:
-    """Start a worker of the kind that ``config`` asks for.
+    """Start a worker of the kind that ``config`` asks for, or at ``place``.
 
     Args:
         config: ``isolation`` and ``start_method`` say which kind.
         launch: what to start.
         on_exit: called once, on some thread, with the exit code of a worker process that has ended.
         templates: those of the model, as ``make_templates`` made them.
+        place: in a Dask cluster; ``None``: on this machine.
 
     Raises:
         RuntimeError: the system would start no other thread.
     """
+    if place is not None:
+        return place.start_worker(launch, on_exit)
     if config.isolation == "thread":
         # The process is the caller's: its thread settings change only where that is asked for.
         return ThreadHandle(replace(launch, threads=config.threads_per_worker))
@@ -116,22 +126,28 @@ def make_templates(config: PoolConfig) -> Templates | None:
 
 
 @contextmanager
-def starting_workers(config: PoolConfig) -> Iterator[None]:
-    """Workers are made within, and have all ended at its end: keeps what they have in common, such as a server."""
-    if config.isolation == "thread" or config.start_method != "forkserver":
-        yield
-        return
-    from mp_rerank._workers import forkserver  # not on every system
+def starting_workers(config: PoolConfig, spec: ModelSpec) -> Iterator[Cluster | None]:
+    """Workers are made within, and have all ended at its end: keeps what they have in common.
 
-    forkserver.lease()
-    try:
-        yield
-    finally:
-        forkserver.release()
+    That is the server that they are forked from; or a cluster, which is given.
+    """
+    with ExitStack() as common:
+        if config.isolation == "process" and config.start_method == "forkserver":
+            from mp_rerank._workers import forkserver  # not on every system
+
+            forkserver.lease()
+            common.callback(forkserver.release)
+        cluster = None
+        if config.cluster is not None:
+            cluster = Cluster(config, cpu_only=spec.cpu_only)
+            common.callback(cluster.close)
+        yield cluster
 
 
 def check_may_start(config: PoolConfig) -> None:
     """Raise ``RuntimeError``, saying why, where workers of the kind ``config`` asks for must not be started."""
     check_may_start_threads()
-    if config.isolation == "process":
+    if config.cluster is not None:
+        check_may_use_cluster()
+    if config.isolation == "process" and not (config.cluster is not None and config.workers is None):
         check_may_spawn()

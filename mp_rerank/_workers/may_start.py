@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.util
 import multiprocessing.process
 import sys
 from multiprocessing import spawn
 
 from mp_rerank._workers import child, green
 
-__all__ = ["check_may_spawn", "check_may_start_threads"]
+__all__ = ["check_may_spawn", "check_may_start_threads", "check_may_use_cluster"]
 
 OR_A_THREAD = 'isolation="thread" works here: one model on a thread of this process'
 
@@ -16,6 +17,17 @@ OR_A_THREAD = 'isolation="thread" works here: one model on a thread of this proc
 def check_may_start_threads() -> None:
     """Raise ``RuntimeError`` where the pool's threads would wait for ever, and say why."""
     green.check_waits()
+
+
+def check_may_use_cluster() -> None:
+    """Raise ``RuntimeError`` where a Dask cluster cannot be spoken to, and say why."""
+    if importlib.util.find_spec("distributed") is None:
+        raise RuntimeError("cluster: this needs Dask: pip install 'mp-rerank[dask]', here and for every Dask worker")
+    if green.threads_are_green():
+        raise RuntimeError(
+            "cluster: threads are greenlets here (gevent or eventlet has replaced them), and an event loop on one of "
+            "them stops the others: start this pool in a process that is not patched"
+        )
 
 
 def check_may_spawn() -> None:

@@ -69,6 +69,7 @@ class ProcessHandle:
     """
 
     killable = True
+    left = False
 
     def __init__(
         self,

@@ -227,7 +227,9 @@ class Slot(Generic[_Slice]):
             cpus=self.seat.cpus,
             offline=offline,
         )
-        self.worker = make_handle(config, launch, lambda code: self.notify(Exited(self, generation, code)), templates)
+        self.worker = make_handle(
+            config, launch, lambda code: self.notify(Exited(self, generation, code)), templates, self.seat.place
+        )
 
         def loaded(future: Future[None]) -> None:
             outcome = _outcome(future)
@@ -290,6 +292,7 @@ class Slot(Generic[_Slice]):
             threads=self.seat.threads,
             pid=self.worker.pid if self._has_live_worker and self.worker is not None else None,
             last_exit=self.last_exit,
+            place=str(self.seat.place or ""),
         )
         facts = self.facts
         if facts is None:

@@ -19,6 +19,7 @@ class ThreadHandle:
     """
 
     killable = False
+    left = False
     alive = False
 
     def __init__(self, launch: Launch) -> None:

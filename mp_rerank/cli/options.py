@@ -11,6 +11,7 @@ from mp_rerank.pool import RerankerPool
 
 __all__ = [
     "PROGRAM",
+    "add_cluster",
     "add_model",
     "add_network",
     "add_reading",
@@ -46,6 +47,16 @@ def add_workers(parser: argparse.ArgumentParser) -> None:
         choices=START_METHODS,
         default="spawn",
         help="how workers are started; fork-model (Linux, CPU) loads the model once for all (default: spawn)",
+    )
+
+
+def add_cluster(parser: argparse.ArgumentParser) -> None:
+    """Workers of a Dask cluster."""
+    parser.add_argument(
+        "--cluster",
+        metavar="ADDRESS",
+        help="score in the workers of a Dask cluster: the scheduler's address, such as tcp://10.0.0.1:8786 "
+        "(with --workers, in so many here too)",
     )
 
 
@@ -108,4 +119,5 @@ def pool_of(arguments: argparse.Namespace, spec: ModelSpec) -> RerankerPool:
         threads_per_worker=arguments.threads,
         start_method=arguments.start_method,
         nan_scores="none",
+        cluster=getattr(arguments, "cluster", None),
     )

@@ -11,7 +11,16 @@ from collections.abc import Sequence
 from mp_rerank import bulk
 from mp_rerank._text import one_line
 from mp_rerank.cli import streams
-from mp_rerank.cli.options import add_model, add_network, add_reading, add_workers, pool_of, reading_options, spec_of
+from mp_rerank.cli.options import (
+    add_cluster,
+    add_model,
+    add_network,
+    add_reading,
+    add_workers,
+    pool_of,
+    reading_options,
+    spec_of,
+)
 from mp_rerank.cli.streams import InputError
 
 __all__ = ["DESCRIPTION", "HELP", "NOT_ALL", "add_arguments", "call"]
@@ -30,6 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add what the command takes."""
     add_model(parser)
     add_workers(parser)
+    add_cluster(parser)
     parser.add_argument("--queries", required=True, metavar="FILE", help="BEIR's JSONL, or lines of id, tab, text")
     parser.add_argument("--corpus", required=True, metavar="FILE", help="BEIR's JSONL, or lines of id, tab, text")
     parser.add_argument(

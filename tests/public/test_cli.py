@@ -242,7 +242,7 @@ def test_the_plan_says_how_many_workers_and_why() -> None:
     assert "3 workers: asked for" in done.stdout
     assert done.stdout.splitlines()[-3:] == [f"worker {i}: cpu, 2 threads" for i in range(3)]
     made = json.loads(mp_rerank("plan", "--devices", "cpu", "--workers", "1", "--threads", "1", "--json").stdout)
-    assert made["seats"] == [{"device": "cpu", "threads": 1, "cpus": []}]
+    assert made["seats"] == [{"device": "cpu", "threads": 1, "cpus": [], "place": None}]
 
 
 def test_a_few_documents_are_not_given_a_worker_on_every_core(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,4 @@
-"""What a pool promises, whatever its workers are: spawned processes, processes forked by a server or by a template that
-has loaded the model, or a thread.
-"""
+"""What a pool promises, whatever its workers are: processes, spawned or forked; a thread; or a Dask cluster's."""
 
 from __future__ import annotations
 
@@ -9,6 +7,7 @@ import concurrent.futures
 import random
 import threading
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 import pytest
@@ -21,25 +20,30 @@ MakePool = Callable[..., RerankerPool]
 THREE_LABELS = ModelSpec("three", loader="fakes:load_three_labels")
 
 
-KINDS: dict[str, dict[str, str]] = {
+KINDS: dict[str, dict[str, Any]] = {
     "process": {"start_method": "spawn"},
     "forked process": {"start_method": "forkserver"},
     "forked from the model": {"start_method": "fork-model"},
     "thread": {"isolation": "thread"},
+    "cluster": {"cluster": ...},
+    "process and cluster": {"cluster": ..., "workers": 1},
 }
 
 
 @pytest.fixture(params=KINDS)
-def kind(request: pytest.FixtureRequest) -> dict[str, str]:
+def kind(request: pytest.FixtureRequest) -> dict[str, Any]:
     if request.param == "forked process":
         request.getfixturevalue("fork_server")
+    if "cluster" in request.param:
+        seats = 2 - KINDS[request.param].get("workers", 0)
+        return {**KINDS[request.param], "cluster": request.getfixturevalue("dask_clusters")[seats]}
     if KINDS[request.param].get("start_method") not in (None, *START_METHODS):
         pytest.skip("not on this system")
     return KINDS[request.param]
 
 
 @pytest.fixture
-def pool(make_pool: MakePool, kind: dict[str, str]) -> Iterator[RerankerPool]:
+def pool(make_pool: MakePool, kind: dict[str, Any]) -> Iterator[RerankerPool]:
     with make_pool(**kind) as pool:
         yield pool
 
@@ -104,7 +108,7 @@ def test_pairs_of_any_queries(pool: RerankerPool) -> None:
     assert pool.submit_pairs([]).result(PATIENCE).shape == (0,)
 
 
-def test_several_labels_are_scored_and_not_ranked(make_pool: MakePool, kind: dict[str, str]) -> None:
+def test_several_labels_are_scored_and_not_ranked(make_pool: MakePool, kind: dict[str, Any]) -> None:
     with make_pool(THREE_LABELS, **kind) as pool:
         pairs = [("query", "d" * i) for i in range(9)]
         scores = pool.submit_pairs(pairs).result(PATIENCE)
@@ -130,7 +134,7 @@ def test_it_stands_in_for_a_cross_encoder(pool: RerankerPool) -> None:
     assert pool.rank("query", documents, return_documents=True)[0]["text"] == documents[best]
 
 
-def test_slices_follow_what_workers_count(make_pool: MakePool, kind: dict[str, str]) -> None:
+def test_slices_follow_what_workers_count(make_pool: MakePool, kind: dict[str, Any]) -> None:
     """Where texts have fewer tokens than was estimated, a slice soon holds more of them."""
     documents = [f"document number {i:04}" for i in range(800)]
     slices = {}
@@ -142,7 +146,7 @@ def test_slices_follow_what_workers_count(make_pool: MakePool, kind: dict[str, s
     assert slices[True] < slices[False] / 1.5
 
 
-def test_a_document_the_model_raises_on_fails_its_request_alone(pool: RerankerPool, kind: dict[str, str]) -> None:
+def test_a_document_the_model_raises_on_fails_its_request_alone(pool: RerankerPool, kind: dict[str, Any]) -> None:
     bad = pool.submit("query", ["good", "!raise too odd", "fine"])
     good = [pool.submit("query", [f"document {i}"]) for i in range(20)]
     with pytest.raises(ScoringError, match=r"document 1 .* too odd") as caught:
@@ -213,7 +217,7 @@ def test_callbacks_run_apart_and_may_submit(pool: RerankerPool) -> None:
     stop.set()
 
 
-def test_workers_say_who_they_are(pool: RerankerPool, kind: dict[str, str]) -> None:
+def test_workers_say_who_they_are(pool: RerankerPool, kind: dict[str, Any]) -> None:
     workers = pool.workers()
     assert len(workers) == (1 if "isolation" in kind else 2)
     assert {w.state for w in workers} == {"ready"}
@@ -226,7 +230,7 @@ def test_workers_say_who_they_are(pool: RerankerPool, kind: dict[str, str]) -> N
     assert all(m.rss > 0 for m in (memory.parent, *memory.workers))
 
 
-def test_a_closed_pool_says_so(make_pool: MakePool, kind: dict[str, str]) -> None:
+def test_a_closed_pool_says_so(make_pool: MakePool, kind: dict[str, Any]) -> None:
     pool = make_pool(**kind)
     assert pool.workers() == []
     pool.start()
@@ -242,7 +246,7 @@ def test_a_closed_pool_says_so(make_pool: MakePool, kind: dict[str, str]) -> Non
     pool.close()
 
 
-def test_the_first_request_starts_the_pool(make_pool: MakePool, kind: dict[str, str]) -> None:
+def test_the_first_request_starts_the_pool(make_pool: MakePool, kind: dict[str, Any]) -> None:
     pool = make_pool(**kind)
     assert "not started" in repr(pool)
     assert asyncio.run(pool.arerank("query", ["document"])) == expected("query", ["document"])

@@ -106,6 +106,7 @@ class StandIn:
         self.killed = False
         self.killable = True
         self.abandoned = False
+        self.left = False
         self.pid = 1
         self.scoring = 0  # slices it was given
 

@@ -29,6 +29,7 @@ class Standing:
     """A worker that is ready once it is told, and scores when it is told."""
 
     killable = True
+    left = False
     alive = False
     pid = 1
 
