@@ -14,6 +14,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "bench.speed.backends",
         "speed, agreement and memory of torch, ONNX Runtime and OpenVINO, by dtype",
     ),
+    "models": (
+        "bench.speed.models",
+        "ModernBERT, Ettin, XLM-R, DeBERTa and Qwen3 beside a locked model, in float32 and bfloat16",
+    ),
     "latency": ("bench.speed.latency", "one request alone and beside others; the pool's own part, without a model"),
     "fairness": (
         "bench.speed.fairness",

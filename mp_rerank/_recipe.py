@@ -18,13 +18,38 @@ class Recipe:
     """Which optimizations a model has, as found by one worker; nothing in it depends on that worker's process.
 
     Attributes:
-        unpadded: its encoder computes no padding.
-        cls_only: its last layer computes each pair's first token only.
+        unpadded: it computes no padding.
+        fewer_passes: its norms, rotations and gates are computed in fewer passes over memory.
+        shares_beginnings: what pairs of a batch have in common at their beginnings is computed once.
+        head_only: its last layer computes only the token of each pair that the head reads.
+        score_logits: of a vocabulary's logits only those are computed that the score is made of.
         prepacked: the names of its linear layers whose weights are prepacked.
-        pipeline: texts go to its network by our own pipeline, and not by ``CrossEncoder.predict``.
+        pipeline: how texts become tokens without ``CrossEncoder.predict``: by the ``"tokenizer"``, or by the library's
+            ``"preprocess"``; empty: pairs go through ``predict``.
+        equal_lengths: padding would change its scores, so that a batch is of pairs of one length.
     """
 
     unpadded: bool = False
-    cls_only: bool = False
+    fewer_passes: bool = False
+    shares_beginnings: bool = False
+    head_only: bool = False
+    score_logits: bool = False
     prepacked: tuple[str, ...] = ()
-    pipeline: bool = False
+    pipeline: str = ""
+    equal_lengths: bool = False
+
+    def names(self) -> tuple[str, ...]:
+        """The optimizations that are on, as ``WorkerInfo.optimizations`` has them."""
+        return tuple(
+            name
+            for name in (
+                "pipeline",
+                "unpadded",
+                "fewer_passes",
+                "shares_beginnings",
+                "head_only",
+                "score_logits",
+                "prepacked",
+            )
+            if getattr(self, name)
+        )

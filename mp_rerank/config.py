@@ -59,15 +59,13 @@ class ModelSpec:
             meanwhile (a new file may take its name). ``"private"``: every worker makes its own copy.
         prepack: let each worker on the CPU store its linear layers in another layout, where it measures that this is
             faster. Those layers are then the worker's own copies. With ``False`` all weights can be shared.
-        unpad: on a CPU, let the network compute on real tokens only, and in its last layer only on what the head
-            reads. A model whose scores this would change is left as it is.
+        unpad: on a CPU, let the network compute on real tokens only: a decoder on what pairs begin with alike once,
+            the last layer on what the head reads. A model whose scores this would change is left as it is.
         trust_remote_code: let the model's repository run its code in the workers.
         model_kwargs, tokenizer_kwargs, config_kwargs: passed to transformers by ``CrossEncoder``.
         backend: what computes the network: ``"torch"``, or on the CPU ``"onnx"`` (ONNX Runtime, float32 or int8) or
             ``"openvino"`` (float32, bfloat16 or int8). The last two are extras to install. Each worker converts the
             model when it starts.
-        compile: pass the network through ``torch.compile``. Needs a C++ compiler on the machine of the workers. Each of
-            them starts about a minute later.
         loader: an importable function, as ``"package.module:name"`` or as the function itself. Each worker calls it as
             ``loader(spec, device)`` in place of ``CrossEncoder``. What it returns needs a method ``predict(pairs)``: of
             a list of n ``(query, document)`` tuples it returns scores of shape (n,) or (n, num_labels). A
@@ -90,7 +88,6 @@ class ModelSpec:
     tokenizer_kwargs: Mapping[str, Any] = field(default_factory=dict)
     config_kwargs: Mapping[str, Any] = field(default_factory=dict)
     backend: str = "torch"
-    compile: bool = False
     loader: str | Callable[..., Any] | None = None
 
     def __post_init__(self) -> None:
@@ -104,7 +101,7 @@ class ModelSpec:
         if self.revision is not None:
             check_text("revision", self.revision)
         object.__setattr__(self, "max_length", check_optional_count("max_length", self.max_length))
-        for flag in ("prepack", "unpad", "trust_remote_code", "compile"):
+        for flag in ("prepack", "unpad", "trust_remote_code"):
             check_flag(flag, getattr(self, flag))
         self._check_backend()
         if self.activation is not None:
@@ -117,17 +114,14 @@ class ModelSpec:
             object.__setattr__(self, field_name, self._checked_kwargs(field_name))
 
     def _check_backend(self) -> None:
-        """Check ``backend``, and what depends on it: ``dtype``, ``compile`` and ``loader``."""
+        """Check ``backend``, and what depends on it: ``dtype`` and ``loader``."""
         if not isinstance(self.backend, str) or self.backend not in DTYPES:
             raise ValueError(f"backend: one of {', '.join(DTYPES)} is needed, not {self.backend!r}")
         if self.dtype is not None and self.dtype not in DTYPES[self.backend]:
             words = f"dtype: one of {', '.join(DTYPES[self.backend])} or None is needed"
             raise ValueError(f"{words} with backend={self.backend!r}, not {self.dtype!r}{_backends_with(self.dtype)}")
-        if self.compile and self.backend != "torch":
-            raise ValueError(f"compile: it is torch's own, and of no use with backend={self.backend!r}")
-        for name in ("backend", "compile"):
-            if self.loader is not None and getattr(self, name) not in ("torch", False):
-                raise ValueError(f"{name}: with a loader, which decides itself what computes, it cannot be chosen here")
+        if self.loader is not None and self.backend != "torch":
+            raise ValueError("backend: with a loader, which decides itself what computes, it cannot be chosen here")
 
     def _checked_kwargs(self, name: str) -> dict[str, Any]:
         """The field ``name`` as a dict that can be sent to a worker."""
@@ -322,10 +316,9 @@ class PoolConfig:
     def check_model(self, spec: ModelSpec) -> None:
         """Raise ``ValueError`` where the devices or workers asked for cannot be ``spec``'s."""
         spec.check_devices(self.devices)
-        if self.start_method == "fork-model" and (spec.backend != "torch" or spec.compile):
-            other = f"backend={spec.backend!r}" if spec.backend != "torch" else "compile=True"
+        if self.start_method == "fork-model" and spec.backend != "torch":
             raise ValueError(
-                f"start_method: 'fork-model' is for torch as it is, not for {other}, whose threads no fork has"
+                f"start_method: 'fork-model' is for torch, not for backend={spec.backend!r}, whose threads no fork has"
             )
 
     def _check_fork_model(self) -> None:

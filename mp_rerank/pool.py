@@ -16,7 +16,7 @@ from mp_rerank._arguments import (
 from mp_rerank._calls import Asked, RerankerCalls
 from mp_rerank._checks import check_flag, check_seconds, is_for_ever
 from mp_rerank._pairs import digests
-from mp_rerank._planning.checkpoint import check_hub_cache
+from mp_rerank._planning.checkpoint import check_backend, check_hub_cache
 from mp_rerank._planning.plan import Plan, make_plan
 from mp_rerank._scheduling.dispatcher import Dispatcher, leave_with_interpreter
 from mp_rerank._scheduling.futures import Answer, check_may_wait, is_pool_thread
@@ -236,6 +236,7 @@ class RerankerPool(RerankerCalls):
         if dispatcher is None:
             check_may_start(self.config)
             check_hub_cache(self.spec)
+            check_backend(self.spec)
             made = Dispatcher(self.spec, self.config)
             leave_with_interpreter(made)
             dispatcher = vars(self).setdefault("_dispatcher", made)

@@ -30,22 +30,31 @@ Le pain est fait de farine, d'eau, de sel et de levure. Die Vögel fliegen mit i
 كم عدد سكان برلين؟ כמה אנשים גרים בברלין? बर्लिन में कितने लोग रहते हैं?
 """.strip().splitlines()
 
-ENCODERS = ("bert", "roberta", "xlm-roberta", "deberta-v2", "electra", "modernbert")
-DECODERS = ("qwen3", "llama")
+ENCODERS = ("bert", "roberta", "xlm-roberta", "deberta-v2", "electra", "modernbert", "albert", "distilbert")
+DECODERS = ("qwen3", "llama", "qwen2", "mistral", "gemma3")
+#: An encoder without a head, a pooling of first tokens, and linear layers: as Ettin's rerankers are. Needs
+#: sentence-transformers 6.
+MODULAR = "ettin"
 # A decoder without a classification head: the score is the logit of "yes" less that of "no". What sentence-transformers
 # makes of such a model depends on its version, hence apart.
 LOGIT_SCORE = "qwen3-logit-score"
 
 
 def has_logit_score() -> bool:
-    """Whether the installed sentence-transformers scores with a decoder's own logits."""
+    """Whether the installed sentence-transformers makes models of modules, and scores with a decoder's own logits."""
     return importlib.util.find_spec("sentence_transformers.cross_encoder.modules") is not None
+
+
+#: All families, as far as the installed sentence-transformers has what they need.
+FAMILIES = (*ENCODERS, *DECODERS, *((MODULAR, LOGIT_SCORE) if has_logit_score() else ()))
 
 
 def build(family: str, folder: Path, num_labels: int = 1) -> str:
     """Make a model of ``family`` in ``folder``; its path."""
     if family == LOGIT_SCORE:
         return _build_logit_score(folder)
+    if family == MODULAR:
+        return _build_modular(folder, num_labels)
     tokenizer = _tokenizer(family)
     model = _model(family, tokenizer, num_labels)
     model.save_pretrained(folder)
@@ -159,7 +168,13 @@ def _model(family: str, tokenizer: Any, num_labels: int) -> Any:
         )
     elif family == "electra":
         config = transformers.ElectraConfig(**size, embedding_size=16)
-    elif family == "modernbert":
+    elif family == "albert":
+        config = transformers.AlbertConfig(**size, embedding_size=16)
+    elif family == "distilbert":
+        renamed = {"hidden_size": "dim", "intermediate_size": "hidden_dim", "num_hidden_layers": "n_layers"}
+        renamed["num_attention_heads"] = "n_heads"
+        config = transformers.DistilBertConfig(**{renamed.get(name, name): value for name, value in size.items()})
+    elif family in ("modernbert", MODULAR):
         config = transformers.ModernBertConfig(
             **size,
             cls_token_id=tokenizer.cls_token_id,
@@ -173,11 +188,24 @@ def _model(family: str, tokenizer: Any, num_labels: int) -> Any:
         config = transformers.Qwen3Config(**size, num_key_value_heads=2, head_dim=8)
     elif family == "llama":
         config = transformers.LlamaConfig(**size, num_key_value_heads=2)
+    elif family == "qwen2":
+        config = transformers.Qwen2Config(**size, num_key_value_heads=2)
+    elif family == "mistral":
+        config = transformers.MistralConfig(**size, num_key_value_heads=2, sliding_window=16)
+    elif family == "gemma3":  # every other layer has a window
+        config = transformers.Gemma3TextConfig(
+            **size,
+            num_key_value_heads=2,
+            head_dim=8,
+            query_pre_attn_scalar=8,
+            sliding_window=16,
+            layer_types=["sliding_attention", "full_attention"],
+        )
     else:
         raise ValueError(family)
     torch.manual_seed(sum(family.encode()) + num_labels)
-    auto = (
-        transformers.AutoModelForCausalLM if family == LOGIT_SCORE else transformers.AutoModelForSequenceClassification
+    auto = {LOGIT_SCORE: transformers.AutoModelForCausalLM, MODULAR: transformers.AutoModel}.get(
+        family, transformers.AutoModelForSequenceClassification
     )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -209,11 +237,37 @@ def _build_logit_score(folder: Path) -> str:
     return str(folder / "whole")
 
 
+def _build_modular(folder: Path, num_labels: int) -> str:
+    from sentence_transformers.base.modules import Dense, Transformer
+    from sentence_transformers.sentence_transformer.modules import LayerNorm, Pooling
+
+    bare = folder / "bare"
+    tokenizer = _tokenizer(MODULAR)
+    _model(MODULAR, tokenizer, num_labels).save_pretrained(bare)
+    tokenizer.save_pretrained(bare)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        modules = [
+            Transformer(str(bare), transformer_task="feature-extraction"),
+            Pooling(32, "cls"),
+            Dense(32, 32, bias=False, activation_function=torch.nn.GELU()),
+            LayerNorm(32),
+            Dense(32, num_labels, activation_function=torch.nn.Identity(), module_output_name="scores"),
+        ]
+        CrossEncoder(modules=modules, device="cpu").save_pretrained(str(folder / "whole"))
+    return str(folder / "whole")
+
+
 def _tokenizer(family: str) -> transformers.PreTrainedTokenizerFast:
     """A tokenizer of the kind the family has, trained on the few lines above."""
-    kind = {"bert": "wordpiece", "electra": "wordpiece", "xlm-roberta": "unigram", "deberta-v2": "unigram"}.get(
-        family, "bytes"
-    )
+    kind = {
+        "bert": "wordpiece",
+        "electra": "wordpiece",
+        "distilbert": "wordpiece",
+        "xlm-roberta": "unigram",
+        "deberta-v2": "unigram",
+        "albert": "unigram",
+    }.get(family, "bytes")
     cls, sep, pad, unk = ("[CLS]", "[SEP]", "[PAD]", "[UNK]")
     if family in ("roberta", "xlm-roberta"):
         cls, sep, pad, unk = ("<s>", "</s>", "<pad>", "<unk>")
@@ -253,7 +307,7 @@ def _tokenizer(family: str) -> transformers.PreTrainedTokenizerFast:
         else:
             single, pair = f"{cls} $A {sep}", f"{cls} $A {sep} $B:1 {sep}:1"
         tokenizer.post_processor = _template(tokenizer, single, pair, cls, sep)
-        if family in ("bert", "electra"):
+        if family in ("bert", "electra", "albert"):
             inputs.append("token_type_ids")
     return transformers.PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, model_max_length=MAX_LENGTH, model_input_names=inputs, **names

@@ -130,6 +130,11 @@ def backends(report: Report) -> None:
     bars_in_panels(report, "pairs/s", "model", "contender", "{}: pairs/s")
 
 
+def models(report: Report) -> None:
+    """A panel for each dtype, a bar for each model: times the lock."""
+    bars_in_panels(report, "times the lock", "contender", "model", "{}: times the lock")
+
+
 def weights(report: Report) -> None:
     """All workers' memory by their number: a panel for each start method, a line for each setting of the weights."""
     found = rows_of(report, "PSS of all, MiB")
@@ -169,7 +174,7 @@ def cluster(report: Report) -> None:
 
 PAINTERS: dict[str, Callable[[Report], None]] = {
     painter.__name__: painter
-    for painter in (throughput, latency, scale, memory, load, start, growth, backends, weights, reuse, cluster)
+    for painter in (throughput, latency, scale, memory, load, start, growth, backends, models, weights, reuse, cluster)
 }
 
 

@@ -32,6 +32,7 @@ COMMANDS: dict[str, str] = {
     "start": "--rounds 1",
     "growth": "--workers 1 4 16 --rounds 1",
     "backends": "--rounds 1 --queries 4 --documents 20",
+    "models": "--rounds 1 --shapes ettin-17m modernbert-base",
     "weights": "--workers 1 2 --rounds 1",
     "reuse": "--rounds 1 --requests 2",
 }

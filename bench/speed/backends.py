@@ -35,8 +35,6 @@ LOCK = "one CrossEncoder, a lock, float32"
 CONTENDERS: dict[str, dict[str, Any]] = {
     "torch float32": {"dtype": "float32"},
     "torch bfloat16": {"dtype": "bfloat16"},
-    "torch.compile float32": {"dtype": "float32", "compile": True},
-    "torch.compile bfloat16": {"dtype": "bfloat16", "compile": True},
     "onnx float32": {"backend": "onnx", "dtype": "float32"},
     "onnx int8": {"backend": "onnx", "dtype": "int8"},
     "openvino float32": {"backend": "openvino", "dtype": "float32"},

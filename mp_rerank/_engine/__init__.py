@@ -4,10 +4,10 @@
     loading.py    loads a ``CrossEncoder``, proves it is whole, and knows what library versions differ in
     pipeline.py   from texts to scores: tokenize once, cut batches, collate, forward
     parity.py     keeps an optimization only if scores stay within tolerance
-    unpad.py      packed batches without padding; the last layer for first tokens only
+    packed.py     a batch as one row of real tokens, and attention within each pair of it
+    unpad.py      networks that leave out padding, common beginnings and what the head does not read
     prepack.py    linear layers laid out for oneDNN
     weights.py    weights as pages of the checkpoint's file, shared by all workers
-    compiled.py   ``torch.compile``
     backends/     other runtimes: ONNX Runtime and OpenVINO
 
 Knows no worker, no slot and no request: it takes pairs of texts and gives scores.

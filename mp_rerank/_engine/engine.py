@@ -11,7 +11,7 @@ import logging
 import math
 import threading
 from array import array
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -23,25 +23,38 @@ from tqdm import tqdm
 from transformers.utils import logging as transformers_logging
 
 from mp_rerank._engine.backends.base import find_backend, replace_network
-from mp_rerank._engine.compiled import compile_network
 from mp_rerank._engine.fitting import Fitter, fit_all, place_before, without_tails
+from mp_rerank._engine.fused import fewer_passes
 from mp_rerank._engine.loading import (
     activation_name,
+    draws_weights,
     followed_options,
     load,
     module_of,
     prompts_of,
     prove,
+    prove_positions,
+    prove_tokenizer,
     torch_dtype,
     truncation_length,
     warn_of_slow_dtype,
 )
 from mp_rerank._engine.parity import Scores, record_calls
-from mp_rerank._engine.pipeline import Pipeline, even_batches, find_pipeline, padded_batches, without_surrogates
+from mp_rerank._engine.pipeline import (
+    Pipeline,
+    Tokenized,
+    equal_batches,
+    even_batches,
+    find_pipeline,
+    has_modules,
+    padded_batches,
+    shared_batches,
+    without_surrogates,
+)
 from mp_rerank._engine.prepack import prepack
-from mp_rerank._engine.unpad import cls_only, unpad
+from mp_rerank._engine.unpad import has_vocabulary_score, head_only, score_logits, share_beginnings, unpad
 from mp_rerank._engine.weights import make_private, mapped_bytes
-from mp_rerank._pairs import CANARY, Pair, PairOptions, Readings, estimate_pair, estimate_text
+from mp_rerank._pairs import CANARY, Pair, PairOptions, Readings, estimate_pair, estimate_text, tolerance
 from mp_rerank._recipe import Recipe
 from mp_rerank.config import ModelSpec
 
@@ -88,7 +101,7 @@ class Engine:
             _configure_libraries()
         backend = find_backend(spec, device)  # before the model is loaded: the backend's packages may be missing
         self.batch_tokens = batch_tokens
-        self.model = load(spec, device) if loaded is None else loaded
+        self.model, drawn = draws_weights(spec, device) if loaded is None else (loaded, False)
         self.recipe = Recipe()
         self.readings: Readings | None = None
         self._spec = spec
@@ -97,7 +110,10 @@ class Engine:
         # A loader's model, in a process that is not only ours, may be in use elsewhere: it is not changed.
         self._may_change = loaded is None or owns_process
         self._pipeline: Pipeline | None = None
+        self._off: dict[str, str] = {}  # optimizations that are not on, and why
         self._prove(spec, device)
+        if drawn:
+            self._prove_trained()
         if backend is not None:
             self.dtype = spec.dtype or "float32"
             replace_network(self.model.model, backend, self.dtype, threads, self._predict)
@@ -114,12 +130,21 @@ class Engine:
         Returns:
             This engine, whose ``recipe`` now says what was done.
         """
+        self._off.clear()
+        equal_lengths = self._feels_padding() if recipe is None else recipe.equal_lengths
         if self._may_change:
             self._change_network(recipe)
             if recipe is None or recipe.pipeline:
-                prove = recipe is None
-                self._pipeline = find_pipeline(self.model, self._predict, self.max_length, self.dtype, prove=prove)
-            self.recipe = replace(self.recipe, pipeline=self._pipeline is not None)
+                name = None if recipe is None else recipe.pipeline
+                self._pipeline, why_not = find_pipeline(self.model, self._predict, self.max_length, self.dtype, name)
+                self._note("pipeline", why_not)
+        self.recipe = replace(
+            self.recipe,
+            pipeline=self._pipeline.name if self._pipeline else "",
+            equal_lengths=equal_lengths and not self.recipe.unpadded,
+        )
+        if recipe is None:
+            self._say()
         return self
 
     def set_threads(self, threads: int) -> None:
@@ -183,18 +208,17 @@ class Engine:
         """
         if not isinstance(self.model, CrossEncoder):
             return np.asarray(self._predict(CANARY))
-        network = self.model.model
-        forward = network.forward
+        called = self.model if has_modules(self.model) else self.model.model
+        forward = called.forward
         found: list[Any] = []
 
-        def keep_logits(**arguments: Any) -> Any:
-            output = forward(**arguments)
-            logits = output.logits
-            if logits.ndim == 2:  # else a generating model's, of every token
-                found.append(logits.float().cpu().numpy().ravel())
+        def keep_logits(*features: Any, **arguments: Any) -> Any:
+            output = forward(*features, **arguments)
+            logits = output["scores" if has_modules(self.model) else "logits"]
+            found.append(logits.float().cpu().numpy().ravel())
             return output
 
-        record_calls(network, lambda pairs: found.append(np.ravel(self._predict(pairs))), CANARY, keep_logits)
+        record_calls(called, lambda pairs: found.append(np.ravel(self._predict(pairs))), CANARY, keep_logits)
         return np.concatenate(found)
 
     def _prove(self, spec: ModelSpec, device: str) -> None:
@@ -205,6 +229,22 @@ class Engine:
         module.eval()
         self.dtype, self.weights_bytes = prove(module, torch.device(device), torch_dtype(spec))
         self.max_length = truncation_length(self.model)
+        if isinstance(self.model, CrossEncoder):
+            prove_tokenizer(self.model)
+            prove_positions(self.model, self.max_length)
+
+    def _prove_trained(self) -> None:
+        """Raise ``ValueError`` if what was drawn at random makes a difference: loaded again, it scores otherwise."""
+        scores, model = self.canary(), self.model
+        self.model = load(self._spec, self._device)
+        module_of(self.model).eval()
+        again, self.model = self.canary(), model
+        limit = tolerance("another worker", self.dtype)
+        if not np.allclose(scores, again, rtol=limit, atol=limit):
+            raise ValueError(
+                "weights that its checkpoint lacks were drawn at random, and loaded again it scores otherwise: has it "
+                "a trained head? An encoder alone, or an embedding model, ranks nothing"
+            )
 
     def _change_network(self, recipe: Recipe | None) -> None:
         """Change the network by ``recipe``, or by those means of the spec that keep its scores here."""
@@ -213,20 +253,53 @@ class Engine:
             return
         if spec.weights == "private":
             make_private(module)
-        if spec.compile:
-            compile_network(self.model.model, self._device, self._predict)
-            return
-        unpadded = only_cls = False
-        if spec.unpad and self._on_cpu and isinstance(self.model, CrossEncoder):
-            if recipe is None or recipe.unpadded:
-                unpadded = unpad(self.model.model, self.dtype, self._proof(recipe))
-            if unpadded and (recipe is None or recipe.cls_only):
-                only_cls = cls_only(self.model.model, self.dtype, self._proof(recipe))
-        packed: Sequence[str] = ()
+        proof = self._proof(recipe)
+        self.recipe = Recipe()
+        if isinstance(self.model, CrossEncoder) and self._on_cpu:
+            network = self.model.model
+            if spec.unpad and (recipe is None or recipe.unpadded):
+                self._try("unpadded", unpad(network, self.dtype, proof))
+            if self.recipe.unpadded and (recipe is None or recipe.fewer_passes):
+                self._try("fewer_passes", fewer_passes(network, self.dtype, proof))
+            if self.recipe.unpadded and (recipe is None or recipe.shares_beginnings):
+                self._try("shares_beginnings", share_beginnings(network, self.dtype, proof))
+            if self.recipe.unpadded and (recipe is None or recipe.head_only):
+                self._try("head_only", head_only(network, self.dtype, proof))
+            if spec.unpad and has_vocabulary_score(self.model) and (recipe is None or recipe.score_logits):
+                self._try("score_logits", score_logits(self.model, self.dtype, proof))
         if spec.prepack:
             names = None if recipe is None else recipe.prepacked
-            packed = prepack(module, self.dtype, self._proof(recipe), names)
-        self.recipe = Recipe(unpadded, only_cls, tuple(packed))
+            packed, why_not = prepack(module, self.dtype, proof, names)
+            self.recipe = replace(self.recipe, prepacked=tuple(packed))
+            self._note("prepacked", why_not)
+
+    def _try(self, name: str, why_not: str) -> None:
+        """Keep in the recipe that the optimization ``name`` is on, or why it is not."""
+        change: dict[str, Any] = {name: not why_not}
+        self.recipe = replace(self.recipe, **change)
+        self._note(name, why_not)
+
+    def _note(self, name: str, why_not: str) -> None:
+        if why_not:
+            self._off[name] = why_not
+
+    def _say(self) -> None:
+        """Log what makes this model faster, and what does not and why."""
+        off = "; ".join(f"{name}: {why_not}" for name, why_not in self._off.items())
+        logger.info("faster by: %s. Left out: %s", ", ".join(self.recipe.names()) or "nothing", off or "nothing")
+        if self.recipe.equal_lengths:
+            config, tokenizer = getattr(self.model.model, "config", None), getattr(self.model, "tokenizer", None)
+            ours, theirs = getattr(config, "pad_token_id", None), getattr(tokenizer, "pad_token_id", None)
+            hint = "" if ours == theirs else f": its config's pad_token_id is {ours}, its tokenizer's {theirs}"
+            logger.warning("padding changes this model's scores%s; its batches are of pairs of one length", hint)
+
+    def _feels_padding(self) -> bool:
+        """Whether a pair's score depends on how long the others of its batch are."""
+        if not isinstance(self.model, CrossEncoder):
+            return False
+        limit = tolerance("optimized", self.dtype)
+        alone, padded = self._predict(CANARY[:1])[0], self._predict(CANARY)[0]
+        return not np.allclose(alone, padded, rtol=limit, atol=limit)
 
     def _proof(self, recipe: Recipe | None) -> Callable[[], Scores] | None:
         """What a change must keep the same; nothing where another worker has seen to it."""
@@ -243,19 +316,26 @@ class Engine:
         batches: Iterator[tuple[list[int], Any]]
         if self._pipeline is None or not (prompt is None or self._pipeline.takes_prompt):
             lengths = [estimate_pair(estimate_text(query), document, self.max_length) for query, document in pairs]
+            alone = [[i] for i in range(len(pairs))]
             batches = (
                 (batch, self._predict([pairs[i] for i in batch], prompt))
-                for batch in padded_batches(lengths, self.batch_tokens)
+                for batch in (alone if self.recipe.equal_lengths else padded_batches(lengths, self.batch_tokens))
             )
         else:
             pipeline, tokenized = self._pipeline, self._pipeline.tokenize(pairs, prompt)
             readings = Readings(array("i", tokenized.lengths), tokenized.truncated)
-            cut = even_batches if self.recipe.unpadded else padded_batches
-            batches = ((batch, pipeline.score(tokenized, batch)) for batch in cut(tokenized.lengths, self.batch_tokens))
+            batches = ((batch, pipeline.score(tokenized, batch)) for batch in self._cut(tokenized))
         for batch, values in batches:
             for i, value in zip(batch, values, strict=True):
                 scores[i] = value
         return scores, readings
+
+    def _cut(self, tokenized: Tokenized) -> Iterable[list[int]]:
+        """Which pairs go into one batch."""
+        if self.recipe.shares_beginnings:
+            return shared_batches(tokenized.inputs["input_ids"], self.batch_tokens)
+        cut = equal_batches if self.recipe.equal_lengths else even_batches if self.recipe.unpadded else padded_batches
+        return cut(tokenized.lengths, self.batch_tokens)
 
     def _count_tokens(self, pair: Pair, prompt: str | None) -> int:
         """The tokens of ``pair``, truncated, where nobody has counted them."""

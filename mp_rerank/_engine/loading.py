@@ -17,9 +17,23 @@ from sentence_transformers import CrossEncoder
 
 from mp_rerank.config import ModelSpec
 
-__all__ = ["load", "module_of", "prove", "torch_dtype", "truncation_length", "version_of", "warn_of_slow_dtype"]
+__all__ = [
+    "draws_weights",
+    "load",
+    "module_of",
+    "prove",
+    "prove_positions",
+    "prove_tokenizer",
+    "torch_dtype",
+    "truncation_length",
+    "version_of",
+    "warn_of_slow_dtype",
+]
 
 logger = logging.getLogger(__name__)
+
+#: Pairs of texts in several scripts: a tokenizer that knows no word at all makes the same tokens of both.
+UNLIKE_TEXTS = (("bread", "birds"), ("хлеб", "птица"), ("面", "鳥"), ("12", "37"))
 
 
 def load(spec: ModelSpec, device: str) -> CrossEncoder:
@@ -86,6 +100,54 @@ def prove(module: torch.nn.Module, device: torch.device, dtype: str | None) -> t
                 raise ValueError(f"{name} is {kind}, not the {dtype} that was asked for")
             dtypes[kind] = dtypes.get(kind, 0) + tensor.numel()
     return "+".join(sorted(dtypes, key=lambda kind: -dtypes[kind])), size
+
+
+def draws_weights(spec: ModelSpec, device: str) -> tuple[CrossEncoder, bool]:
+    """The model of ``spec`` on ``device``, and whether some of its weights may have been drawn at random.
+
+    transformers draws what a checkpoint lacks: a head that was never trained, or a part that nothing reads. Modules of
+    sentence-transformers' own always draw theirs, before they load them; what they lack is an error.
+    """
+    before = torch.get_rng_state()
+    model = load(spec, device)
+    drawn = not torch.equal(before, torch.get_rng_state())
+    parts = [type(part).__name__ for part in model.children()] if isinstance(model, torch.nn.Module) else []
+    return model, drawn and "Dense" not in parts
+
+
+def prove_tokenizer(model: Any) -> None:
+    """Raise ``ValueError`` unless the tokenizer of ``model``, a ``CrossEncoder``, can pad and tells texts apart."""
+    tokenizer = getattr(model, "tokenizer", None)
+    if not callable(tokenizer):
+        return
+    if getattr(tokenizer, "pad_token", "") is None:
+        end, number = getattr(tokenizer, "eos_token", None), getattr(tokenizer, "eos_token_id", None)
+        raise ValueError(
+            "its tokenizer has no padding token, which pairs of unequal length need: name one, such as "
+            f"ModelSpec(..., tokenizer_kwargs={{'pad_token': {end or '<pad>'!r}}}, "
+            f"config_kwargs={{'pad_token_id': {0 if number is None else number}}})"
+        )
+    if all(tokenizer(one)["input_ids"] == tokenizer(other)["input_ids"] for one, other in UNLIKE_TEXTS):
+        raise ValueError(
+            f"its tokenizer ({type(tokenizer).__name__}, {len(tokenizer)} tokens) makes the same tokens of every text: "
+            "are its files (tokenizer.json, or vocab.txt and the like) beside the weights?"
+        )
+
+
+def prove_positions(model: Any, max_length: int | None) -> None:
+    """Raise ``ValueError`` if ``model``, a ``CrossEncoder``, reads more tokens of a pair than it has positions for."""
+    embeddings = getattr(getattr(model.model, "base_model", None), "embeddings", None)
+    table = getattr(embeddings, "position_embeddings", None)
+    if max_length is None or not isinstance(table, torch.nn.Embedding):
+        return
+    # RoBERTa's first token has the position after the padding's.
+    first = (table.padding_idx or 0) + 1 if hasattr(embeddings, "create_position_ids_from_input_ids") else 0
+    positions = table.num_embeddings - first
+    if max_length > positions:
+        raise ValueError(
+            f"it is to read up to {max_length} tokens of a pair (max_length), and has positions for {positions}: "
+            f"give ModelSpec(..., max_length={positions})"
+        )
 
 
 def module_of(model: Any) -> torch.nn.Module:

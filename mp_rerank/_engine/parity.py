@@ -30,7 +30,7 @@ def keep_if_equal(
     undo: Callable[[], object],
     predict: Callable[[], Scores] | None,
     dtype: str,
-) -> bool:
+) -> str:
     """Do ``change``; ``undo`` it if scores then differ by more than the tolerance, or if anything is raised.
 
     Args:
@@ -39,23 +39,25 @@ def keep_if_equal(
         dtype: of the model's weights.
 
     Returns:
-        Whether the change is kept.
+        Why the change is not kept; empty: it is.
     """
     limit = tolerance("optimized", dtype)
     try:
         if predict is None:
             change()
-            return True
+            return ""
         before = predict()
         change()
         after = predict()
         if np.allclose(before, after, rtol=limit, atol=limit):
-            return True
+            return ""
         logger.debug("%s: undone, for scores become %s instead of %s", what, after, before)
+        why_not = "scores would differ"
     except Exception as error:  # an operator that this build of torch lacks, or a module that is built otherwise
-        logger.debug("%s: not possible here: %s", what, error)
+        logger.debug("%s: not possible here", what, exc_info=True)
+        why_not = str(error).partition("\n")[0] or type(error).__name__
     undo()
-    return False
+    return why_not
 
 
 def record_calls(
@@ -64,7 +66,8 @@ def record_calls(
     """The arguments of each call of ``network`` while ``predict(batch)`` runs.
 
     Args:
-        network: the transformers model within a ``CrossEncoder``.
+        network: the transformers model within a ``CrossEncoder``; or, since sentence-transformers 6, the
+            ``CrossEncoder`` itself, whose one argument is a dict: that dict's entries are then recorded.
         predict: scores one batch with that ``CrossEncoder``.
         answer: is called in the network's place, with the same arguments; ``None`` calls the network.
     """
@@ -72,9 +75,9 @@ def record_calls(
     present = network.forward
     replaced = "forward" in vars(network)
 
-    def forward(**arguments: Any) -> Any:
-        calls.append(arguments)
-        return (answer or present)(**arguments)
+    def forward(*features: Any, **arguments: Any) -> Any:
+        calls.append(dict(*features, **arguments))  # a copy: modules add to what they are given
+        return (answer or present)(*features, **arguments)
 
     network.forward = forward
     try:

@@ -12,6 +12,7 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -19,10 +20,21 @@ import torch
 from sentence_transformers import CrossEncoder
 from transformers.modeling_outputs import SequenceClassifierOutput
 
+from mp_rerank._engine.packed import common_beginning
 from mp_rerank._engine.parity import Pairs, Scores, record_calls
 from mp_rerank._pairs import CANARY, tolerance
 
-__all__ = ["Pipeline", "Tokenized", "even_batches", "find_pipeline", "padded_batches", "without_surrogates"]
+__all__ = [
+    "Pipeline",
+    "Tokenized",
+    "equal_batches",
+    "even_batches",
+    "find_pipeline",
+    "has_modules",
+    "padded_batches",
+    "shared_batches",
+    "without_surrogates",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -57,10 +69,17 @@ class Pipeline:
         takes_prompt: whether it is proved to do what ``predict(prompt=...)`` does.
     """
 
+    #: its name in a recipe
+    name = "tokenizer"
+
     def __init__(self, model: Any) -> None:
+        self._model = model
         self._tokenizer = model.tokenizer
         self._network = model.model
         self._activation = model.activation_fn
+        # Since sentence-transformers 6 a model is a row of modules, which take and return a dict. Before, it is one
+        # network.
+        self._modular = has_modules(model)
         self._constants: dict[str, Any] = {}
         self.takes_prompt = False
         self._padding = {
@@ -90,7 +109,11 @@ class Pipeline:
     def score(self, tokenized: Tokenized, batch: Sequence[int]) -> Scores:
         """Scores of the pairs at ``batch``, in one forward pass: shape (n,) or (n, num_labels)."""
         with torch.inference_mode():
-            logits = self._network(**self._collate(tokenized, batch), **self._constants).logits
+            tensors = self._collate(tokenized, batch)
+            if self._modular:
+                logits = self._model({**tensors, **self._constants})["scores"]
+            else:
+                logits = self._network(**tensors, **self._constants).logits
             scores = self._activation(logits.float())
             found: Scores = (scores[:, 0] if scores.shape[1] == 1 else scores).float().cpu().numpy()
         return found
@@ -126,11 +149,18 @@ class Pipeline:
 
         What else ``predict`` gives to the network is kept, to be given to it in every call.
         """
-        calls = record_calls(self._network, predict, batch, self._zero_logits)
+        called = self._model if self._modular else self._network
+        calls = record_calls(called, predict, batch, self._zero_logits)
         if len(calls) != 1:
             raise ValueError(f"predict calls the network {len(calls)} times for one batch")
         tensors = {name: value for name, value in calls[0].items() if isinstance(value, torch.Tensor)}
-        self._constants = {name: value for name, value in calls[0].items() if name not in tensors}
+        constants = {name: value for name, value in calls[0].items() if name not in tensors}
+        if prompt is None:
+            self._constants = constants
+        elif {**self._constants, "prompt_length": None} != {**constants, "prompt_length": None}:
+            raise ValueError(f"with a prompt, predict calls the network with {constants}")
+        elif any(getattr(part, "include_prompt", True) is False for part in self._model.modules()):
+            raise ValueError("its pooling leaves a prompt out, and has to know how long it is")
         collated = self._collate(self.tokenize(batch, prompt), range(len(batch)))
         if collated.keys() != tensors.keys():
             raise ValueError(f"predict calls the network with {sorted(tensors)}, not with {sorted(collated)}")
@@ -152,41 +182,84 @@ class Pipeline:
             tensors[name] = torch.from_numpy(padded).to(self._network.device)
         return tensors
 
-    def _zero_logits(self, **arguments: Any) -> SequenceClassifierOutput:
-        """An answer in the network's place, where only its arguments are of interest."""
-        shape = len(arguments["input_ids"]), self._network.config.num_labels
-        return SequenceClassifierOutput(logits=torch.zeros(shape, device=self._network.device))
+    def _zero_logits(self, *features: dict[str, Any], **arguments: Any) -> Any:
+        """An answer in the model's place, where only what it is called with is of interest."""
+        called = dict(*features, **arguments)
+        labels = self._model.num_labels if self._modular else self._network.config.num_labels
+        zeros = torch.zeros((len(called["input_ids"]), labels), device=self._network.device)
+        return {"scores": zeros} if self._modular else SequenceClassifierOutput(logits=zeros)
+
+
+class PreprocessingPipeline(Pipeline):
+    """A pipeline that leaves it to the library to make tokens of texts: with a prompt, or by a chat template."""
+
+    name = "preprocess"
+
+    def __init__(self, model: Any) -> None:
+        super().__init__(model)
+        self._prompt = (model.prompts or {}).get(model.default_prompt_name)
+
+    def tokenize(self, pairs: Pairs, prompt: str | None = None) -> Tokenized:
+        """``pairs`` as tokens, truncated, with ``prompt`` or else the model's own."""
+        if prompt is None:
+            prompt = self._prompt
+        features = self._model.preprocess(list(pairs), prompt=prompt)
+        padded = {name: value.numpy() for name, value in features.items() if isinstance(value, torch.Tensor)}
+        real = padded["attention_mask"].astype(bool)
+        inputs = {
+            name: [row[mask].tolist() for row, mask in zip(rows, real, strict=True)] for name, rows in padded.items()
+        }
+        lengths = real.sum(1).tolist()
+        truncated = bytearray(len(lengths))
+        limit = self._model.max_seq_length
+        for i, length in enumerate(lengths):
+            if limit is not None and length >= limit:
+                whole = {"text": {"truncation": False, "verbose": False}}
+                mask = self._model.preprocess([pairs[i]], prompt=prompt, processing_kwargs=whole)["attention_mask"]
+                truncated[i] = int(mask.sum()) > length
+        return Tokenized(inputs, lengths, truncated)
+
+
+def has_modules(model: Any) -> bool:
+    """Whether ``model`` is a row of modules that take and return a dict, as since sentence-transformers 6."""
+    return isinstance(model, torch.nn.Module) and callable(getattr(model, "preprocess", None))
 
 
 def find_pipeline(
-    model: Any, predict: Predict, max_length: int | None, dtype: str, *, prove: bool = True
-) -> Pipeline | None:
-    """A pipeline that does what ``predict`` does, or ``None`` where there is none: ``predict`` is then called.
+    model: Any, predict: Predict, max_length: int | None, dtype: str, name: str | None = None
+) -> tuple[Pipeline | None, str]:
+    """A pipeline that does what ``predict`` does, and otherwise why there is none: ``predict`` is then called.
 
     Args:
         model: a ``CrossEncoder`` or a loader's model; nobody else uses it meanwhile.
         predict: scores one batch with it, and with a prompt where one is given.
         max_length: tokens it truncates a pair to, if it does.
         dtype: of its weights.
-        prove: whether it is not known yet that it does what ``predict`` does.
+        name: of the pipeline that is known to do what ``predict`` does; ``None``: prove it.
     """
-    if type(model) is not CrossEncoder or "predict" in vars(model):  # a loader's, with a predict of its own
-        return None
-    if not isinstance(model, torch.nn.Module):  # before sentence-transformers 4
-        return None
+    if type(model) is not CrossEncoder or "predict" in vars(model):
+        return None, "the model has a predict of its own"
+    if not isinstance(model, torch.nn.Module):
+        return None, "this sentence-transformers is too old"
     if any(module._forward_hooks or module._forward_pre_hooks for module in model.modules()):
-        return None
-    try:
-        pipeline = Pipeline(model)
-        if prove:
-            pipeline.prove(predict, max_length, dtype)
+        return None, "the model has hooks"
+    why_not = ""
+    for kind in (Pipeline, PreprocessingPipeline) if has_modules(model) else (Pipeline,):
+        if name not in (None, kind.name):
+            continue
+        try:
+            pipeline = kind(model)
+            if name is None:
+                pipeline.prove(predict, max_length, dtype)
+            else:
+                pipeline.prove_tensors(predict, CANARY[:1])
+                pipeline.prove_prompt(predict)
+        except Exception as error:  # one of many things: a processor that takes no texts, an older version
+            logger.debug("no pipeline by %s", kind.name, exc_info=True)
+            why_not = str(error).partition("\n")[0]
         else:
-            pipeline.prove_tensors(predict, CANARY[:1])
-            pipeline.prove_prompt(predict)
-    except Exception as error:  # one of many things: another kind of head, a prompt, a processor, an older version
-        logger.debug("%s scores by predict only: %s", type(model).__name__, error)
-        return None
-    return pipeline
+            return pipeline, ""
+    return None, why_not
 
 
 def without_surrogates(text: str) -> str:
@@ -233,11 +306,53 @@ def even_batches(lengths: list[int], budget: int) -> list[list[int]]:
     Returns:
         Indices of ``lengths``, longest first.
     """
+    order = sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True)
+    return [[order[k] for k in batch] for batch in _cut([lengths[i] for i in order], budget)]
+
+
+def shared_batches(tokens: list[list[int]], budget: int) -> list[list[int]]:
+    """Cut pairs into batches of about equally many tokens to compute, for a network that shares common beginnings.
+
+    Args:
+        tokens: of each pair.
+        budget: tokens that a batch comes as near to as it can; a beginning that its pairs have in common counts once.
+
+    Returns:
+        Indices of ``tokens``, pairs that begin alike side by side.
+    """
+    order = sorted(range(len(tokens)), key=tokens.__getitem__)
+    shared = [common_beginning(tokens[a], tokens[b]) for a, b in pairwise(order)]
+    new = [len(tokens[i]) - common for i, common in zip(order, [0, *shared], strict=True)]
+    return [[order[k] for k in batch] for batch in _cut(new, budget)]
+
+
+def equal_batches(lengths: list[int], budget: int) -> list[list[int]]:
+    """Cut pairs into batches of one length each, for a network whose scores padding would change.
+
+    Args:
+        lengths: tokens of each pair.
+        budget: tokens of one batch; a longer pair is a batch of its own.
+
+    Returns:
+        Indices of ``lengths``.
+    """
+    alike: dict[int, list[int]] = {}
+    for i, length in enumerate(lengths):
+        alike.setdefault(length, []).append(i)
+    found = []
+    for length, pairs in alike.items():
+        size = max(1, budget // length)
+        found += [pairs[start : start + size] for start in range(0, len(pairs), size)]
+    return found
+
+
+def _cut(lengths: list[int], budget: int) -> list[list[int]]:
+    """Consecutive numbers of ``lengths``, cut so that the sums are about equal and near to ``budget``."""
     total = sum(lengths)
     count = max(1, round(total / budget))
     found: list[list[int]] = [[] for _ in range(count)]
     before = 0
-    for i in sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True):
-        found[int((before + lengths[i] / 2) / total * count)].append(i)
-        before += lengths[i]
+    for i, length in enumerate(lengths):
+        found[int((before + length / 2) / total * count)].append(i)
+        before += length
     return [batch for batch in found if batch]

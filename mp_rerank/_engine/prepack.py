@@ -19,8 +19,8 @@ from typing import Any
 
 import torch
 
+from mp_rerank._engine.packed import TOKEN_MULTIPLE
 from mp_rerank._engine.parity import Scores, keep_if_equal
-from mp_rerank._engine.unpad import TOKEN_MULTIPLE
 
 __all__ = ["prepack"]
 
@@ -40,7 +40,7 @@ ACTIVATION_AFTER = {"dense": "intermediate_act_fn", "lin1": "activation"}
 
 def prepack(
     model: torch.nn.Module, dtype: str, predict: Callable[[], Scores] | None, names: Sequence[str] | None = None
-) -> list[str]:
+) -> tuple[list[str], str]:
     """Prepack those ``nn.Linear`` of ``model`` on the CPU that are faster for it, if scores stay the same.
 
     Only for a model that does nothing but predict from then on: a packed layer's ``weight`` keeps its shape, dtype and
@@ -53,10 +53,10 @@ def prepack(
         names: the layers that are known to be faster prepacked; ``None``: time them.
 
     Returns:
-        The names of the layers that are packed now.
+        The names of the layers that are packed now, and why there are none, if so.
     """
     if not torch.backends.mkldnn.is_available():
-        return []
+        return [], "this torch is built without oneDNN"
     packed: list[_Packed] = []
 
     def change() -> None:
@@ -73,12 +73,13 @@ def prepack(
         for layer in packed:
             layer.restore()
 
-    if not keep_if_equal("prepacked layers", change, undo, predict, dtype):
-        return []
+    why_not = keep_if_equal("prepacked layers", change, undo, predict, dtype)
+    if why_not or not packed:
+        return [], why_not or "no layer is faster"
     for layer in packed:
         layer.free_plain_weight()
     found = {module: name for name, module in model.named_modules()}
-    return [found[layer.linear] for layer in packed]
+    return [found[layer.linear] for layer in packed], ""
 
 
 class _Packed:

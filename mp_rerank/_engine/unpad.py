@@ -1,49 +1,40 @@
-"""Encoders without padding: a batch goes through their layers as one row of real tokens.
+"""Networks that leave out what they need not compute: padding, common beginnings, and what their head does not read.
 
-    padded batch  ->  PackedBatch: tokens of all pairs end to end  ->  layers  ->  padded batch, for the head
+``unpad`` lets a network compute a `PackedBatch`: at its input a padded batch becomes one row of tokens with their own
+positions, and past its layers the row becomes a padded batch again, which is what the head reads. After it,
+``share_beginnings`` lets pairs that begin alike be computed from where they differ, and ``head_only`` leaves out of the
+last layer what the head does not read.
 
-Linear layers, norms and activations see each token by itself. Only attention has to know which tokens belong together:
-it is replaced, through transformers' attention interface, by one that goes by the ``PackedBatch`` of its thread.
-
-``unpad`` does this to a network. After it, ``cls_only`` can leave out of the last layer what the head does not read.
-Both work for networks whose encoder is a module of its own and whose attention goes through that interface: BERT,
-RoBERTa, XLM-RoBERTa, ELECTRA, ALBERT and DistilBERT in transformers 5. Any other network is left as it is, and so is
-one whose scores would differ.
+All work for networks that take positions and whose attention and masks go through transformers' interfaces: in
+transformers 5 BERT, RoBERTa, XLM-RoBERTa, ELECTRA, ALBERT, DistilBERT, ModernBERT, and decoders such as Llama, Qwen2,
+Qwen3, Mistral and Gemma. Any other network is left as it is, and so is one whose scores would differ.
 """
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+import inspect
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
+from mp_rerank._engine.packed import NAME, PackedBatch, attending_by, current_batch, register_attention
 from mp_rerank._engine.parity import Scores, keep_if_equal
 
-__all__ = ["TOKEN_MULTIPLE", "LengthBucket", "PackedBatch", "cls_only", "unpad"]
+__all__ = ["has_vocabulary_score", "head_only", "packing_forward", "score_logits", "share_beginnings", "unpad"]
 
-#: the name under which transformers finds the attention below
-NAME = "mp_rerank_packed"
-#: A row has a multiple of so many tokens. oneDNN makes a kernel for every number of tokens and keeps it, and memory of
-#: ever new sizes is fragmented: with a model of 18 MB a worker grew by 760 MB in 600 batches, and now by 100.
-TOKEN_MULTIPLE = 32
-#: In attention, a pair is padded to a multiple of this. Of a vector register that is not full, each number is computed
-#: by itself, which takes twice as long for 31 or 63 tokens as for 32 or 64.
-LENGTH_MULTIPLE = 16
-#: of the encoder, in the base models of transformers
+#: of the part that has the layers, in the base models of transformers; in others the layers are the base model's own
 ENCODER_NAMES = ("encoder", "transformer")
-#: of the layers that make keys and values, in models of BERT's and of DistilBERT's family
-KEY_VALUE_NAMES = (("key", "value"), ("k_lin", "v_lin"))
+#: of the list of layers in either
+LAYERS_NAMES = ("layer", "layers")
+#: A common beginning of fewer tokens is not worth a segment of its own.
+SHORTEST_BEGINNING = 16
+#: of the norm before attention, and of the linear layer at attention's end, in layers that have such a norm
+PRE_NORM_NAMES = (("attn_norm", "attn.Wo"), ("input_layernorm", "self_attn.o_proj"))
 
 
-# A network without padding.
-
-
-def unpad(network: torch.nn.Module, dtype: str, predict: Callable[[], Scores] | None) -> bool:
-    """Let the encoder of ``network`` leave out padding, if scores stay the same.
+def unpad(network: torch.nn.Module, dtype: str, predict: Callable[[], Scores] | None) -> str:
+    """Let ``network`` leave out padding, if scores stay the same.
 
     Args:
         network: a transformers model on a CPU; changed in place, or not at all.
@@ -51,42 +42,89 @@ def unpad(network: torch.nn.Module, dtype: str, predict: Callable[[], Scores] | 
         predict: scores one batch of pairs of unlike lengths with it; ``None``: scores are known to stay the same.
 
     Returns:
-        Whether it leaves out padding now.
+        Why it does not; empty: it does.
     """
-    encoder = _find_encoder(network)
+    base = getattr(network, "base_model", None)
     attention = getattr(getattr(network, "config", None), "_attn_implementation", None)
-    if encoder is None or attention != "sdpa" or "forward" in vars(encoder):
-        return False
+    if not isinstance(base, torch.nn.Module) or "forward" in vars(base):
+        return "this is no plain model of transformers"
+    if attention != "sdpa":
+        return f"its attention is {attention!r}, not 'sdpa'"
     if not getattr(network, "_can_set_attn_implementation", bool)():  # setting it would do nothing and warn of it
-        return False
-    unpadded = _UnpaddedForward(encoder)
+        return "its attention does not go through transformers' interface"
+    if "position_ids" not in inspect.signature(base.forward).parameters:
+        return "it takes no positions"
+    encoder = _find_encoder(base)
+    packing = _PackingForward(base, unpacks=encoder is base)
 
     def change() -> None:
-        _register_attention()
+        register_attention()
         network.set_attn_implementation(NAME)
-        encoder.forward = unpadded
+        if encoder is not base:
+            encoder.forward = _UnpackingForward(encoder)
+        base.forward = packing
 
     def undo() -> None:
-        vars(encoder).pop("forward", None)
+        for part in (base, encoder):
+            vars(part).pop("forward", None)
         network.set_attn_implementation(attention)
 
     def predict_unpadded() -> Scores:
         assert predict is not None
         scores = predict()
-        if "forward" in vars(encoder) and not unpadded.used:
-            raise ValueError("padding does not get as far as the encoder")
+        if "forward" in vars(base) and not packing.saved:
+            raise ValueError("padding does not get as far as its layers")
         return scores
 
     return keep_if_equal("no padding", change, undo, predict and predict_unpadded, dtype)
 
 
-def cls_only(network: torch.nn.Module, dtype: str, predict: Callable[[], Scores] | None) -> bool:
-    """Let the last layer of ``network`` compute each pair's first token only, if scores stay the same.
+def share_beginnings(network: torch.nn.Module, dtype: str, predict: Callable[[], Scores] | None) -> str:
+    """Let ``network`` compute once what pairs of a batch have in common at their beginnings, if scores stay the same.
 
-    A head of BERT's family reads that token only ([CLS], or <s>). Its last state depends on the others through
-    attention's keys and values, which are computed for all tokens; queries, attention, and all that follows, for the
-    first tokens alone. Of the linear layers' products (of twelve parts, keys and values are two) that leaves out ten
-    twelfths of the last layer: 28 % of a model with three layers, 14 % with six, 7 % with twelve.
+    What a token computes depends on those that it attends to: in a decoder, on earlier ones alone.
+
+    Args:
+        network: one that `unpad` let leave out padding; changed in place, or not at all.
+        dtype: of its weights.
+        predict: scores one batch of pairs that begin alike with it; ``None``: scores are known to stay the same.
+
+    Returns:
+        Why it does not; empty: it does.
+    """
+    packing = packing_forward(network)
+    if packing is None:
+        return "it computes padding"
+    if predict is not None and packing.looks_ahead:
+        return "its tokens attend to later ones too"
+
+    def change() -> None:
+        packing.shortest = 1 if predict else SHORTEST_BEGINNING
+
+    def undo() -> None:
+        packing.shortest = 0
+
+    def predict_sharing() -> Scores:
+        assert predict is not None
+        before = packing.shared
+        scores = predict()
+        if packing.shortest and packing.shared == before:
+            raise ValueError("pairs do not begin alike, or have more than tokens")
+        return scores
+
+    why_not = keep_if_equal("common beginnings once", change, undo, predict and predict_sharing, dtype)
+    if not why_not:
+        packing.shortest = SHORTEST_BEGINNING
+    return why_not
+
+
+def head_only(network: torch.nn.Module, dtype: str, predict: Callable[[], Scores] | None) -> str:
+    """Let the last layer of ``network`` compute only what the head reads, one token a pair, if scores stay the same.
+
+    A head of BERT's family reads a pair's first token ([CLS], or <s>), a decoder's head the last one. That token's
+    state depends on others through attention's keys and values, which are computed for all tokens; attention, and all
+    that follows, for that one token alone. Of the linear layers' products that leaves out most of the last layer: 28 %
+    of a model with three layers, 14 % with six, 7 % with twelve.
 
     Args:
         network: one that `unpad` let leave out padding; changed in place, or not at all.
@@ -94,208 +132,195 @@ def cls_only(network: torch.nn.Module, dtype: str, predict: Callable[[], Scores]
         predict: scores one batch of pairs of unlike lengths with it; ``None``: scores are known to stay the same.
 
     Returns:
-        Whether the last layer computes first tokens only now.
+        Why it does not; empty: it does.
     """
-    layers = getattr(_find_encoder(network), "layer", None)
-    if not isinstance(layers, torch.nn.ModuleList) or "forward" in vars(layers[-1]):
-        return False
+    packing = packing_forward(network)
+    if packing is None:
+        return "it computes padding"
+    layers = _layers(_find_encoder(network.base_model))
+    if layers is None or len(layers) < 2 or "forward" in vars(layers[-1]):
+        return "it has no list of layers"
     last = layers[-1]
+    norms = [
+        (last.get_submodule(norm), last.get_submodule(linear))
+        for norm, linear in PRE_NORM_NAMES
+        if hasattr(last, norm) and "." in linear and hasattr(last, linear.partition(".")[0])
+    ]
+    replaced: list[torch.nn.Module] = []
+
+    def replace(part: torch.nn.Module, forward: Callable[..., Any]) -> None:
+        replaced.append(part)
+        part.forward = forward
 
     def change() -> None:
-        last.forward = _ClsOnlyForward(last)
+        plain = last.forward
+        replace(last, lambda hidden_states, *args, **rest: plain(_only_chosen(hidden_states), *args, **rest))
+        for norm, linear in norms[:1]:
+            replace(norm, _of_all(norm.forward))
+            replace(linear, _of_chosen(linear.forward))
 
-    return keep_if_equal("first tokens only", change, lambda: vars(last).pop("forward", None), predict, dtype)
+    def undo() -> None:
+        for part in replaced:
+            vars(part).pop("forward", None)
+
+    return keep_if_equal("the head's tokens only", change, undo, predict, dtype)
 
 
-class _UnpaddedForward:
-    """The ``forward`` of an encoder: takes a padded batch, gives the layers a packed one, returns a padded one."""
+def has_vocabulary_score(model: Any) -> bool:
+    """Whether the score of ``model``, a ``CrossEncoder``, is made of logits of a decoder's vocabulary."""
+    return _vocabulary_reader(model) is not None
 
-    def __init__(self, encoder: torch.nn.Module) -> None:
-        self._forward = encoder.forward
-        self.used = False  # whether there has been any padding to leave out
 
-    def __call__(self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None = None, **rest: Any) -> Any:
-        pairs, longest, _ = hidden_states.shape
+def score_logits(model: Any, dtype: str, predict: Callable[[], Scores] | None) -> str:
+    """Let a decoder compute only those logits of its vocabulary that ``LogitScore`` reads, if scores stay the same.
+
+    Args:
+        model: a ``CrossEncoder``; changed in place, or not at all.
+        dtype: of its weights.
+        predict: scores some fixed pairs with it; ``None``: scores are known to stay the same.
+
+    Returns:
+        Why it does not; empty: it does.
+    """
+    reader = _vocabulary_reader(model)
+    if reader is None:
+        return "its score is made of no vocabulary's logits"
+    network = model.model
+    head = network.get_output_embeddings()
+    if type(head) is not torch.nn.Linear or "forward" in vars(head):
+        return "its logits are made by something else than a linear layer"
+    read = {name: getattr(reader, name) for name in ("true_token_id", "false_token_id")}
+    ids = [token for token in read.values() if token is not None]
+    weight = head.weight.detach()[ids].clone()
+    bias = None if head.bias is None else head.bias.detach()[ids].clone()
+
+    def change() -> None:
+        head.forward = lambda states: torch.nn.functional.linear(states, weight, bias)
+        for number, name in enumerate(name for name, token in read.items() if token is not None):
+            setattr(reader, name, number)
+
+    def undo() -> None:
+        vars(head).pop("forward", None)
+        for name, token in read.items():
+            setattr(reader, name, token)
+
+    return keep_if_equal("the score's logits only", change, undo, predict, dtype)
+
+
+class _PackingForward:
+    """The ``forward`` of a base model: takes a padded batch, and gives its parts a packed one.
+
+    Args:
+        base: the base model.
+        unpacks: whether its result is of the packed batch, or else a part of it has seen to that.
+
+    Attributes:
+        shortest: the shortest common beginning that is computed once; 0: none.
+        rotates: whether rotary positions are computed by complex numbers (``fused``).
+        looks_ahead: whether some of its tokens attend to later ones.
+        saved, shared: tokens left out so far; and those of them that were common.
+    """
+
+    def __init__(self, base: torch.nn.Module, *, unpacks: bool) -> None:
+        self._forward = base.forward
+        self._unpacks = unpacks
+        self._parameters = inspect.signature(base.forward).parameters
+        # RoBERTa numbers positions by what is padding to it: a <pad> that a text has in it is not counted.
+        embeddings = getattr(base, "embeddings", None)
+        self._number = getattr(embeddings, "create_position_ids_from_input_ids", None)
+        self._padding_idx = getattr(embeddings, "padding_idx", None)
+        self.shortest = 0
+        self.rotates = False
+        self.looks_ahead = True
+        self.saved = 0
+        self.shared = 0
+
+    def __call__(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        token_type_ids: torch.Tensor | None = None,
+        **rest: Any,
+    ) -> Any:
+        if input_ids is None or rest.get("inputs_embeds") is not None or rest.pop("position_ids", None) is not None:
+            raise ValueError("it is called with other things than tokens")
         if attention_mask is None:
-            attention_mask = hidden_states.new_ones((pairs, longest), dtype=torch.bool)
-        real = attention_mask.bool()
-        lengths, order = real.sum(1).sort()  # pairs of one length side by side
-        real = real[order]
-        packed = PackedBatch(lengths)
-        states = hidden_states[order][real]
-        count = len(states)
-        row = torch.nn.functional.pad(states, (0, 0, 0, -count % TOKEN_MULTIPLE))
-        with _attending_by(packed):
-            output = self._forward(row.unsqueeze(0), None, **rest)
-        tokens = output.last_hidden_state[0]
-        padded = torch.zeros_like(hidden_states)
-        if packed.all_states is None:
-            padded[real] = tokens[:count]
-        else:  # a first token of each pair: the head looks for it in the first column
-            padded[:, 0] = tokens
-        output.last_hidden_state = torch.empty_like(padded)
-        output.last_hidden_state[order] = padded
-        self.used |= count < pairs * longest
+            attention_mask = torch.ones_like(input_ids)
+        shares = self.shortest and "token_type_ids" not in self._parameters
+        packed = PackedBatch(attention_mask, input_ids if shares else None, self.shortest)
+        packed.rotates = self.rotates
+        self.saved += packed.saved
+        self.shared += packed.shared
+        positions = packed.positions
+        if self._number is not None:
+            positions = self._number(input_ids, self._padding_idx).flatten()[packed.sources]
+        if token_type_ids is not None:
+            rest["token_type_ids"] = token_type_ids.flatten()[packed.sources][None]
+        if "use_cache" in self._parameters:  # nobody asks for a further token
+            rest["use_cache"] = False
+        ids = input_ids.flatten()[packed.sources][None]
+        with attending_by(packed):
+            output = self._forward(
+                input_ids=ids, attention_mask=torch.ones_like(ids), position_ids=positions[None], **rest
+            )
+        self.looks_ahead = packed.looks_ahead
+        if self._unpacks:
+            output.last_hidden_state = packed.unpack(output.last_hidden_state)
         return output
 
 
-class _ClsOnlyForward:
-    """The ``forward`` of a layer: takes states of shape (1, tokens, width), returns them of shape (1, pairs, width)."""
+class _UnpackingForward:
+    """The ``forward`` of an encoder within a base model: returns what the pooler and the head read, a padded batch."""
 
-    def __init__(self, layer: torch.nn.Module) -> None:
-        self._forward = layer.forward
+    def __init__(self, encoder: torch.nn.Module) -> None:
+        self._forward = encoder.forward
 
-    def __call__(self, hidden_states: torch.Tensor, *args: Any, **rest: Any) -> Any:
-        packed = _current_batch()
-        packed.all_states = hidden_states
-        return self._forward(hidden_states[:, packed.starts], *args, **rest)
-
-
-def _find_encoder(network: torch.nn.Module) -> torch.nn.Module | None:
-    base = getattr(network, "base_model", None)
-    found = next((part for name in ENCODER_NAMES if (part := getattr(base, name, None)) is not None), None)
-    return found if isinstance(found, torch.nn.Module) else None
+    def __call__(self, *args: Any, **rest: Any) -> Any:
+        output = self._forward(*args, **rest)
+        output.last_hidden_state = current_batch().unpack(output.last_hidden_state)
+        return output
 
 
-# A packed batch.
+def _only_chosen(hidden_states: torch.Tensor) -> torch.Tensor:
+    """The states that the last layer is given, and all set aside for its attention."""
+    packed = current_batch()
+    packed.all_states = hidden_states
+    return hidden_states[:, packed.choose("first" if packed.looks_ahead else "last")]
 
 
-@dataclass(frozen=True)
-class LengthBucket:
-    """Pairs of a packed batch that attention takes together, each padded to the same length.
+def _of_all(norm: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[torch.Tensor], torch.Tensor]:
+    def forward(hidden_states: torch.Tensor) -> torch.Tensor:
+        states = current_batch().all_states
+        assert states is not None
+        return norm(states)
 
-    Attributes:
-        pairs: which pairs of the batch.
-        span: which tokens of the batch, from the first pair's first to the last pair's last.
-        padded_length: of each pair, a multiple of `LENGTH_MULTIPLE`.
-        tokens: for each place of the padded pairs, which token of the batch is in it; in padding, the pair's first.
-            Shape (pairs * padded_length,).
-        real: the places that are no padding, in order. Shape (tokens in the span,).
-        mask: which places may be attended to, shape (pairs, 1, 1, padded_length); ``None`` where there is no padding.
-    """
-
-    pairs: slice
-    span: slice
-    padded_length: int
-    tokens: torch.Tensor
-    real: torch.Tensor
-    mask: torch.Tensor | None
+    return forward
 
 
-class PackedBatch:
-    """Where the pairs of a batch are in a row of their tokens, end to end.
+def _of_chosen(linear: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[torch.Tensor], torch.Tensor]:
+    def forward(input: torch.Tensor) -> torch.Tensor:
+        return linear(input[:, current_batch().chosen])
 
-    Args:
-        lengths: tokens of each pair, in the row's order, shortest first. Behind the last pair there may be tokens that
-            mean nothing, to make their number a multiple of `TOKEN_MULTIPLE`.
-
-    Attributes:
-        starts: where in the row each pair begins.
-        buckets: its pairs by their length.
-        all_states: hidden states of all tokens, shape (1, tokens, width), while a layer is given only those of first
-            tokens; its attention makes keys and values of these.
-    """
-
-    def __init__(self, lengths: torch.Tensor) -> None:
-        ends = lengths.cumsum(0)
-        self.starts = ends - lengths
-        self.all_states: torch.Tensor | None = None
-        self.buckets: list[LengthBucket] = []
-        padded_lengths = -(-lengths // LENGTH_MULTIPLE) * LENGTH_MULTIPLE
-        begin = 0
-        sizes, counts = padded_lengths.unique_consecutive(return_counts=True)
-        for padded_length, count in zip(sizes.tolist(), counts.tolist(), strict=True):
-            pairs = slice(begin, begin + count)
-            begin += count
-            starts, numbers = self.starts[pairs, None], torch.arange(padded_length)
-            mask = numbers < lengths[pairs, None]
-            self.buckets.append(
-                LengthBucket(
-                    pairs=pairs,
-                    span=slice(int(starts[0]), int(ends[pairs][-1])),
-                    padded_length=padded_length,
-                    tokens=torch.where(mask, starts + numbers, starts).flatten(),
-                    real=mask.flatten().nonzero()[:, 0],
-                    mask=None if bool(mask.all()) else mask[:, None, None, :],
-                )
-            )
+    return forward
 
 
-_here = threading.local()  # .batch: the packed batch that this thread's encoder computes
+def packing_forward(network: torch.nn.Module) -> _PackingForward | None:
+    """What `unpad` has put into ``network``, if it has."""
+    forward = vars(getattr(network, "base_model", network)).get("forward")
+    return forward if isinstance(forward, _PackingForward) else None
 
 
-def _current_batch() -> PackedBatch:
-    """The packed batch that this thread's encoder computes; ``AttributeError`` where it computes none."""
-    batch: PackedBatch = _here.batch
-    return batch
+def _vocabulary_reader(model: Any) -> Any:
+    parts = model.modules() if isinstance(model, torch.nn.Module) else ()
+    return next((part for part in parts if type(part).__name__ == "LogitScore"), None)
 
 
-@contextmanager
-def _attending_by(batch: PackedBatch) -> Iterator[None]:
-    """Within, attention on this thread goes by ``batch``."""
-    _here.batch = batch
-    try:
-        yield
-    finally:
-        del _here.batch
+def _find_encoder(base: torch.nn.Module) -> torch.nn.Module:
+    """The part of ``base`` that has the layers: itself, where none of its parts has."""
+    parts = (getattr(base, name, None) for name in ENCODER_NAMES)
+    return next((part for part in parts if isinstance(part, torch.nn.Module)), base)
 
 
-# Attention within each pair of a packed batch.
-
-
-def _register_attention() -> None:
-    """Let models of transformers find this attention, and a mask for it, under ``NAME``."""
-    from transformers import AttentionInterface
-    from transformers.masking_utils import AttentionMaskInterface
-
-    AttentionInterface.register(NAME, _attend)
-    AttentionMaskInterface.register(NAME, _pass_mask)
-
-
-def _attend(
-    module: torch.nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    scaling: float | None = None,
-    **rest: Any,
-) -> tuple[torch.Tensor, None]:
-    """Attention within each pair: tensors of shape (1, heads, tokens, width) to one of (1, tokens, heads, width)."""
-    packed = _current_batch()
-    _, heads, asking, width = query.shape
-    if packed.all_states is not None:
-        key, value = (
-            project(packed.all_states).view(1, -1, heads, width).transpose(1, 2)
-            for project in _key_value_layers(module)
-        )
-    queries, keys, values = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
-    found = query.new_zeros(asking, heads, width)
-    first_only = packed.all_states is not None
-    for bucket in packed.buckets:
-        shape = -1, bucket.padded_length, heads, width
-        ask = queries[bucket.pairs, None] if first_only else queries.index_select(0, bucket.tokens).view(shape)
-        attended = torch.nn.functional.scaled_dot_product_attention(
-            ask.transpose(1, 2),
-            keys.index_select(0, bucket.tokens).view(shape).transpose(1, 2),
-            values.index_select(0, bucket.tokens).view(shape).transpose(1, 2),
-            attn_mask=bucket.mask,
-            scale=scaling,
-        )
-        answers = attended.transpose(1, 2).reshape(-1, heads, width)
-        if first_only:
-            found[bucket.pairs] = answers
-        else:
-            found[bucket.span] = answers.index_select(0, bucket.real)
-    return found[None], None
-
-
-def _key_value_layers(attention: torch.nn.Module) -> list[torch.nn.Module]:
-    return next(
-        [attention.get_submodule(name) for name in names] for names in KEY_VALUE_NAMES if hasattr(attention, names[0])
-    )
-
-
-def _pass_mask(*args: Any, attention_mask: torch.Tensor | None = None, **rest: Any) -> torch.Tensor | None:
-    """The mask as the tokenizer made it, of shape (pairs, longest): the encoder reads lengths from it."""
-    return attention_mask
+def _layers(encoder: torch.nn.Module) -> torch.nn.ModuleList | None:
+    found = (getattr(encoder, name, None) for name in LAYERS_NAMES)
+    return next((layers for layers in found if isinstance(layers, torch.nn.ModuleList)), None)

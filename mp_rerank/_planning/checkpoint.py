@@ -13,7 +13,7 @@ from pathlib import Path
 from mp_rerank.config import ModelSpec
 from mp_rerank.errors import ModelLoadError
 
-__all__ = ["check_hub_cache", "folder_of", "weight_files", "will_be_mapped"]
+__all__ = ["check_backend", "check_hub_cache", "folder_of", "weight_files", "will_be_mapped"]
 
 # Floating-point types by their names in safetensors.
 STORED_AS = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
@@ -71,6 +71,24 @@ def _dtypes(file: Path) -> set[str]:
             raise ValueError(f"{file} is no safetensors file")
         header = json.loads(opened.read(length))
     return {tensor["dtype"] for name, tensor in header.items() if name != "__metadata__"}
+
+
+def check_backend(spec: ModelSpec) -> None:
+    """Raise ``ValueError`` where the backend of ``spec`` is known not to take the model, as its config names it."""
+    folder = folder_of(spec)
+    if spec.backend != "openvino" or folder is None:
+        return
+    try:
+        config = json.loads((folder / "config.json").read_bytes())
+    except (OSError, ValueError):  # none, or no JSON: the worker says what is wrong with it
+        return
+    architectures = config.get("architectures") if isinstance(config, dict) else None
+    for name in architectures or ():
+        if str(name).endswith("ForCausalLM"):  # padded on the left: the first places attend to nothing
+            raise ValueError(
+                f"backend='openvino' computes NaN for {name}, whose pairs are padded on the left: "
+                "take backend='onnx' or 'torch'"
+            )
 
 
 def check_hub_cache(spec: ModelSpec) -> None:

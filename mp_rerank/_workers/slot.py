@@ -307,6 +307,7 @@ class Slot(Generic[_Slice]):
             activation=facts.activation,
             max_length=facts.max_length,
             prompts=tuple(facts.prompts),
+            optimizations=facts.recipe.names() if facts.recipe else (),
             canary=facts.canary,
             tokens_per_second=1.0 / max(self.seconds_per_token, 1e-9),
         )

@@ -1,4 +1,4 @@
-"""Other runtimes score as torch does, to 1e-4 in float32, and rank much alike in int8; torch.compile as well."""
+"""Other runtimes score as torch does, to 1e-4 in float32, and rank much alike in int8."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import PATIENCE
 
 from mp_rerank import ModelLoadError, ModelSpec, RerankerPool
 
@@ -26,7 +25,6 @@ MakePool = Callable[..., RerankerPool]
 
 REQUIRED = os.environ.get("MP_RERANK_BACKENDS") == "required"
 NEEDS = {"onnx": ("onnx", "onnxruntime"), "openvino": ("openvino",)}
-COMPILES = pytest.mark.skipif(not REQUIRED, reason="it takes a minute: only with MP_RERANK_BACKENDS=required")
 QUERIES = models.TEXT[:4]
 DOCUMENTS = [*models.TEXT, "", "one word", "word " * 5_000, "long " + " ".join(models.TEXT) * 20]
 PAIRS = [(query, document) for query in QUERIES for document in DOCUMENTS]
@@ -69,12 +67,10 @@ def test_a_pool_scores_as_a_cross_encoder_whoever_asks_at_once(backend: str, ber
             assert close(np.stack(list(found)), expected)
 
 
-@pytest.mark.parametrize("family", [*models.ENCODERS, *models.DECODERS, models.LOGIT_SCORE])
+@pytest.mark.parametrize("family", models.FAMILIES)
 def test_every_architecture(backend: str, family: str, tmp_path: Path) -> None:
-    if (backend, family) == ("openvino", models.LOGIT_SCORE):
-        pytest.skip("OpenVINO makes NaN of padding on the left, which the proof finds")
-    if family == models.LOGIT_SCORE and not models.has_logit_score():
-        pytest.skip("this sentence-transformers takes a decoder only with a classification head")
+    if backend == "openvino" and family in (models.LOGIT_SCORE, "mistral", "gemma3"):
+        pytest.skip("OpenVINO makes NaN of tokens that may attend to none, which the proof finds")
     folder = models.build(family, tmp_path)
     engine = Engine(ModelSpec(folder, backend=backend), "cpu", 1, 256)
     assert close(engine.predict(PAIRS), models.load(folder, "cpu").predict(PAIRS))
@@ -140,21 +136,8 @@ def test_a_missing_extra_is_named(
         make_pool(spec, isolation="thread").start()
 
 
-@COMPILES
-def test_without_a_compiler_compile_says_so(
-    bert: str, make_pool: MakePool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    monkeypatch.setenv("CXX", "no-such-compiler")
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
-    # A process of its own, whose environment this is: a fork of the server's would have that one's.
-    pool = make_pool(ModelSpec(bert, compile=True), workers=1, start_method="spawn")
-    with pytest.raises(ModelLoadError, match=r"compile=True: there is no C\+\+ compiler: install g\+\+"):
-        pool.start()
-
-
-@COMPILES
-def test_a_compiled_network_scores_as_a_cross_encoder(bert: str, make_pool: MakePool) -> None:
-    expected = models.load(bert, "cpu").predict(PAIRS)
-    with make_pool(ModelSpec(bert, compile=True), batch_tokens=256, workers=1) as pool:
-        assert close(pool.predict(PAIRS), expected)
-        assert close(pool.submit_pairs(PAIRS[:1]).result(PATIENCE), expected[:1])
+@pytest.mark.skipif(not models.has_logit_score(), reason="this sentence-transformers has no such models")
+def test_what_a_runtime_cannot_take_is_said_before_a_worker_starts(tmp_path: Path, make_pool: MakePool) -> None:
+    models.build(models.LOGIT_SCORE, tmp_path)
+    with pytest.raises(ValueError, match=r"openvino.* computes NaN for Qwen3ForCausalLM.*backend='onnx'"):
+        make_pool(ModelSpec(str(tmp_path / "bare"), backend="openvino")).start()

@@ -43,7 +43,7 @@ def count_calls(model: Any, name: str, monkeypatch: pytest.MonkeyPatch) -> list[
     return calls
 
 
-@pytest.mark.parametrize("family", [*models.ENCODERS, *models.DECODERS])
+@pytest.mark.parametrize("family", models.FAMILIES)
 def test_predict_is_not_called(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = models.build(family, tmp_path)
     fast, plain = engine(folder, max_length=100), models.load(folder, "cpu", max_length=100)
@@ -64,14 +64,22 @@ def test_texts_are_tokenized_once_and_counted(tmp_path: Path, monkeypatch: pytes
     assert sum(fast.readings.tokens) == sum(lengths)
 
 
-def test_a_model_with_a_head_of_its_own_is_scored_by_predict(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    if not models.has_logit_score():
-        pytest.skip("this sentence-transformers takes a decoder only with a classification head")
-    slow = engine(models.build(models.LOGIT_SCORE, tmp_path))
-    calls = count_calls(slow.model, "predict", monkeypatch)
-    slow.predict(PAIRS)
-    assert calls
-    assert slow.readings is None
+@pytest.mark.skipif(not models.has_logit_score(), reason="this sentence-transformers knows no chat templates")
+def test_prompts_and_chat_templates_are_left_to_the_library(tmp_path: Path) -> None:
+    """It makes the tokens of a slice at once; they are then cut into batches by their lengths."""
+    folder = models.build(models.LOGIT_SCORE, tmp_path)
+    fast, plain = engine(folder), models.load(folder, "cpu")
+    assert fast.recipe.pipeline == "preprocess"
+    texts = fast.model.tokenizer.batch_decode(fast._pipeline.tokenize(PAIRS[:2]).inputs["input_ids"])
+    assert all("Is this the answer?" in text and "<assistant>" in text for text in texts)
+    np.testing.assert_allclose(fast.predict(PAIRS), plain.predict(PAIRS), rtol=1e-5, atol=1e-5)
+    assert list(fast.readings.tokens) == fast._pipeline.tokenize(PAIRS).lengths
+    for (_, document), tokens, cut in zip(PAIRS, fast.readings.tokens, fast.readings.truncated, strict=True):
+        assert tokens == models.MAX_LENGTH if cut else len(document) < 1000
+    assert fast._pipeline.takes_prompt
+    other = fast._predict(PAIRS[:3], "Another question. ")
+    np.testing.assert_allclose(fast._score(PAIRS[:3], "Another question. ")[0], other, rtol=1e-5, atol=1e-5)
+    assert not np.allclose(other, plain.predict(PAIRS[:3]), atol=1e-4)
 
 
 @pytest.mark.parametrize("changed", ["tokens", "scores"])

@@ -1,8 +1,8 @@
 """Other runtimes for a model's network: what a backend's module provides, and how a network is replaced by it.
 
-    CrossEncoder.predict:  tokenize -> network(**tensors).logits -> activation -> scores
+    CrossEncoder.predict:  tokenize -> network(**tensors) -> logits, or states for further modules -> scores
 
-Only the network is replaced: what is done to texts and to logits stays the library's own.
+Only the network is replaced: what is done to texts, and to what the network gives, stays the library's own.
 
 1. The model is loaded in torch, in float32, and scores a few batches. What the library calls the network with is
    recorded.
@@ -24,7 +24,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from transformers.modeling_outputs import SequenceClassifierOutput
+from transformers.modeling_outputs import BaseModelOutput, SequenceClassifierOutput
 
 from mp_rerank._engine.parity import Pairs, Scores, record_calls
 from mp_rerank._pairs import CANARY, tolerance
@@ -34,7 +34,7 @@ __all__ = ["Backend", "Inputs", "Network", "Run", "find_backend", "replace_netwo
 
 #: the tokenizer's tensors by name, shape (pairs, tokens) each
 Inputs = dict[str, torch.Tensor]
-#: logits of such tensors, shape (pairs, num_labels)
+#: logits of such tensors, shape (pairs, num_labels); of a network without a head hidden states, (pairs, tokens, width)
 Run = Callable[[Inputs], torch.Tensor]
 
 LONG = (CANARY[0][0], "long " * 600)
@@ -43,7 +43,7 @@ PROOF = (CANARY, CANARY[:1], CANARY[1:], [*CANARY[::-1], LONG])
 
 
 class Network(torch.nn.Module):
-    """A network as a function of tensors in a fixed order, giving logits: what converters take."""
+    """A network as a function of tensors in a fixed order, giving logits or hidden states: what converters take."""
 
     def __init__(self, network: torch.nn.Module, names: Sequence[str], constants: dict[str, Any]) -> None:
         super().__init__()
@@ -52,8 +52,9 @@ class Network(torch.nn.Module):
         self.constants = constants
 
     def forward(self, *tensors: torch.Tensor) -> torch.Tensor:
-        logits: torch.Tensor = self.network(**dict(zip(self.names, tensors, strict=True)), **self.constants).logits
-        return logits
+        output = self.network(**dict(zip(self.names, tensors, strict=True)), **self.constants)
+        found: torch.Tensor = output[_result_name(output)]
+        return found
 
 
 class Backend(Protocol):
@@ -124,17 +125,32 @@ def replace_network(
     def record(batches: Sequence[Pairs]) -> list[Inputs]:
         return [_split(call)[0] for batch in batches for call in record_calls(network, predict, batch)]
 
-    inputs, constants = _split(record_calls(network, predict, CANARY)[0])
+    outputs: list[Any] = []
+    plain = network.forward
+
+    def keep_output(**arguments: Any) -> Any:
+        outputs.append(plain(**arguments))
+        return outputs[-1]
+
+    inputs, constants = _split(record_calls(network, predict, CANARY, keep_output)[0])
     with _no_warnings():
         run = backend.convert(Network(network, list(inputs), constants).eval(), inputs, dtype, threads, record)
 
-    def forward(**arguments: Any) -> SequenceClassifierOutput:
-        return SequenceClassifierOutput(logits=run({name: arguments[name] for name in inputs}))
+    [name] = {_result_name(output) for output in outputs}
+
+    def forward(**arguments: Any) -> SequenceClassifierOutput | BaseModelOutput:
+        found = run({name: arguments[name] for name in inputs})
+        return SequenceClassifierOutput(logits=found) if name == "logits" else BaseModelOutput(last_hidden_state=found)
 
     network.forward = forward
     _free_weights(network)
     for batch, scores in zip(PROOF, expected, strict=True):
         _check_scores(predict(batch), scores, dtype)
+
+
+def _result_name(output: Any) -> str:
+    """What is read of a network's output: its logits, or, where it has no head, its last hidden states."""
+    return "logits" if "logits" in output else "last_hidden_state"
 
 
 def _check_scores(found: Scores, expected: Scores, dtype: str) -> None:

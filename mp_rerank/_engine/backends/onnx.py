@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 __all__ = ["convert", "prepare"]
 
 OPSET = 17  # the newest that the tracing exporter writes with no further package
-LOGITS = "logits"
+RESULT = "result"
 
 
 def prepare(dtype: str) -> None:
@@ -57,8 +57,8 @@ def convert(
     names = [given.name for given in session.get_inputs()]  # without those that the network does not read
 
     def run(inputs: Inputs) -> torch.Tensor:
-        [logits] = session.run([LOGITS], {name: inputs[name].numpy() for name in names})
-        return torch.from_numpy(logits)
+        [result] = session.run([RESULT], {name: inputs[name].numpy() for name in names})
+        return torch.from_numpy(result)
 
     return run
 
@@ -72,8 +72,8 @@ def _export(network: Network, example: Inputs, file: Path) -> None:
             str(file),
             dynamo=False,  # the newer exporter takes six times as long
             input_names=names,
-            output_names=[LOGITS],
-            dynamic_axes={name: {0: "pairs", 1: "tokens"} for name in names} | {LOGITS: {0: "pairs"}},
+            output_names=[RESULT],
+            dynamic_axes={name: {0: "pairs", 1: "tokens"} for name in names} | {RESULT: {0: "pairs", 1: "tokens"}},
             opset_version=OPSET,
         )
 
