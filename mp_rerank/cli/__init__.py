@@ -27,14 +27,14 @@ from collections.abc import Sequence
 
 import mp_rerank
 from mp_rerank._text import one_line, printable
-from mp_rerank.cli import plan, race, rank, run, streams, tune
+from mp_rerank.cli import plan, race, rank, run, serve, streams, tune
 from mp_rerank.cli.options import PROGRAM
 from mp_rerank.cli.streams import InputError, OutputError
 from mp_rerank.errors import RerankError
 
 __all__ = ["main"]
 
-COMMANDS = {"rank": rank, "plan": plan, "tune": tune, "run": run, "race": race}
+COMMANDS = {"rank": rank, "serve": serve, "plan": plan, "tune": tune, "run": run, "race": race}
 FAILED, MISTAKE, INTERRUPTED = 1, 2, 130
 
 
