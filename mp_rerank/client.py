@@ -54,6 +54,7 @@ __all__ = ["RerankerClient", "connect"]
 
 _T = TypeVar("_T")
 
+ENVIRONMENT = "MP_RERANK_API_KEY"
 CONNECT_SECONDS = 5.0
 # Beyond a request's own timeout, which the server keeps: for its answer to come back.
 GRACE_SECONDS = 2.0
@@ -72,6 +73,7 @@ def connect(
     model: str | None = None,
     api_key: str | None = None,
     caller: str | None = None,
+    activation: Literal["sigmoid", "identity"] | None = None,
     overload: Literal["block", "raise"] | float = "block",
     retry_for: float = 30.0,
 ) -> RerankerClient:
@@ -80,8 +82,9 @@ def connect(
     Args:
         url: ``"http://host:port"``, ``"https://..."``, or ``"unix:/path"``.
         model: which of the server's models; ``None``: its first.
-        api_key: the key, if the server wants one.
+        api_key: the key, if the server wants one; ``None``: the variable ``MP_RERANK_API_KEY``, if it is set.
         caller: whose requests these are, to a server without keys; ``None``: this client's connection's.
+        activation: ``"sigmoid"`` of the logits, or ``"identity"``: the logits; ``None``: the model's own.
         overload: what becomes of a request that the server has no room for: ``"block"``: it is tried again until its
             timeout; ``"raise"`` PoolOverloadedError; or a number of seconds to try for.
         retry_for: seconds to try again for, where the server cannot be reached, breaks off or is leaving. To score a
@@ -91,7 +94,15 @@ def connect(
         TypeError, ValueError: naming the argument and its value.
         ModuleNotFoundError: httpx is not installed: the extra ``client``.
     """
-    return RerankerClient(url, model=model, api_key=api_key, caller=caller, overload=overload, retry_for=retry_for)
+    return RerankerClient(
+        url,
+        model=model,
+        api_key=api_key,
+        caller=caller,
+        activation=activation,
+        overload=overload,
+        retry_for=retry_for,
+    )
 
 
 class RerankerClient(RerankerCalls):
@@ -115,6 +126,7 @@ class RerankerClient(RerankerCalls):
         model: str | None = None,
         api_key: str | None = None,
         caller: str | None = None,
+        activation: Literal["sigmoid", "identity"] | None = None,
         overload: Literal["block", "raise"] | float = "block",
         retry_for: float = 30.0,
     ) -> None:
@@ -124,6 +136,8 @@ class RerankerClient(RerankerCalls):
         for name, value in (("model", model), ("api_key", api_key)):
             if value is not None:
                 _check_text(name, value)
+        if activation not in (None, "sigmoid", "identity"):
+            raise ValueError(f"activation: 'sigmoid', 'identity' or None is needed, not {activation!r}")
         if isinstance(overload, str):
             if overload not in ("block", "raise"):
                 raise ValueError(f"overload: 'block', 'raise' or seconds are needed, not {overload!r}")
@@ -131,7 +145,8 @@ class RerankerClient(RerankerCalls):
             overload = check_seconds("overload", overload)
         self.url = url
         self.model = model
-        self._api_key = api_key
+        self._api_key = api_key if api_key is not None else os.environ.get(ENVIRONMENT) or None
+        self._activation = activation
         self._caller = None if caller is None else check_caller(caller)
         self._overload = overload
         self._retry_for = check_seconds("retry_for", retry_for)
@@ -337,6 +352,8 @@ class RerankerClient(RerankerCalls):
         body: dict[str, Any] = {"on_timeout": options.on_timeout, "priority": options.priority}
         if self.model is not None:
             body["model"] = self.model
+        if self._activation is not None:
+            body["activation"] = self._activation
         if all(query is pairs[0][0] or query == pairs[0][0] for query, _ in pairs):
             body |= {"query": pairs[0][0], "documents": [document for _, document in pairs]}
         else:
@@ -419,6 +436,7 @@ class RerankerClient(RerankerCalls):
             model=self.model,
             api_key=self._api_key,
             caller=self._caller,
+            activation=self._activation,
             overload=self._overload,
             retry_for=self._retry_for,
         )

@@ -39,11 +39,16 @@ class Running:
 
 @contextmanager
 def serving(
-    models: Mapping[str, ModelSpec], pool: Mapping[str, Any] | None = None, *, load: bool = True, **options: Any
+    models: Mapping[str, ModelSpec],
+    pool: Mapping[str, Any] | None = None,
+    *,
+    load: bool = True,
+    at: int = 0,
+    **options: Any,
 ) -> Iterator[Running]:
-    """A server for as long as the context lasts; options are fields of ``ServerConfig``."""
+    """A server for as long as the context lasts; ``at`` is its port, options are fields of ``ServerConfig``."""
     options.setdefault("memory", "64GiB")
-    config = ServerConfig(models=models, port=0, pool={**POOL, **(pool or {})}, **options)
+    config = ServerConfig(models=models, port=at, pool={**POOL, **(pool or {})}, **options)
     served = Models(config.models, memory=config.memory, aliases=config.aliases, options=config.pool_options)
     try:
         if load:
