@@ -2,90 +2,24 @@
 
 from __future__ import annotations
 
-import os
-import re
 import signal
 import socket
 import subprocess
 import sys
-import threading
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
 import psutil
 import pytest
 from conftest import PATIENCE, Fifo, until
+from serving import ServerProcess, server_process
 
 from mp_rerank.cli import main
 
-TESTS = Path(__file__).parents[1]
-FAKE_SERVER = """
-import logging, sys
-sys.path.insert(0, {tests!r})
-from mp_rerank.config import ModelSpec
-from mp_rerank.server.config import ServerConfig
-from mp_rerank.server.keys import Keys
-from mp_rerank.server.run import serve
-
-logging.basicConfig(level=logging.WARNING, format="%(message)s")
-keys = lambda: Keys.read({keys!r})
-pool = {{"devices": "cpu", "workers": 2, "max_restarts": 0}}
-models = {{"fake": ModelSpec({name!r}, loader={loader!r})}}
-serve(ServerConfig(models, memory="64GiB", pool=pool, port=0, keys=keys()), keys=keys)
-"""
-
-
-class Served:
-    """A server process.
-
-    Attributes:
-        process, url: it, and where it listens.
-    """
-
-    def __init__(self, process: subprocess.Popen[str]) -> None:
-        self.process = process
-        self.lines: list[str] = []
-        self.url = self.wait_for(r"listening at (\S+),")
-        self._rest = threading.Thread(target=self._read, daemon=True)
-
-    def wait_for(self, pattern: str) -> str:
-        """What the first group of ``pattern`` is in the next line of the log that has it."""
-        assert self.process.stderr is not None
-        for line in self.process.stderr:
-            self.lines.append(line)
-            if found := re.search(pattern, line):
-                return found[1]
-        raise AssertionError("".join(self.lines))
-
-    def _read(self) -> None:
-        assert self.process.stderr is not None
-        self.lines += self.process.stderr
-
-    def end(self, seconds: float = PATIENCE) -> int:
-        """Wait for its end; its exit code."""
-        self._rest.start()
-        return self.process.wait(seconds)
-
-
-@contextmanager
-def served(name: str = "fake", loader: str = "fakes:load", keys: str | None = None) -> Iterator[Served]:
-    code = FAKE_SERVER.format(tests=str(TESTS), name=name, loader=loader, keys=keys)
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(TESTS), *sys.path])}
-    with subprocess.Popen(
-        [sys.executable, "-c", code], stderr=subprocess.PIPE, text=True, env=environment, start_new_session=True
-    ) as process:
-        try:
-            yield Served(process)
-        finally:
-            if process.poll() is None:
-                process.kill()
-
 
 def test_sigterm_takes_no_more_and_finishes_what_is_there(fifo: Fifo) -> None:
-    with served() as server, ThreadPoolExecutor(1) as threads:
+    with server_process() as server, ThreadPoolExecutor(1) as threads:
         server.wait_for("(ready)")
         workers = psutil.Process(server.process.pid).children(recursive=True)
         said = {"query": "query", "documents": [fifo.order, "document"]}
@@ -111,7 +45,7 @@ def test_sigterm_takes_no_more_and_finishes_what_is_there(fifo: Fifo) -> None:
 
 
 def test_a_second_sigterm_ends_at_once(fifo: Fifo) -> None:
-    with served() as server, ThreadPoolExecutor(1) as threads:
+    with server_process() as server, ThreadPoolExecutor(1) as threads:
         server.wait_for("(ready)")
         workers = psutil.Process(server.process.pid).children(recursive=True)
         said = {"query": "query", "documents": [fifo.order]}
@@ -126,7 +60,7 @@ def test_a_second_sigterm_ends_at_once(fifo: Fifo) -> None:
 
 
 def test_sigterm_while_it_loads(fifo: Fifo) -> None:
-    with served(fifo.order, "fakes:load_after_gate") as server:
+    with server_process(fifo.order, "fakes:load_after_gate") as server:
         fifo.wait_until_read()
         assert httpx.get(f"{server.url}/ready").status_code == 503
         server.process.send_signal(signal.SIGTERM)
@@ -135,7 +69,7 @@ def test_sigterm_while_it_loads(fifo: Fifo) -> None:
 
 
 def test_a_model_that_cannot_be_loaded_ends_it() -> None:
-    with served("!raise no such weights", "fakes:load_obeying") as server:
+    with server_process("!raise no such weights", "fakes:load_obeying") as server:
         assert server.end() == 1
         server._rest.join(PATIENCE)
         assert "ModelLoadError" in server.lines[-1]
@@ -145,7 +79,7 @@ def test_a_model_that_cannot_be_loaded_ends_it() -> None:
 def test_sighup_reads_the_keys_again(tmp_path: Path) -> None:
     file = tmp_path / "keys"
     file.write_text("alice one\n")
-    with served(keys=str(file)) as server:
+    with server_process(keys=str(file)) as server:
         server.wait_for("(ready)")
 
         def status(key: str) -> int:
@@ -170,7 +104,7 @@ def test_a_unit_of_type_notify_is_told(tmp_path: Path, monkeypatch: pytest.Monke
         systemd.bind(str(path))
         systemd.settimeout(PATIENCE)
         monkeypatch.setenv("NOTIFY_SOCKET", str(path))
-        with served() as server:
+        with server_process() as server:
             assert systemd.recv(100) == b"READY=1"
             server.process.send_signal(signal.SIGTERM)
             assert systemd.recv(100) == b"STOPPING=1"
@@ -206,7 +140,7 @@ def test_the_built_in_model_and_no_torch_in_the_server(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "mp_rerank.cli", "serve", "--port", "0", "--workers", "1"]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True) as process:
         try:
-            server = Served(process)
+            server = ServerProcess(process)
             server.wait_for("(ready)")
             texts = ["Bread is baked.", "Birds fly because their wings give lift."]
             for raw in (False, True):
