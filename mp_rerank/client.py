@@ -33,6 +33,7 @@ import numpy as np
 from mp_rerank._arguments import check_caller
 from mp_rerank._calls import Asked, RerankerCalls
 from mp_rerank._checks import check_flag, check_seconds, is_for_ever
+from mp_rerank._pairs import Reading
 from mp_rerank._scheduling.futures import SIGNAL_CHECK_SECONDS, PoolFuture, check_may_wait, is_pool_thread, result_of
 from mp_rerank._scheduling.streams import AsyncScoreStream, Feed, ScoreStream
 from mp_rerank._wire import CALLER_HEADER, REQUEST_ID_HEADER, error_from_json, scores_from_json
@@ -43,6 +44,7 @@ from mp_rerank.errors import (
     RequestTimeoutError,
     RerankError,
     ScoringError,
+    TextTooLongError,
     WorkerCrashedError,
 )
 from mp_rerank.results import CallerStats, PoolMemory, PoolStats, WorkerExit, WorkerInfo, WorkerMemory
@@ -60,6 +62,16 @@ CONNECT_SECONDS = 5.0
 GRACE_SECONDS = 2.0
 RETRY_SECONDS, MAX_RETRY_SECONDS = 0.05, 2.0
 CONNECTIONS = 256
+# Of `RequestOptions`, those that the server follows as they are.
+OPTIONS = (
+    "on_timeout",
+    "priority",
+    "instruction",
+    "prompt_name",
+    "max_tokens_per_doc",
+    "truncation",
+    "long_documents",
+)
 # What a stream asks for at a time, and a request at most: less than servers accept.
 STREAM_PAIRS = 64
 CHUNK_PAIRS = 1000
@@ -215,7 +227,8 @@ class RerankerClient(RerankerCalls):
             facts = _known(WorkerInfo, said)
             if facts.get("last_exit") is not None:
                 facts["last_exit"] = WorkerExit(**_known(WorkerExit, facts["last_exit"]))
-            found.append(WorkerInfo(**{**facts, "canary": tuple(facts.get("canary", ()))}))
+            facts.update({name: tuple(value) for name, value in facts.items() if isinstance(value, list)})
+            found.append(WorkerInfo(**facts))
         return found
 
     def memory(self) -> PoolMemory:
@@ -328,6 +341,7 @@ class RerankerClient(RerankerCalls):
         shape = (len(asked.pairs),) if link.num_labels == 1 else (len(asked.pairs), link.num_labels)
         scores = np.full(shape, np.nan, dtype=np.float32)
         there = np.zeros(len(asked.pairs), dtype=np.bool_)
+        readings: list[Reading | None] = [None] * len(asked.pairs)
         turns = asyncio.Semaphore(CHUNKS_AT_A_TIME)
 
         async def score(start: int, end: int) -> None:
@@ -335,7 +349,8 @@ class RerankerClient(RerankerCalls):
                 found = await self._score_chunk(link, asked, start, end)
             if found is None:  # expired
                 return
-            scores[start:end], there[start:end] = scores_from_json(found, link.num_labels or 1)
+            scores[start:end], there[start:end] = scores_from_json(found["scores"], link.num_labels or 1)
+            readings[start:end] = _readings(found, end - start)
             if asked.options.on_timeout != "partial":
                 there[start:end] = True
             if feed is not None:
@@ -343,13 +358,13 @@ class RerankerClient(RerankerCalls):
 
         limit = CHUNK_PAIRS if feed is None else STREAM_PAIRS
         await _all(score(start, end) for start, end in _chunks(asked.pairs, limit))
-        return asked.finish(scores, there)
+        return asked.finish(scores, there, readings)
 
-    async def _score_chunk(self, link: _Link, asked: Asked, start: int, end: int) -> list[Any] | None:
-        """The scores of some pairs; ``None``: the request expired, and is to be a partial one."""
+    async def _score_chunk(self, link: _Link, asked: Asked, start: int, end: int) -> dict[str, Any] | None:
+        """What the server says of some pairs; ``None``: the request expired, and is to be a partial one."""
         pairs = asked.pairs[start:end]
         options = asked.options
-        body: dict[str, Any] = {"on_timeout": options.on_timeout, "priority": options.priority}
+        body: dict[str, Any] = {name: getattr(options, name) for name in OPTIONS}
         if self.model is not None:
             body["model"] = self.model
         if self._activation is not None:
@@ -368,13 +383,13 @@ class RerankerClient(RerankerCalls):
             raise RequestTimeoutError(
                 str(error), timeout=options.timeout or 0.0, scored=error.scored, total=len(asked.pairs)
             ) from None
-        except (ScoringError, WorkerCrashedError) as error:
+        except (ScoringError, TextTooLongError, WorkerCrashedError) as error:
             if start and error.document_index is not None:  # it is counted from this chunk's first
                 place = error.document_index
                 error.args = (str(error).replace(f"document {place}", f"document {place + start}", 1),)
                 error.document_index = place + start
             raise
-        found: list[Any] = answer["scores"]
+        found: dict[str, Any] = answer
         return found
 
     async def _answered(
@@ -656,6 +671,18 @@ def _chunks(pairs: Sequence[tuple[str, str]], most: int) -> list[tuple[int, int]
             start, characters = place, 0
         characters += length
     return [*cuts, (start, len(pairs))] if pairs else []
+
+
+def _readings(found: dict[str, Any], count: int) -> list[Reading | None]:
+    """What the model read of each pair, as far as the server says."""
+    tokens, truncated = found.get("tokens"), found.get("truncated")
+    if tokens is None or truncated is None:
+        return [None] * count
+    passages = found.get("passages") or [None] * count
+    return [
+        None if read is None else Reading(read, cut, None if passage is None else tuple(passage))
+        for read, cut, passage in zip(tokens, truncated, passages, strict=True)
+    ]
 
 
 def _attempts() -> Any:

@@ -40,7 +40,7 @@ _original = getattr(doc_chat_agent, "_get_cross_encoder_entry", None)
 class _Predicting:
     """What an agent takes for its cross-encoder: a pool, with options of each request."""
 
-    def __init__(self, pool: RerankerPool, options: RequestKeywords) -> None:
+    def __init__(self, pool: RerankerPool | RerankerClient, options: RequestKeywords) -> None:
         self._pool = pool
         self._options = options
 

@@ -11,6 +11,7 @@ from mp_rerank.errors import (
     RequestTimeoutError,
     RerankError,
     ScoringError,
+    TextTooLongError,
     WorkerCrashedError,
 )
 
@@ -28,6 +29,7 @@ STATUSES = {
     "slow": 408,  # the body did not come
     "too_large": 413,  # the body
     "too_many": 413,  # documents or characters
+    "too_long": 400,  # a document, for a request that wants none cut off
     "media_type": 415,
     "overloaded": 429,
     "bug": 500,
@@ -62,6 +64,8 @@ def refused_of(error: RerankError | TypeError | ValueError) -> Refused:
     """What an error of the pool's calls is to those who ask over HTTP."""
     said = error_as_json(error) if isinstance(error, RerankError) else None
     text = str(error)
+    if isinstance(error, TextTooLongError):
+        return Refused("too_long", text, said=said)
     if isinstance(error, (TypeError, ValueError)):
         return Refused("invalid", text)
     if isinstance(error, RequestTimeoutError):

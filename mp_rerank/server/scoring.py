@@ -22,6 +22,7 @@ class Job:
     Attributes:
         query, documents: what to rank; or
         pairs: what to score.
+        ranking: of documents: whether they are to be ranked, or each is to have its score.
         model: its name; ``None``: the first.
         activation: ``"sigmoid"``, ``"identity"`` (logits), or ``None``: the model's own.
         top_n: how many of the best to give back; ``None``: all.
@@ -32,6 +33,7 @@ class Job:
     query: str = ""
     documents: Sequence[str] = ()
     pairs: list[tuple[str, str]] | None = None
+    ranking: bool = True
     model: str | None = None
     activation: str | None = SIGMOID
     top_n: int | None = None
@@ -63,24 +65,38 @@ class Outcome:
         ranked: places of documents and their scores, best first, of those that are to be given back; ``None`` is not a
             number.
         unscored: documents that were not scored in time (``on_timeout="partial"``).
-        scores: of a job of pairs; NaN for those that were not scored in time.
-        tokens: the tokens that the model was given; ``None``: not known.
+        scores: of each pair, where no ranking is asked for; NaN for those that were not scored in time.
+        results: what the pool said of each document in the order of the documents; none of pairs.
+        tokens: the tokens that the model has read; ``None``: not known.
     """
 
     ranked: list[tuple[int, float | None]] = field(default_factory=list)
     unscored: int = 0
     scores: Scores | None = None
+    results: list[RerankResult] = field(default_factory=list)
     tokens: int | None = None
 
 
 async def score(model: ServedModel, job: Job, caller: str) -> Outcome:
     """Have ``job`` scored; errors as of the pool's calls."""
     activation = job.activation or model.own_activation
-    if job.pairs is not None:
-        scores = await model.pool.asubmit_pairs(job.pairs, caller=caller, **job.options)
+    pairs = job.pairs
+    if pairs is None and not job.ranking and model.num_labels != 1:
+        pairs = [(job.query, document) for document in job.documents]
+    if pairs is not None:
+        scores = await model.pool.asubmit_pairs(pairs, caller=caller, **job.options)
         return Outcome(scores=activated(scores, activation))
     results = await model.pool.arerank(job.query, job.documents, caller=caller, **job.options)
-    return _ranked(results, job, activation)
+    outcome = _ranked(results, job, activation) if job.ranking else _each(results, activation)
+    read = [result.tokens for result in results if result.tokens is not None]
+    outcome.tokens = sum(read) if read else None
+    return outcome
+
+
+def _each(results: list[RerankResult], activation: str) -> Outcome:
+    in_order = sorted(results, key=lambda result: result.index)
+    raw = np.array([result.relevance_score for result in in_order], dtype=np.float32)  # None becomes NaN
+    return Outcome(scores=activated(raw, activation), results=in_order)
 
 
 def _ranked(results: list[RerankResult], job: Job, activation: str) -> Outcome:

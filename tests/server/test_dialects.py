@@ -48,7 +48,7 @@ def test_tei(http: httpx.Client) -> None:
     assert answer.status_code == 200
     assert answer.json() == [{"index": i, "score": SCORES[i]} for i in ORDER]
     said = {"query": QUERY, "texts": DOCUMENTS, "raw_scores": True, "return_text": True, "truncate": True}
-    raw = http.post("/rerank", json={**said, "truncation_direction": "Left"}).json()
+    raw = http.post("/rerank", json={**said, "truncation_direction": "Right"}).json()
     assert raw == [{"index": i, "score": LOGITS[i], "text": DOCUMENTS[i]} for i in ORDER]
     assert int(answer.headers["x-compute-characters"]) == len(QUERY) + sum(map(len, DOCUMENTS))
     assert int(answer.headers["x-total-time"]) >= int(answer.headers["x-compute-time"]) >= 0
@@ -84,7 +84,7 @@ def test_cohere_v1_has_documents_that_are_objects(http: httpx.Client) -> None:
 
 
 def test_cohere_v2(http: httpx.Client) -> None:
-    said = {"model": "fake", "query": QUERY, "documents": DOCUMENTS, "top_n": 1, "max_tokens_per_doc": 4096}
+    said = {"model": "fake", "query": QUERY, "documents": DOCUMENTS, "top_n": 1}
     answer = http.post("/v2/rerank", json={**said, "priority": 999}).json()
     assert set(answer) == {"id", "results", "meta"}
     assert answer["results"] == [{"index": ORDER[0], "relevance_score": SCORES[ORDER[0]]}]
@@ -116,6 +116,12 @@ def test_our_own_options_are_fields_of_every_dialect(http: httpx.Client) -> None
     assert len(http.post("/rerank", json={**said, "texts": DOCUMENTS, "priority": 3}).json()) == 2
     for path in ("/rerank", "/v1/rerank", "/v2/rerank"):
         assert len(http.post(path, json={**said, "documents": DOCUMENTS}).json()["results"]) == 2
+
+
+def test_an_option_that_the_model_cannot_follow(http: httpx.Client) -> None:
+    for option in ({"truncate": False}, {"truncation_direction": "Left"}, {"instruction": "judge"}):
+        answer = http.post("/rerank", json={"query": QUERY, "texts": DOCUMENTS, **option})
+        assert (answer.status_code, "it needs a CrossEncoder" in answer.json()["error"]) == (422, True)
 
 
 def test_the_first_model_is_meant_where_none_is_named(http: httpx.Client) -> None:
@@ -215,11 +221,11 @@ def test_a_model_of_several_labels_scores_and_ranks_nothing(http: httpx.Client) 
     assert [len(labels) for labels in scores] == [3, 3, 3]
 
 
-def test_what_is_not_a_number_is_null(http: httpx.Client) -> None:
+def test_what_is_not_a_number_is_an_error(http: httpx.Client) -> None:
     said = {"model": "nan", "query": QUERY, "documents": ["a", "!nan"]}
-    results = http.post("/rerank", json=said).json()["results"]
-    assert results[-1] == {"index": 1, "relevance_score": None, "document": {"text": "!nan"}}
-    assert http.post("/pairs", json=said).json()["scores"][1] is None
+    for path in ("/rerank", "/pairs"):
+        answer = http.post(path, json=said)
+        assert (answer.status_code, "nan" in answer.json()["error"]["message"]) == (500, True)
 
 
 def test_any_text_is_a_document(http: httpx.Client) -> None:

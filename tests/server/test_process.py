@@ -15,6 +15,7 @@ import pytest
 from conftest import PATIENCE, Fifo, until
 from serving import ServerProcess, server_process
 
+from mp_rerank import TextTooLongError, connect
 from mp_rerank.cli import main
 
 
@@ -135,6 +136,28 @@ def test_a_port_that_is_taken(capsys: pytest.CaptureFixture[str]) -> None:
     assert "in use" in capsys.readouterr().err
 
 
+def _check_options(url: str) -> None:
+    """How long documents are read, in the words of each dialect."""
+    query, long = "how do birds fly?", "Bread is baked. " * 300 + "Birds fly because their wings give lift."
+    texts = ["Water is wet.", long]
+    refused = httpx.post(f"{url}/rerank", json={"query": query, "texts": texts, "truncate": False})
+    assert (refused.status_code, refused.json()["error_type"]) == (413, "Validation")
+    for said in ({"truncation_direction": "Left"}, {"long_documents": "chunk"}):
+        ranks = httpx.post(f"{url}/rerank", json={"query": query, "texts": texts, **said}, timeout=PATIENCE)
+        assert ranks.json()[0]["index"] == 1
+    short = httpx.post(f"{url}/v2/rerank", json={"query": query, "documents": texts, "max_tokens_per_doc": 4})
+    assert short.json()["meta"]["tokens"]["input_tokens"] < 40
+    assert int(short.headers["x-compute-tokens"]) == short.json()["meta"]["tokens"]["input_tokens"]
+    with connect(url) as pool:
+        best = pool.rerank(query, texts, long_documents="chunk")[0]
+        assert best.passage is not None
+        assert "wings" in long[slice(*best.passage)]
+        assert best.tokens > 512  # type: ignore[operator]
+        with pytest.raises(TextTooLongError) as caught:
+            pool.rerank(query, texts, truncation="error")
+        assert caught.value.document_index == 1
+
+
 @pytest.mark.real
 def test_the_built_in_model_and_no_torch_in_the_server(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "mp_rerank.cli", "serve", "--port", "0", "--workers", "1"]
@@ -148,6 +171,7 @@ def test_the_built_in_model_and_no_torch_in_the_server(tmp_path: Path) -> None:
                 ranks = httpx.post(f"{server.url}/rerank", json=said, timeout=PATIENCE).json()
                 assert [rank["index"] for rank in ranks] == [1, 0]
                 assert all(0 < rank["score"] < 1 for rank in ranks) is not raw
+            _check_options(server.url)
             mapped = psutil.Process(process.pid).memory_maps()
             assert not any("libtorch" in found.path for found in mapped)
             process.send_signal(signal.SIGTERM)

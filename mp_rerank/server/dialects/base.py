@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any, ClassVar
 
 from mp_rerank._arguments import MAX_PRIORITY, TEXT_KEY
-from mp_rerank.server.fields import Field, choice, number, read, whole
+from mp_rerank.server.fields import Field, choice, number, read, text, whole
 from mp_rerank.server.models import ServedModel
 from mp_rerank.server.refusals import STATUSES, Refused
 from mp_rerank.server.scoring import Job, Outcome
@@ -29,13 +29,47 @@ _PRIORITY = whole(
     about="Each step doubles the request's share of what its caller gets.",
 )
 
+_INSTRUCTION = text("instruction", about="What to judge by, in words; the model's own without it.")
+MAX_TOKENS_PER_DOC = whole("max_tokens_per_doc", 1, about="How much of a document may be read, in its own tokens.")
+_TRUNCATION = choice(
+    "truncation",
+    "end",
+    "start",
+    "error",
+    about="What is cut off of a document that is too long, or an error.",
+)
+_LONG_DOCUMENTS = choice(
+    "long_documents",
+    "truncate",
+    "chunk",
+    about="What becomes of a document that is too long: it is cut, or divided, and its best part counts.",
+)
+
 #: options of the pool's calls that every dialect has
-OPTIONS: tuple[Field, ...] = (_TIMEOUT, _ON_TIMEOUT)
+OPTIONS: tuple[Field, ...] = (
+    _TIMEOUT,
+    _ON_TIMEOUT,
+    _INSTRUCTION,
+    MAX_TOKENS_PER_DOC,
+    _TRUNCATION,
+    _LONG_DOCUMENTS,
+)
 #: with what the dialects of ranking have beside them
 COMMON: tuple[Field, ...] = (
     *OPTIONS,
     _PRIORITY,
     number("min_score", about="The least score of a document that is returned."),
+)
+# Of the pool's calls, and so of fields.
+NAMES = (
+    "timeout",
+    "on_timeout",
+    "priority",
+    "instruction",
+    "prompt_name",
+    "max_tokens_per_doc",
+    "truncation",
+    "long_documents",
 )
 
 
@@ -81,8 +115,7 @@ class Dialect(ABC):
 
 def options_of(values: dict[str, Any]) -> dict[str, Any]:
     """Keywords of the pool's calls that ``values`` hold: those that are there."""
-    names = ("timeout", "on_timeout", "priority")
-    return {name: values[name] for name in names if values.get(name) is not None}
+    return {name: values[name] for name in NAMES if values.get(name) is not None}
 
 
 def document_texts(documents: Sequence[Any], rank_fields: Sequence[str] | None = None) -> list[str]:

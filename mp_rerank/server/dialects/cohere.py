@@ -27,7 +27,6 @@ class CohereV2(Dialect):
         text("query", required=True),
         documents(),
         whole("top_n", 1, about="How many of the best documents to return; all without it."),
-        whole("max_tokens_per_doc", 1),
         whole("priority", 0, LOWEST, about="Lower is earlier; each 125 halve the request's share of its caller's."),
         number("min_score", about="The least score of a document that is returned."),
         *OPTIONS,

@@ -25,6 +25,7 @@ class OwnPairs(Dialect):
         strings("documents", about="Of one query, in place of pairs."),
         pairs(about="Pairs of a query and a document, in any mixture."),
         choice("activation", SIGMOID, IDENTITY, about="The model's own, as CrossEncoder.predict has it, without it."),
+        text("prompt_name", about="One of the model's own prompts, in place of an instruction."),
         *(field for field in COMMON if field.name != "min_score"),
     )
     answer_schema = {
@@ -33,6 +34,9 @@ class OwnPairs(Dialect):
         "properties": {
             "model": {"type": "string"},
             "scores": {"type": "array", "items": {"type": ["number", "null", "array"]}},
+            "tokens": {"type": "array", "items": {"type": ["integer", "null"]}},
+            "truncated": {"type": "array", "items": {"type": ["boolean", "null"]}},
+            "passages": {"type": "array", "items": {"type": ["array", "null"]}},
         },
     }
     error_schema = {
@@ -57,14 +61,25 @@ class OwnPairs(Dialect):
             raise Refused("invalid", "pairs: either these or a query with documents are needed")
         if values["pairs"] is None and values["query"] is None:
             raise Refused("invalid", "query: documents need one")
-        asked = values["pairs"]
-        if asked is None:
-            asked = [(values["query"], document) for document in values["documents"]]
-        return Job(pairs=asked, model=values["model"], activation=values["activation"], options=options_of(values))
+        return Job(
+            values["query"] or "",
+            values["documents"] or (),
+            values["pairs"],
+            ranking=False,
+            model=values["model"],
+            activation=values["activation"],
+            options=options_of(values),
+        )
 
     def answer(self, values: dict[str, Any], job: Job, outcome: Outcome, model: ServedModel, request_id: str) -> Any:
         assert outcome.scores is not None
-        return {"model": model.name, "scores": scores_as_json(outcome.scores)}
+        answer: dict[str, Any] = {"model": model.name, "scores": scores_as_json(outcome.scores)}
+        if outcome.tokens is not None:
+            answer["tokens"] = [result.tokens for result in outcome.results]
+            answer["truncated"] = [result.truncated for result in outcome.results]
+        if any(result.passage for result in outcome.results):
+            answer["passages"] = [result.passage for result in outcome.results]
+        return answer
 
     def error(self, refused: Refused, request_id: str) -> Any:
         return {"error": {"reason": refused.reason, "message": refused.message, **(refused.said or {})}}

@@ -23,6 +23,13 @@ TYPES = {
 }
 
 
+def _truncation(values: dict[str, Any]) -> dict[str, Any]:
+    """TEI refuses a text that is too long if it is told not to truncate; told nothing, it truncates."""
+    if values["truncate"] is False:
+        return {"truncation": "error"}
+    return {"truncation": "start"} if values["truncation_direction"] == "Left" else {}
+
+
 class Tei(Dialect):
     """TEI's."""
 
@@ -38,7 +45,7 @@ class Tei(Dialect):
         text("model", about="Which of the server's models; the first without it."),
         *COMMON,
     )
-    statuses = {"malformed": 400, "invalid": 422, "scoring": 424, "crashed": 424}
+    statuses = {"malformed": 400, "invalid": 422, "too_long": 413, "scoring": 424, "crashed": 424}
     answer_schema = {
         "type": "array",
         "items": {
@@ -66,7 +73,7 @@ class Tei(Dialect):
             model=values["model"],
             activation=IDENTITY if values["raw_scores"] else SIGMOID,
             min_score=values["min_score"],
-            options=options_of(values),
+            options={**_truncation(values), **options_of(values)},
         )
 
     def answer(self, values: dict[str, Any], job: Job, outcome: Outcome, model: ServedModel, request_id: str) -> Any:
