@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import signal
 import socket
 import subprocess
@@ -13,9 +14,9 @@ import httpx
 import psutil
 import pytest
 from conftest import PATIENCE, Fifo, until
-from serving import ServerProcess, server_process
+from serving import ServerProcess, server_process, serving
 
-from mp_rerank import TextTooLongError, connect
+from mp_rerank import ModelSpec, TextTooLongError, connect
 from mp_rerank.cli import main
 
 
@@ -178,3 +179,18 @@ def test_the_built_in_model_and_no_torch_in_the_server(tmp_path: Path) -> None:
             assert server.end() == 0
         finally:
             process.kill()
+
+
+def test_top_shows_it_in_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    with serving({"fake": ModelSpec("fake", loader="fakes:load")}) as server:
+        httpx.post(f"{server.url}/rerank", json={"query": "q", "documents": ["d"]}, headers={"x-caller": "me"})
+        assert main(["top", server.url]) == 0
+        shown = capsys.readouterr().out
+        assert re.search(r"ready, up 0 min\nrequests/s \d", shown)
+        assert re.search(r"^fake +0 ready +cpu +\d+ +\d+ MiB", shown, re.MULTILINE)
+        assert re.search(r"^header:me +0 +0 +1 +0", shown, re.MULTILINE)
+        assert main(["top", server.url, "--json"]) == 0
+        assert '"ready": true' in capsys.readouterr().out
+    assert main(["top", server.url]) == 1
+    assert "cannot be reached" in capsys.readouterr().err
+    assert main(["top", "localhost"]) == 2
