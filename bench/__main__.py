@@ -24,6 +24,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "bench.speed.reuse",
         "what agents that ask alike gain from scoring equal pairs once, and a score cache",
     ),
+    "serve": ("bench.speed.serve", "the pool over HTTP, beside the pool itself and beside a lock"),
     # memory and starting
     "memory": ("bench.resources.memory", "memory of a worker by phase, number of workers, start method and backend"),
     "weights": ("bench.resources.weights", "a worker's memory with its weights shared and private, and its speed"),
