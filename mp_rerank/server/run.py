@@ -129,7 +129,10 @@ def listen(config: ServerConfig) -> Iterator[tuple[socket.socket, str]]:
         sock, where = _listen_at_path(config.uds, config.uds_mode), f"unix:{config.uds}"
     else:
         family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
-        sock = socket.create_server((config.host, config.port), family=family, backlog=BACKLOG)
+        made = socket.create_server((config.host, config.port), family=family, backlog=BACKLOG)
+        # asyncio sets TCP_NODELAY only where a socket says its protocol. Without, an answer's body would wait for the
+        # client to acknowledge its headers: 40 ms.
+        sock = socket.socket(made.family, made.type, socket.IPPROTO_TCP, fileno=made.detach())
         host, port = sock.getsockname()[:2]
         where = f"http://[{host}]:{port}" if family == socket.AF_INET6 else f"http://{host}:{port}"
     try:

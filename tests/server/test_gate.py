@@ -334,3 +334,12 @@ def test_a_unix_socket_is_its_owners_and_gone_afterwards(tmp_path: Path) -> None
     with pytest.raises(OSError, match="in use"), serving(MODELS, uds=str(path), load=False):
         pass
     assert path.read_text() == "a file of somebody's"
+
+
+def test_an_answers_body_does_not_wait_for_its_headers_to_be_acknowledged(plain: Running) -> None:
+    sock = send(plain.url, request_of(ONE))
+    assert sock.recv(100)
+    [connection] = plain.server.server_state.connections
+    accepted = connection.transport.get_extra_info("socket")
+    assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+    sock.close()
