@@ -36,6 +36,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "builtin": ("bench.builtin", "make the built-in model again from its sources"),
     # faults
     "chaos": ("bench.faults.chaos", "agents while workers are killed, and a check of every request's outcome"),
+    "serve-soak": (
+        "bench.faults.serve_soak",
+        "a server while workers die and clients misbehave, checked",
+    ),
     "bulk": ("bench.faults.bulk", "mp-rerank run on SciFact and Vaswani, killed in the middle and run again"),
     "race-where": (
         "bench.faults.race_where",

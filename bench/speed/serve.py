@@ -2,8 +2,8 @@
 
 Three ways to have one model scored: `pool`, threads in this process that call `RerankerPool.rerank`; `serve`, clients
 of `mp-rerank serve` on loopback; `lock`, clients of a FastAPI application with one `CrossEncoder` behind a lock, as
-many have it. Clients ask again as soon as they have their answer, each on a connection of its own that stays open. They are
-one process, on the cores that the server computes on, and so cost something themselves. Rounds take turns.
+many have it. Clients ask again as soon as they have their answer, each on a connection of its own that stays open.
+They are one process, on the cores that the server computes on, and so cost something themselves. Rounds take turns.
 
 Three questions: pairs a second by the number of clients; the delay of small requests while a large one is being scored;
 and what HTTP adds to one small request, with a model that takes no time (`empty`).
@@ -175,11 +175,11 @@ class Bench:
                 asking["pool"] = lambda *load: _ask_pool(pool, *load)
             if "serve" in self.arms:
                 code = SERVED.format(name=name, loader=loader, workers=self.workers)
-                process, url = _start(code, r"listening at (\S+),", "ready at")
+                process, url = start_server(code, r"listening at (\S+),", "ready at")
                 processes.append(process)
                 asking["serve"] = lambda *load: asyncio.run(_ask_server(url, *load))
             if "lock" in self.arms and loader is None:
-                process, locked = _start(LOCKED, r"running on (\S+)")
+                process, locked = start_server(LOCKED, r"running on (\S+)")
                 processes.append(process)
                 asking["lock"] = lambda *load: asyncio.run(_ask_server(locked, *load))
             yield asking
@@ -198,7 +198,8 @@ def _body(documents: int, seed: int) -> dict[str, Any]:
     return {"query": "where do people read in the morning?", "texts": texts}
 
 
-def _start(code: str, address: str, ready: str | None = None) -> tuple[subprocess.Popen[str], str]:
+def start_server(code: str, address: str, ready: str | None = None) -> tuple[subprocess.Popen[str], str]:
+    """Start a server's code in a process of its own, and wait until it is there; the process, and its URL."""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), TESTS])}
     process = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True, env=environment)
     assert process.stderr is not None
