@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import socket
 import stat
 import threading
@@ -315,6 +316,17 @@ def test_metrics_are_what_prometheus_reads(plain: Running) -> None:
     assert sum(s.value for s in families["mp_rerank_workers"].samples) == 2
     assert all(s.value > 2**20 for s in families["mp_rerank_worker_resident_bytes"].samples)
     assert families["mp_rerank_score_seconds"].type == "histogram"
+    dashboard = (Path(__file__).parents[2] / "docs" / "grafana.json").read_text()
+    shown = set(re.findall(r"mp_rerank_[a-z_]+", dashboard))
+    assert len(shown) > 10
+    assert shown <= {sample.name for family in families.values() for sample in family.samples}
+
+
+def test_openapi_has_every_path(plain: Running) -> None:
+    paths = set(httpx.get(f"{plain.url}/openapi.json").json()["paths"])
+    routes = {route.path for route in plain.app.asgi.routes}
+    assert routes - paths == {"/", "/page.css", "/page.js", "/ping", "/openapi.json", "/metrics"}
+    assert paths <= routes
 
 
 def test_a_unix_socket_is_its_owners_and_gone_afterwards(tmp_path: Path) -> None:
