@@ -38,6 +38,9 @@ __all__ = ["Scoring", "json_response", "log_access", "refusal_response"]
 logger = logging.getLogger("mp_rerank.server")
 access_logger = logging.getLogger("mp_rerank.access")
 
+# A cancelled task has ended by the next turn of the loop, or has not heard of it.
+CANCEL_SECONDS = 0.05
+
 _NOBODY = Caller("connection", "")
 
 
@@ -195,7 +198,10 @@ async def _while_there(request: Request, work: Coroutine[Any, Any, Outcome]) -> 
         raise _GoneError
     finally:
         gone.cancel()
-        working.cancel()  # of one that is done: nothing
+        # Again until it holds: before Python 3.12 ``asyncio.wait_for`` can swallow a cancellation.
+        while not working.done():
+            working.cancel()
+            await asyncio.wait((working,), timeout=CANCEL_SECONDS)
 
 
 def _seen(working: asyncio.Future[Outcome]) -> None:

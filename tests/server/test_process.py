@@ -20,6 +20,13 @@ from mp_rerank import ModelSpec, TextTooLongError, connect
 from mp_rerank.cli import main
 
 
+def refuses(url: str) -> bool:
+    """Whether nobody listens there."""
+    parts = httpx.URL(url)
+    with socket.socket() as sock:
+        return sock.connect_ex((parts.host, parts.port)) != 0
+
+
 def test_sigterm_takes_no_more_and_finishes_what_is_there(fifo: Fifo) -> None:
     with server_process() as server, ThreadPoolExecutor(1) as threads:
         server.wait_for("(ready)")
@@ -30,13 +37,7 @@ def test_sigterm_takes_no_more_and_finishes_what_is_there(fifo: Fifo) -> None:
         pending = threads.submit(httpx.post, f"{server.url}/rerank", json=said, timeout=PATIENCE)
         fifo.wait_until_read()
         server.process.send_signal(signal.SIGTERM)
-
-        def refused() -> bool:
-            parts = httpx.URL(server.url)
-            with socket.socket() as sock:
-                return sock.connect_ex((parts.host, parts.port)) != 0
-
-        until(refused)
+        until(lambda: refuses(server.url))
         assert not pending.done()
         fifo.release()
         assert len(pending.result(PATIENCE).json()["results"]) == 2
@@ -53,8 +54,9 @@ def test_a_second_sigterm_ends_at_once(fifo: Fifo) -> None:
         said = {"query": "query", "documents": [fifo.order]}
         pending = threads.submit(httpx.post, f"{server.url}/rerank", json=said, timeout=PATIENCE)
         fifo.wait_until_read()
-        for _ in range(2):
-            server.process.send_signal(signal.SIGTERM)
+        server.process.send_signal(signal.SIGTERM)
+        until(lambda: refuses(server.url))  # two signals that come at once are one
+        server.process.send_signal(signal.SIGTERM)
         server.end()
         assert isinstance(pending.exception(PATIENCE), httpx.TransportError) or pending.result().status_code >= 500
         assert psutil.wait_procs(workers, PATIENCE)[1] == []
