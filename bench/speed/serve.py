@@ -101,9 +101,17 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--rounds", type=int, default=3, help="of all of them, whose medians are shown")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--arms", default="pool,serve,lock", help="which of them")
+    parser.add_argument(
+        "--loads",
+        default=",".join(f"{clients}x{documents}" for clients, documents in LOADS),
+        help="numbers of clients, and of documents of each request (default: %(default)s)",
+    )
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     options = parser.parse_args(argv)
-    report = Bench(options.seconds, options.rounds, options.workers, options.arms.split(",")).run()
+    loads = [
+        (int(clients), int(documents)) for clients, _, documents in (x.partition("x") for x in options.loads.split(","))
+    ]
+    report = Bench(options.seconds, options.rounds, options.workers, options.arms.split(","), loads).run()
     print(json.dumps(report, indent=2) if options.json else _table(report))
     return 1 if any(row["errors"] for row in report["throughput"]) else 0
 
@@ -111,11 +119,14 @@ def main(argv: Sequence[str]) -> int:
 class Bench:
     """One run."""
 
-    def __init__(self, seconds: float, rounds: int, workers: int, arms: list[str]) -> None:
+    def __init__(
+        self, seconds: float, rounds: int, workers: int, arms: list[str], loads: list[tuple[int, int]]
+    ) -> None:
         self.seconds = seconds
         self.rounds = rounds
         self.workers = workers
         self.arms = arms
+        self.loads = loads
 
     def run(self) -> dict[str, Any]:
         """All that is measured."""
@@ -125,7 +136,7 @@ class Bench:
             for arm in asking:  # tokenizers, caches, the pool's estimates of lengths
                 asking[arm](8, _body(50, 0), 1.0)
             for _ in range(self.rounds):
-                for clients, documents in LOADS:
+                for clients, documents in self.loads:
                     for arm in asking:
                         seconds = self.seconds * (3 if clients == 512 else 1)
                         found = asking[arm](clients, _body(documents, 0), seconds)
@@ -135,7 +146,7 @@ class Bench:
                     measured.setdefault((arm, "beside"), []).append(found)
         report["throughput"] = [
             _row(arm, clients, documents, measured[arm, f"{clients} x {documents}"])
-            for clients, documents in LOADS
+            for clients, documents in self.loads
             for arm in self.arms
         ]
         report["small beside large"] = [_delays(arm, measured[arm, "beside"]) for arm in self.arms]
