@@ -127,6 +127,7 @@ def call(arguments: argparse.Namespace) -> int:
             "devices": arguments.devices,
             "workers": arguments.workers,
             "threads_per_worker": arguments.threads,
+            "start_method": arguments.start_method,
         },
         host=arguments.host,
         port=arguments.port,

@@ -129,7 +129,7 @@ class _OfPools(Collector):
         for model in models:
             workers = model.pool.workers()
             found = [worker.state for worker in workers]
-            for state in ("starting", "ready", "draining", "restarting", "failed", "closed"):
+            for state in ("starting", "ready", "draining", "restarting", "resting", "failed", "closed"):
                 states.add_metric([model.name, state], found.count(state))
             slots = {worker.pid: str(worker.slot) for worker in workers}
             for memory in model.pool.memory().workers:

@@ -63,7 +63,7 @@ class ServedModel:
     def load(self) -> None:
         """Load and prove it, and wait for that; errors as of ``RerankerPool.start``."""
         self.pool.start()
-        info: WorkerInfo | None = next(iter(self.pool.workers()), None)
+        info: WorkerInfo | None = next((worker for worker in self.pool.workers() if worker.state == "ready"), None)
         if info is not None:
             self.max_length, self.num_labels, self.dtype = info.max_length, info.num_labels, info.dtype
             self.on_cpu = info.device.startswith("cpu")

@@ -84,7 +84,7 @@ function row(result, documents) {
 
 // The live view.
 
-const STATE_CLASS = { ready: "good", failed: "bad", closed: "bad" };
+const STATE_CLASS = { ready: "good", resting: "muted", failed: "bad", closed: "bad" };
 
 async function look() {
   try {
