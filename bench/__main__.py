@@ -32,6 +32,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "bench.speed.reuse",
         "what agents that ask alike gain from scoring equal pairs once, and a score cache",
     ),
+    "serve": ("bench.speed.serve", "the pool over HTTP, beside the pool itself and beside a lock"),
     # memory and starting
     "memory": ("bench.resources.memory", "memory of a worker by phase, number of workers, start method and backend"),
     "weights": ("bench.resources.weights", "a worker's memory with its weights shared and private, and its speed"),
@@ -43,6 +44,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "builtin": ("bench.builtin", "make the built-in model again from its sources"),
     # faults
     "chaos": ("bench.faults.chaos", "agents while workers are killed, and a check of every request's outcome"),
+    "serve-soak": (
+        "bench.faults.serve_soak",
+        "a server while workers die and clients misbehave, checked",
+    ),
     "bulk": ("bench.faults.bulk", "mp-rerank run on SciFact and Vaswani, killed in the middle and run again"),
     "race-where": (
         "bench.faults.race_where",

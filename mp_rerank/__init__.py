@@ -17,6 +17,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from mp_rerank.client import RerankerClient, connect
     from mp_rerank.config import ModelSpec, PoolConfig
     from mp_rerank.errors import (
         ClusterError,
@@ -62,6 +63,7 @@ __all__ = [
     "RequestTimeoutError",
     "RerankError",
     "RerankResult",
+    "RerankerClient",
     "RerankerPool",
     "ScoringError",
     "TextTooLongError",
@@ -69,10 +71,11 @@ __all__ = [
     "WorkerExit",
     "WorkerInfo",
     "WorkerMemory",
+    "connect",
     "shared_pool",
 ]
 
-_MODULES = ("errors", "config", "results", "pool", "model_pools", "shared")
+_MODULES = ("errors", "config", "results", "pool", "model_pools", "shared", "client")
 
 
 def __getattr__(name: str) -> Any:

@@ -29,7 +29,7 @@ from mp_rerank._calls import Asked
 from mp_rerank._checks import check_flag, check_seconds, memory_size
 from mp_rerank._model_manager import Acquire, Lease, Leased, Manager, Retire, key_of
 from mp_rerank._scheduling.dispatcher import Dispatcher
-from mp_rerank._scheduling.futures import Answer, is_pool_thread
+from mp_rerank._scheduling.futures import Answer, is_pool_thread, result_of
 from mp_rerank._scheduling.request import Request
 from mp_rerank._scheduling.streams import Feed
 from mp_rerank.config import ModelSpec, PoolConfig
@@ -242,7 +242,7 @@ class _Handle(RerankerPool):
         except BaseException:
             leased.give_up()
             raise
-        return await asyncio.wrap_future(future)
+        return await result_of(future)
 
     def _request(self, asked: Asked, dispatcher: Any, feed: Feed | None = None) -> Request:
         try:

@@ -19,7 +19,7 @@ from mp_rerank._pairs import digests
 from mp_rerank._planning.checkpoint import check_backend, check_hub_cache
 from mp_rerank._planning.plan import Plan, make_plan
 from mp_rerank._scheduling.dispatcher import Dispatcher, leave_with_interpreter
-from mp_rerank._scheduling.futures import Answer, check_may_wait, is_pool_thread
+from mp_rerank._scheduling.futures import Answer, check_may_wait, is_pool_thread, result_of
 from mp_rerank._scheduling.request import DEFAULT_CALLER, Request, estimate_lengths, misfit
 from mp_rerank._scheduling.streams import AsyncScoreStream, Feed, ScoreStream
 from mp_rerank._workers.handle import check_may_start
@@ -287,7 +287,7 @@ class RerankerPool(RerankerCalls):
         """Hand a request over and wait for its result, on no thread. Cancelled, cancel it."""
         dispatcher = await self._ready()
         future = self._enter(dispatcher, self._request(asked, dispatcher), wait=False)
-        return await asyncio.wrap_future(future)
+        return await result_of(future)
 
     async def _ready(self) -> Dispatcher:
         """The dispatcher, once the workers have started; waited for on no thread."""

@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from io import FileIO
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ import pytest
 from clusters import CLUSTER_MARK, Processes, need_dask
 from fakes import scores_of
 
-from mp_rerank import ModelSpec, RerankerPool, RerankResult, shared
+from mp_rerank import ModelSpec, RerankerPool, RerankResult, connect, shared
 
 FAKE = ModelSpec("fake", loader="fakes:load")
 
@@ -88,8 +89,10 @@ def make_pool(request: pytest.FixtureRequest) -> Iterator[Callable[..., Reranker
     """Makes pools, of the fake model unless another is named, and closes them when the test ends.
 
     Those of a real model are forked: importing torch anew for every worker of every test would take most of the time.
+    With ``over="http"`` it is a client, of a server of its own.
     """
-    pools: list[RerankerPool] = []
+    pools: list[Any] = []
+    servers = ExitStack()
     start_method = request.config.getoption("--start-method")
     if request.node.get_closest_marker("real"):
         start_method = request.getfixturevalue("fork_server")
@@ -100,13 +103,20 @@ def make_pool(request: pytest.FixtureRequest) -> Iterator[Callable[..., Reranker
             options.setdefault("workers", 2)
         options.setdefault("restart_backoff", 0.01)
         options.setdefault("start_method", start_method)
-        pool = RerankerPool(model, **options)
+        if options.pop("over", None) == "http":
+            from serving import serving
+
+            spec = model if isinstance(model, ModelSpec) else ModelSpec(model)
+            pool: Any = connect(servers.enter_context(serving({spec.name: spec}, options)).url)
+        else:
+            pool = RerankerPool(model, **options)
         pools.append(pool)
         return pool
 
     yield make
     for pool in pools:
         pool.close(drain=False)
+    servers.close()
 
 
 @pytest.fixture

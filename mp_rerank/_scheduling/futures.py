@@ -11,6 +11,7 @@ collected. It may use the pool, or end the wait with an exception (Ctrl-C). So t
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import math
 import re
@@ -26,7 +27,7 @@ from typing import Any, Generic, TypeVar
 
 from mp_rerank._checks import is_for_ever
 
-__all__ = ["SIGNAL_CHECK_SECONDS", "Answer", "PoolFuture", "check_may_wait", "is_pool_thread"]
+__all__ = ["SIGNAL_CHECK_SECONDS", "Answer", "PoolFuture", "check_may_wait", "is_pool_thread", "result_of"]
 
 _T = TypeVar("_T")
 
@@ -37,7 +38,7 @@ logger = logging.getLogger("mp_rerank.pool")
 SIGNAL_CHECK_SECONDS = 0.5
 
 # Of threads that pools depend on: their own, and those of their workers, which are named for slot and generation.
-OURS = re.compile(r"mp_rerank-(dispatcher|models|plan|server|log|cluster|\d+\.\d+)\b")
+OURS = re.compile(r"mp_rerank-(client|dispatcher|models|plan|server|log|cluster|\d+\.\d+)\b")
 CALLBACK_THREAD = "mp_rerank-callback"
 
 
@@ -227,6 +228,36 @@ class PoolFuture(Future[Any]):
     def _invoke_callbacks(self) -> None:
         # Called by ``Future`` once it is done, after it has let go of its lock.
         self._settled.give(None)
+
+
+async def result_of(future: Future[Any]) -> Any:
+    """The result of a `PoolFuture`, waited for on no thread. Cancelled, cancel it.
+
+    ``asyncio.wrap_future`` has a done-callback, and so a thread for each.
+    """
+    if not isinstance(future, PoolFuture):
+        return await asyncio.wrap_future(future)
+    loop = asyncio.get_running_loop()
+    settled: asyncio.Future[None] = loop.create_future()
+
+    def wake() -> None:
+        if not settled.done():
+            settled.set_result(None)
+
+    def tell(_: object) -> None:
+        try:
+            loop.call_soon_threadsafe(wake)
+        except RuntimeError:  # the loop has been closed meanwhile
+            pass
+
+    future.add_internal_callback(tell)
+    try:
+        await settled
+    finally:
+        future.cancel()  # of a finished one: nothing
+    if future.cancelled():
+        raise asyncio.CancelledError
+    return future.result()
 
 
 def _call_apart(fn: Callable[[Any], object], future: Any) -> None:

@@ -3,6 +3,8 @@
     mp-rerank rank QUERY [FILE]     rank the documents of FILE, or of standard input
     mp-rerank run --queries Q --corpus C --run R --output O
                                     rerank a whole run of a first stage, from files to a file
+    mp-rerank serve                 serve models over HTTP
+    mp-rerank top [URL]             watch a server
     mp-rerank plan                  which workers a pool would start here, and why
     mp-rerank tune                  measure which are fastest here, and keep the answer for later pools
     mp-rerank race                  whether threads with a CrossEncoder go wrong here
@@ -27,14 +29,14 @@ from collections.abc import Sequence
 
 import mp_rerank
 from mp_rerank._text import one_line, printable
-from mp_rerank.cli import plan, race, rank, run, streams, tune
+from mp_rerank.cli import plan, race, rank, run, serve, streams, top, tune
 from mp_rerank.cli.options import PROGRAM
 from mp_rerank.cli.streams import InputError, OutputError
 from mp_rerank.errors import RerankError
 
 __all__ = ["main"]
 
-COMMANDS = {"rank": rank, "plan": plan, "tune": tune, "run": run, "race": race}
+COMMANDS = {"rank": rank, "serve": serve, "top": top, "plan": plan, "tune": tune, "run": run, "race": race}
 FAILED, MISTAKE, INTERRUPTED = 1, 2, 130
 
 

@@ -29,7 +29,9 @@ from haystack.utils import ComponentDevice
 
 from mp_rerank._arguments import RequestOptions
 from mp_rerank._checks import check_flag, check_optional_count
+from mp_rerank.client import RerankerClient
 from mp_rerank.config import BUILTIN, ModelSpec
+from mp_rerank.integrations._remote import is_url, remote
 from mp_rerank.pool import RerankerPool
 from mp_rerank.results import RerankResult
 from mp_rerank.shared import shared_pool
@@ -42,7 +44,8 @@ class PoolRanker:
     """Ranks documents by their relevance to a query, in the process's shared pool for its model and device.
 
     Args:
-        model: ``"builtin"``, a hub name, or the path of a local folder. A relative path is looked up once, here.
+        model: ``"builtin"``, a hub name, the path of a local folder, or the URL of a server (``mp-rerank serve``). A
+            relative path is looked up once, here.
         device: as for ``shared_pool``; or a ``ComponentDevice``, also as the dict that YAML has of one. A device map
             splits one model over devices, which no pool does.
         top_k: how many documents to return; ``None``: all.
@@ -51,7 +54,7 @@ class PoolRanker:
         scale_score: ``True``: scores are sigmoids; ``False``: logits.
         score_threshold: return only documents that score at least so much.
         model_options: other fields of ``ModelSpec``, but for ``activation``.
-        pool_options: other keywords of ``shared_pool``.
+        pool_options: other keywords of ``shared_pool``, or of ``connect``.
         request_options: options of ``RerankerPool.submit``, such as ``instruction``, ``max_tokens_per_doc`` and
             ``long_documents``; ``top_k`` and ``score_threshold`` stand for ``top_n`` and ``min_score``. Of a
             document that was divided, ``meta["relevant_passage"]`` is the part that counted.
@@ -96,8 +99,10 @@ class PoolRanker:
         self.request_options = request_options or {}
 
     @property
-    def pool(self) -> RerankerPool:
+    def pool(self) -> RerankerPool | RerankerClient:
         """The pool that scores."""
+        if is_url(self.model):
+            return remote(self.model, self.device, "identity", **self.pool_options)
         name = self._resolved.get(self.model, self.model)
         spec = ModelSpec(name, activation="identity", **self.model_options)
         return shared_pool(spec, self.device, **self.pool_options)

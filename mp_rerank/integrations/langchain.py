@@ -28,7 +28,9 @@ from pydantic import ConfigDict, PrivateAttr
 
 from mp_rerank._arguments import OnTimeout, RequestKeywords, RequestOptions
 from mp_rerank._pairs import LongDocuments, Truncation
+from mp_rerank.client import RerankerClient
 from mp_rerank.config import BUILTIN, ModelSpec
+from mp_rerank.integrations._remote import is_url, remote
 from mp_rerank.pool import RerankerPool
 from mp_rerank.results import RerankResult
 from mp_rerank.shared import shared_pool
@@ -41,8 +43,14 @@ Model = str | os.PathLike[str] | ModelSpec
 class _Source:
     """Where a pool comes from: it was given, or it is the shared one of a model."""
 
-    def __init__(self, pool: RerankerPool | None, model: Model | None, device: str | None, options: dict[str, Any]):
-        if pool is not None and not isinstance(pool, RerankerPool):
+    def __init__(
+        self,
+        pool: RerankerPool | RerankerClient | None,
+        model: Model | None,
+        device: str | None,
+        options: dict[str, Any],
+    ):
+        if pool is not None and not isinstance(pool, (RerankerPool, RerankerClient)):
             raise TypeError(f"pool: a RerankerPool is needed, not {pool!r}; a model's name goes by model=")
         if pool is not None and not (model is None and device is None and not options):
             raise ValueError("pool: it has its model, device and options; give the one or the others")
@@ -54,20 +62,24 @@ class _Source:
         self._options = options
 
     @property
-    def pool(self) -> RerankerPool:
-        return shared_pool(self._spec, self._device, **self._options) if self._pool is None else self._pool
+    def pool(self) -> RerankerPool | RerankerClient:
+        if self._pool is not None:
+            return self._pool
+        if is_url(self._spec.name):
+            return remote(self._spec.name, self._device, **self._options)
+        return shared_pool(self._spec, self._device, **self._options)
 
 
 class PoolCrossEncoder(BaseCrossEncoder):
     """The pool as LangChain's cross-encoder, for ``CrossEncoderReranker(model=...)`` and the like.
 
     Args:
-        pool: the pool that scores; ``None``: the process's shared one.
+        pool: the pool, or the client of a server, that scores; ``None``: the process's shared one.
         request_options: those of ``RerankerPool.submit_pairs``, such as ``instruction``.
         model_name: of the shared one, as LangChain's ``HuggingFaceCrossEncoder`` calls it: ``"builtin"``, a hub name,
-            the path of a local folder, or a ``ModelSpec``.
+            the path of a local folder, the URL of a server (``mp-rerank serve``), or a ``ModelSpec``.
         device: as for ``shared_pool``.
-        options: other keywords of ``shared_pool``.
+        options: other keywords of ``shared_pool``, or of ``connect``.
 
     Raises:
         TypeError, ValueError: naming the argument.
@@ -75,7 +87,7 @@ class PoolCrossEncoder(BaseCrossEncoder):
 
     def __init__(
         self,
-        pool: RerankerPool | None = None,
+        pool: RerankerPool | RerankerClient | None = None,
         *,
         model_name: Model | None = None,
         device: str | None = None,
@@ -87,7 +99,7 @@ class PoolCrossEncoder(BaseCrossEncoder):
         RequestOptions.of(self._request_options)
 
     @property
-    def pool(self) -> RerankerPool:
+    def pool(self) -> RerankerPool | RerankerClient:
         """The pool that scores."""
         return self._source.pool
 
@@ -102,9 +114,9 @@ class PoolReranker(BaseDocumentCompressor):
     """Returns the best documents, best first, as copies that keep id and metadata.
 
     Args:
-        pool: the pool that scores; ``None``: the process's shared one.
-        model: of the shared one: ``"builtin"`` (the default), a hub name, the path of a local folder, or a
-            ``ModelSpec``.
+        pool: the pool, or the client of a server, that scores; ``None``: the process's shared one.
+        model: of the shared one: ``"builtin"`` (the default), a hub name, the path of a local folder, the URL of a
+            server (``mp-rerank serve``), or a ``ModelSpec``.
         device: as for ``shared_pool``.
         pool_options: other keywords of ``shared_pool``.
         top_n: how many documents to return; ``None``: all.
@@ -136,7 +148,7 @@ class PoolReranker(BaseDocumentCompressor):
     def __init__(
         self,
         *,
-        pool: RerankerPool | None = None,
+        pool: RerankerPool | RerankerClient | None = None,
         model: Model | None = None,
         device: str | None = None,
         pool_options: dict[str, Any] | None = None,
@@ -148,7 +160,7 @@ class PoolReranker(BaseDocumentCompressor):
         RequestOptions.of(self._options())
 
     @property
-    def pool(self) -> RerankerPool:
+    def pool(self) -> RerankerPool | RerankerClient:
         """The pool that scores."""
         return self._source.pool
 

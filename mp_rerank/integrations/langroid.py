@@ -10,11 +10,11 @@ Langroid (0.69) has one ``CrossEncoder`` for each model and device, behind a loc
 ``install`` replaces the function that looks it up. The new one returns the process's shared pool, and a lock that does
 nothing.
 
-The configuration keeps its meaning. ``cross_encoder_reranking_model`` names the model (``"builtin"`` works too), and
-``cross_encoder_device`` the device. ``None`` means the best device, with one difference: ``None`` and ``"cuda"`` mean
-every visible GPU, not only the first. Langroid takes the scores of ``CrossEncoder.predict``, after the model's
-activation, and applies a sigmoid of its own before it sorts, also after ``install``. The mixin sorts by the scores
-themselves, which is the same order. Passages are returned unchanged.
+The configuration keeps its meaning. ``cross_encoder_reranking_model`` names the model (``"builtin"`` and the URL of a
+server work too), and ``cross_encoder_device`` the device. ``None`` means the best device, with one difference: ``None``
+and ``"cuda"`` mean every visible GPU, not only the first. Langroid takes the scores of ``CrossEncoder.predict``, after
+the model's activation, and applies a sigmoid of its own before it sorts, also after ``install``. The mixin sorts by the
+scores themselves, which is the same order. Passages are returned unchanged.
 """
 
 from __future__ import annotations
@@ -27,6 +27,8 @@ from langroid.agent.special import doc_chat_agent
 from langroid.mytypes import Document
 
 from mp_rerank._arguments import RequestKeywords, RequestOptions
+from mp_rerank.client import RerankerClient
+from mp_rerank.integrations._remote import is_url, remote
 from mp_rerank.pool import RerankerPool
 from mp_rerank.shared import shared_pool
 
@@ -38,7 +40,7 @@ _original = getattr(doc_chat_agent, "_get_cross_encoder_entry", None)
 class _Predicting:
     """What an agent takes for its cross-encoder: a pool, with options of each request."""
 
-    def __init__(self, pool: RerankerPool, options: RequestKeywords) -> None:
+    def __init__(self, pool: RerankerPool | RerankerClient, options: RequestKeywords) -> None:
         self._pool = pool
         self._options = options
 
@@ -68,10 +70,16 @@ def install(request_options: RequestKeywords | None = None, **options: Any) -> N
     RequestOptions.of(request_options or {})
 
     def get_entry(model_name: str, device: str | None) -> Any:
-        pool = shared_pool(model_name, device, **options)
+        pool = _pool(model_name, device, options)
         return entry_type(model=_Predicting(pool, request_options) if request_options else pool, lock=nullcontext())
 
     doc_chat_agent._get_cross_encoder_entry = get_entry
+
+
+def _pool(model_name: str, device: str | None, options: dict[str, Any]) -> RerankerPool | RerankerClient:
+    if is_url(model_name):
+        return remote(model_name, device, **options)
+    return shared_pool(model_name, device, **options)
 
 
 def uninstall() -> None:
@@ -94,8 +102,6 @@ class PoolRerankMixin:
 
     def rerank_with_cross_encoder(self, query: str, passages: list[Document]) -> list[Document]:
         """The passages, best first."""
-        pool = shared_pool(
-            self.config.cross_encoder_reranking_model, self.config.cross_encoder_device, **self.pool_options
-        )
+        pool = _pool(self.config.cross_encoder_reranking_model, self.config.cross_encoder_device, self.pool_options)
         ranked = pool.rerank(query, [passage.content for passage in passages], **self.request_options)
         return [passages[result.index] for result in ranked]

@@ -21,7 +21,9 @@ from llama_index.core.postprocessor.types import BaseNodePostprocessor
 from llama_index.core.schema import MetadataMode, NodeWithScore, QueryBundle
 
 from mp_rerank._arguments import RequestKeywords, RequestOptions
+from mp_rerank.client import RerankerClient
 from mp_rerank.config import BUILTIN, ModelSpec
+from mp_rerank.integrations._remote import is_url, remote
 from mp_rerank.pool import RerankerPool
 from mp_rerank.results import RerankResult
 from mp_rerank.shared import shared_pool
@@ -39,15 +41,16 @@ class PoolRerank(BaseNodePostprocessor):
 
     Args:
         top_n: how many nodes to return.
-        model: ``"builtin"``, a hub name, or the path of a local folder. A relative path is looked up once, here.
+        model: ``"builtin"``, a hub name, the path of a local folder, or the URL of a server (``mp-rerank serve``). A
+            relative path is looked up once, here.
         device: as for ``shared_pool``.
         keep_retrieval_score: keep the score a node came with as its ``metadata["retrieval_score"]``.
         model_options: other fields of ``ModelSpec``.
-        pool_options: other keywords of ``shared_pool``.
+        pool_options: other keywords of ``shared_pool``, or of ``connect``.
         similarity_cutoff: return only nodes that score at least so much: ``min_score`` of ``RerankerPool.submit``.
         request_options: other options of ``RerankerPool.submit``, such as ``instruction`` and ``long_documents``. Of a
             node that was divided, ``metadata["relevant_passage"]`` is the part that counted.
-        pool: a pool to use in place of the shared one; it is not serialized by ``to_dict``.
+        pool: a pool, or a client of a server, to use in place of the shared one; it is not serialized by ``to_dict``.
     """
 
     model: str = Field(default=BUILTIN, description="Cross-encoder name or path.")
@@ -58,12 +61,12 @@ class PoolRerank(BaseNodePostprocessor):
     pool_options: dict[str, Any] = Field(default_factory=dict, description="Other options of the shared pool.")
     similarity_cutoff: float | None = Field(default=None, description="The least score of a node to return.")
     request_options: dict[str, Any] = Field(default_factory=dict, description="Options of each request.")
-    _pool: RerankerPool | None = PrivateAttr(default=None)
+    _pool: RerankerPool | RerankerClient | None = PrivateAttr(default=None)
     _resolved: dict[str, str] = PrivateAttr(default_factory=dict)
 
-    def __init__(self, top_n: int = 2, *, pool: RerankerPool | None = None, **fields: Any) -> None:
+    def __init__(self, top_n: int = 2, *, pool: RerankerPool | RerankerClient | None = None, **fields: Any) -> None:
         if pool is not None:
-            fields.setdefault("model", pool.spec.name)
+            fields.setdefault("model", pool.spec.name if isinstance(pool, RerankerPool) else pool.url)
         super().__init__(top_n=top_n, **fields)
         self._pool = pool
         self._resolved = {self.model: ModelSpec(self.model).name}
@@ -75,10 +78,12 @@ class PoolRerank(BaseNodePostprocessor):
         return "PoolRerank"
 
     @property
-    def pool(self) -> RerankerPool:
+    def pool(self) -> RerankerPool | RerankerClient:
         """The pool that scores."""
         if self._pool is not None:
             return self._pool
+        if is_url(self.model):
+            return remote(self.model, self.device, **self.pool_options)
         name = self._resolved.get(self.model, self.model)
         return shared_pool(ModelSpec(name, **self.model_options), self.device, **self.pool_options)
 

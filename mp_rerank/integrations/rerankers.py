@@ -21,7 +21,9 @@ from rerankers.models.ranker import BaseRanker
 from rerankers.results import RankedResults, Result
 
 from mp_rerank._arguments import RequestKeywords, RequestOptions
+from mp_rerank.client import RerankerClient
 from mp_rerank.config import BUILTIN, ModelSpec
+from mp_rerank.integrations._remote import is_url, remote
 from mp_rerank.pool import RerankerPool
 from mp_rerank.results import RerankResult
 from mp_rerank.shared import shared_pool
@@ -35,13 +37,13 @@ class PoolRanker(BaseRanker):
     """Ranks in the process's shared pool for its model and device.
 
     Args:
-        model_name_or_path: ``"builtin"``, a hub name, the path of a local folder, or a ``ModelSpec``, whose
-            ``activation`` is then applied.
+        model_name_or_path: ``"builtin"``, a hub name, the path of a local folder, the URL of a server
+            (``mp-rerank serve``), or a ``ModelSpec``, whose ``activation`` is then applied.
         verbose: accepted; nothing is printed.
         device: as for ``shared_pool``.
         request_options: options of ``RerankerPool.submit`` for every call, such as ``instruction``; a call's own come
             before them.
-        options: other keywords of ``shared_pool``.
+        options: other keywords of ``shared_pool``, or of ``connect``.
     """
 
     ranking_type = "pointwise"
@@ -59,6 +61,7 @@ class PoolRanker(BaseRanker):
         self.verbose = verbose
         self.device = device
         self._options = options
+        self._model: Any = model_name_or_path
         self._spec = (
             model_name_or_path
             if isinstance(model_name_or_path, ModelSpec)
@@ -66,8 +69,10 @@ class PoolRanker(BaseRanker):
         )
 
     @property
-    def pool(self) -> RerankerPool:
+    def pool(self) -> RerankerPool | RerankerClient:
         """The pool that scores."""
+        if is_url(self._model):
+            return remote(self._model, self.device, "identity", **self._options)
         return shared_pool(self._spec, self.device, **self._options)
 
     def score(self, query: str, doc: str) -> float:

@@ -16,6 +16,7 @@ from typing import Any
 
 from sentence_transformers import CrossEncoderModelCardData
 
+from mp_rerank.client import RerankerClient
 from mp_rerank.pool import RerankerPool
 
 __all__ = ["PoolCrossEncoder"]
@@ -25,13 +26,13 @@ class PoolCrossEncoder:
     """``predict`` and ``rank`` of a ``CrossEncoder``, for any number of threads at once.
 
     Args:
-        pool: the pool that scores. Its owner closes it.
+        pool: the pool, or the client of a server, that scores. Its owner closes it.
 
     Attributes:
         model_card_data: where evaluators write their metrics.
     """
 
-    def __init__(self, pool: RerankerPool) -> None:
+    def __init__(self, pool: RerankerPool | RerankerClient) -> None:
         self.pool = pool
         self.model_card_data = CrossEncoderModelCardData()
 
