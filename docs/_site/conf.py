@@ -31,6 +31,7 @@ include_patterns = [
     "docs/**.md",
     "docs/**.rst",
     "mp_rerank/builtin/README.md",
+    "mp_rerank/troubleshooting.md",
 ]
 exclude_patterns = [".*", "build", "dist", "docs/_site"]
 
