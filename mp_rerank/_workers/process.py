@@ -147,7 +147,8 @@ class ProcessHandle:
     def abandon(self) -> None:
         # What the standard library waits for as the interpreter exits: the executor's thread, and every child.
         manager = getattr(self._executor, "_executor_manager_thread", None)
-        getattr(concurrent.futures.process, "_threads_wakeups", {}).pop(manager, None)
+        if manager is not None:  # none while it is being launched
+            getattr(concurrent.futures.process, "_threads_wakeups", {}).pop(manager, None)
         getattr(multiprocessing.process, "_children", set()).discard(self._process)
 
     def join(self, timeout: float) -> None:
