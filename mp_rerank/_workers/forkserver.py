@@ -27,7 +27,7 @@ from mp_rerank._workers.green import threads_are_green
 from mp_rerank._workers.stdlib_patches import replaced_on_this_thread
 from mp_rerank._workers.surroundings import worker_surroundings
 
-__all__ = ["Popen", "lease", "release"]
+__all__ = ["Popen", "lease", "release", "wait_unless_unwanted"]
 
 stdlib_names.check(stdlib_names.FORKSERVER, "start_method='forkserver'")
 
@@ -76,7 +76,7 @@ class Popen(popen_forkserver.Popen):
         self.finalizer = util.Finalize(self, util.close_fds, (parent_alive, self.sentinel))  # type: ignore[attr-defined]
         with open(to_child, "wb") as pipe:
             pipe.write(told.getbuffer())
-        _wait_unless_unwanted(self.sentinel, process.unwanted)
+        wait_unless_unwanted(self.sentinel, process.unwanted)
         try:
             self.pid = forkserver.read_signed(self.sentinel)
         except EOFError:
@@ -100,7 +100,7 @@ def ended(forker: str) -> str:
     return f"the {forker} ended before it had forked this worker"
 
 
-def _wait_unless_unwanted(pipe: int, unwanted: threading.Event) -> None:
+def wait_unless_unwanted(pipe: int, unwanted: threading.Event) -> None:
     """Wait until the server writes: it may still be importing.
 
     One who has given up closes the pipes. The worker that the server forks in the end finds itself without a parent,
@@ -117,7 +117,7 @@ _answer_challenge = getattr(connection.answer_challenge, "__wrapped__", connecti
 
 def _answer_when_asked(unwanted: threading.Event, pipe: connection.Connection, key: bytes) -> None:
     """Prove to the server that we may ask (Python 3.14), which asks for it once it has done its imports."""
-    _wait_unless_unwanted(pipe.fileno(), unwanted)
+    wait_unless_unwanted(pipe.fileno(), unwanted)
     os.set_blocking(pipe.fileno(), True)  # gevent's sockets are not; what is left takes no time
     _answer_challenge(pipe, key)
 
