@@ -56,6 +56,8 @@ def lead_to_sources(app: Sphinx, doctree: nodes.document) -> None:
             path = f"{target}.md"  # how MyST names a page, and whatever else ends so
         if not target or path.partition(".")[0] in app.env.found_docs or not (root / path).exists():
             continue  # a page, or nothing: Sphinx says so
+        if path.endswith(".png"):
+            continue  # Sphinx copies it
         app.env.repository_sources.setdefault(docname, set()).add(path)  # type: ignore[attr-defined]
         uri = app.builder.get_relative_uri(docname, page_of(path))
         node.replace_self(nodes.reference("", "", *node.children, refuri=uri, internal=True))
