@@ -37,7 +37,16 @@ from mp_rerank.errors import RerankError
 
 __all__ = ["main"]
 
-COMMANDS = {"rank": rank, "serve": serve, "top": top, "plan": plan, "tune": tune, "run": run, "race": race, "explain": explain}
+COMMANDS = {
+    "rank": rank,
+    "serve": serve,
+    "top": top,
+    "plan": plan,
+    "tune": tune,
+    "run": run,
+    "race": race,
+    "explain": explain,
+}
 FAILED, MISTAKE, INTERRUPTED = 1, 2, 130
 
 
