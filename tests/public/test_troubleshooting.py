@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from mp_rerank import errors
+from mp_rerank._wire import error_as_json
 from mp_rerank.cli import main
 from mp_rerank.cli.explain import entries, explain
 
@@ -94,3 +95,7 @@ def test_an_error_s_traceback_says_where_to_look() -> None:
     for one in (error, pickle.loads(pickle.dumps(error))):
         assert one.__notes__ == ["What it means and what to do: mp-rerank explain ModelLoadError"]
         assert str(one) == "it could not be loaded"
+
+
+def test_the_note_is_no_fact_to_be_sent_to_clients() -> None:
+    assert set(error_as_json(errors.ModelLoadError("text", model="m"))["facts"]) == {"model", "device", "cause"}
