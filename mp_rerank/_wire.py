@@ -23,8 +23,8 @@ __all__ = [
 CALLER_HEADER = "x-caller"
 REQUEST_ID_HEADER = "x-request-id"
 
-# What stays in the server's log: a traceback tells of its files.
-KEPT_BACK = {"details"}
+# What stays in the server's log: a traceback tells of its files. Notes (Python 3.11) are made anew by the client.
+KEPT_BACK = {"details", "__notes__"}
 
 
 def error_as_json(error: errors.RerankError) -> dict[str, Any]:

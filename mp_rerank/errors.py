@@ -13,6 +13,8 @@
 Each error has its facts as attributes. They are text and numbers only: a foreign exception could import torch into the
 parent when it is unpickled. Errors survive pickling: ``args`` holds the message, ``__dict__`` the facts.
 
+Each has an entry in ``troubleshooting.md``, which ``mp-rerank explain NAME`` prints; a traceback's last line says so.
+
 Messages and causes hold other people's text. They are made safe to print here, for all who raise them: see `_text`.
 
 A mistake in a call is the usual ``TypeError`` or ``ValueError``, raised in the caller's thread.
@@ -40,6 +42,8 @@ class RerankError(Exception):
 
     def __init__(self, message: str = "") -> None:
         super().__init__(one_line(message))
+        if hasattr(self, "add_note"):  # Python 3.11; shown at the end of a traceback
+            self.add_note(f"What it means and what to do: mp-rerank explain {type(self).__name__}")
 
 
 class PoolClosedError(RerankError):

@@ -18,6 +18,7 @@ thing is due by its deployments.
 
 from __future__ import annotations
 
+import atexit
 import copy
 import dataclasses
 import math
@@ -565,7 +566,7 @@ def leave_with_interpreter(dispatcher: Dispatcher) -> None:
         try:
             # Before concurrent.futures' own hook, which would wait for running slices: hooks run last in, first out,
             # and this is the only place that comes before it. atexit is too late: its threads have been joined by then.
-            threading._register_atexit(_close_all)  # type: ignore[attr-defined]
+            getattr(threading, "_register_atexit", atexit.register)(_close_all)
         except RuntimeError as error:
             raise PoolClosedError(f"the interpreter is exiting: {error}") from None
         _registered = True

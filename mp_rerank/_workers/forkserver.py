@@ -17,14 +17,19 @@ import signal
 import threading
 import time
 from contextlib import suppress
-from multiprocessing import context, forkserver, popen_forkserver, reduction, spawn, util
+from functools import partial
+from multiprocessing import connection, context, forkserver, popen_forkserver, reduction, spawn, util
 from multiprocessing.connection import wait
 from typing import Any
 
+from mp_rerank._workers import stdlib_names
 from mp_rerank._workers.green import threads_are_green
+from mp_rerank._workers.stdlib_patches import replaced_on_this_thread
 from mp_rerank._workers.surroundings import worker_surroundings
 
-__all__ = ["Popen", "lease", "release"]
+__all__ = ["Popen", "lease", "release", "wait_unless_unwanted"]
+
+stdlib_names.check(stdlib_names.FORKSERVER, "start_method='forkserver'")
 
 # How long a server that takes no more workers is given to end.
 DYING_SECONDS = 5.0
@@ -71,15 +76,15 @@ class Popen(popen_forkserver.Popen):
         self.finalizer = util.Finalize(self, util.close_fds, (parent_alive, self.sentinel))  # type: ignore[attr-defined]
         with open(to_child, "wb") as pipe:
             pipe.write(told.getbuffer())
-        _wait_unless_unwanted(self.sentinel, process.unwanted)
+        wait_unless_unwanted(self.sentinel, process.unwanted)
         try:
             self.pid = forkserver.read_signed(self.sentinel)
         except EOFError:
-            raise RuntimeError(f"the {self.forker} ended before it had forked this worker") from None
+            raise RuntimeError(ended(self.forker)) from None
 
     def _connect(self, process: Any) -> tuple[int, int]:
         """Ask for a fork; the pipe that its pid and exit code come down, and the one to tell it what it is."""
-        return _server.connect(self._fds)
+        return _server.connect(self._fds, process.unwanted)
 
     def poll(self, flag: int = os.WNOHANG) -> int | None:
         # The exit code comes down a pipe, once: a second thread that reads would take the end of the pipe for the
@@ -91,7 +96,11 @@ class Popen(popen_forkserver.Popen):
             return code
 
 
-def _wait_unless_unwanted(pipe: int, unwanted: threading.Event) -> None:
+def ended(forker: str) -> str:
+    return f"the {forker} ended before it had forked this worker"
+
+
+def wait_unless_unwanted(pipe: int, unwanted: threading.Event) -> None:
     """Wait until the server writes: it may still be importing.
 
     One who has given up closes the pipes. The worker that the server forks in the end finds itself without a parent,
@@ -100,6 +109,17 @@ def _wait_unless_unwanted(pipe: int, unwanted: threading.Event) -> None:
     while not wait([pipe], GIVE_UP_SECONDS):
         if unwanted.is_set():
             raise RuntimeError("nobody wants this worker any more")
+
+
+# Not a switch's own, that a second copy of this module would find in its place.
+_answer_challenge = getattr(connection.answer_challenge, "__wrapped__", connection.answer_challenge)
+
+
+def _answer_when_asked(unwanted: threading.Event, pipe: connection.Connection, key: bytes) -> None:
+    """Prove to the server that we may ask (Python 3.14), which asks for it once it has done its imports."""
+    wait_unless_unwanted(pipe.fileno(), unwanted)
+    os.set_blocking(pipe.fileno(), True)  # gevent's sockets are not; what is left takes no time
+    _answer_challenge(pipe, key)
 
 
 class _ForkServer(forkserver.ForkServer):
@@ -181,12 +201,15 @@ class _Server:
                 os.close(self._standard._forkserver_alive_fd)
         self._begin()
 
-    def connect(self, fds: list[int]) -> tuple[int, int]:
+    def connect(self, fds: list[int], unwanted: threading.Event) -> tuple[int, int]:
         until = time.monotonic() + DYING_SECONDS
         while True:
             try:
-                pipes: tuple[int, int] = self._standard.connect_to_new_process(fds)
+                with replaced_on_this_thread(connection, "answer_challenge", partial(_answer_when_asked, unwanted)):
+                    pipes: tuple[int, int] = self._standard.connect_to_new_process(fds)
                 return pipes
+            except EOFError:  # while it was importing
+                raise RuntimeError(ended(Popen.forker)) from None
             except ConnectionError:
                 # It is just dying, and may be another's by now: once it has ended, somebody starts another.
                 if time.monotonic() > until:

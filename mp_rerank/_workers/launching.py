@@ -148,7 +148,7 @@ _processes: weakref.WeakSet[MainlessProcess] = weakref.WeakSet()
 def _after_fork() -> None:
     """In a fork of this process: its workers are not the fork's children, to be waited for when that exits."""
     for process in _processes:
-        multiprocessing.process._children.discard(process)  # type: ignore[attr-defined]
+        getattr(multiprocessing.process, "_children", set()).discard(process)
 
 
 if hasattr(os, "register_at_fork"):

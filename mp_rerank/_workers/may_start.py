@@ -78,7 +78,9 @@ def _check_semaphores() -> None:
         from multiprocessing.synchronize import SemLock
 
         # Made and unlinked in one go: it is never seen by anybody, nor by multiprocessing's tracker.
-        _multiprocessing.SemLock(1, 1, 1, SemLock._make_name(), True)  # type: ignore[attr-defined]
+        make_name = getattr(SemLock, "_make_name", None)
+        if make_name is not None:
+            _multiprocessing.SemLock(1, 1, 1, make_name(), True)
     except (ImportError, OSError) as error:
         raise RuntimeError(
             f"a RerankerPool cannot start worker processes: this system gives no semaphores "

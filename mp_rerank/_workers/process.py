@@ -30,7 +30,7 @@ from typing import Any, Protocol
 import psutil
 
 from mp_rerank._recipe import Recipe
-from mp_rerank._workers import child
+from mp_rerank._workers import child, stdlib_names
 from mp_rerank._workers.child import Launch, Options, Pairs, Scored, WorkerFacts
 from mp_rerank._workers.green import let_files_close, threads_are_green
 from mp_rerank._workers.launching import LaunchError, TemplateDiedError, WorkerContext
@@ -39,6 +39,8 @@ from mp_rerank._workers.surroundings import block_sigpipe, standard_descriptors
 from mp_rerank.errors import ModelLoadError
 
 __all__ = ["ProcessHandle"]
+
+stdlib_names.check(stdlib_names.EVERYWHERE, "a worker process")
 
 # Until the logs of a process that has ended are read as far as its first word.
 FIRST_WORD_SECONDS = 5.0
@@ -145,8 +147,9 @@ class ProcessHandle:
     def abandon(self) -> None:
         # What the standard library waits for as the interpreter exits: the executor's thread, and every child.
         manager = getattr(self._executor, "_executor_manager_thread", None)
-        concurrent.futures.process._threads_wakeups.pop(manager, None)
-        multiprocessing.process._children.discard(self._process)  # type: ignore[attr-defined]
+        if manager is not None:  # none while it is being launched
+            getattr(concurrent.futures.process, "_threads_wakeups", {}).pop(manager, None)
+        getattr(multiprocessing.process, "_children", set()).discard(self._process)
 
     def join(self, timeout: float) -> None:
         deadline = time.monotonic() + timeout

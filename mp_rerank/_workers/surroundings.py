@@ -48,14 +48,15 @@ def _preparation_data(name: str) -> dict[str, Any]:
     data: dict[str, Any] = {
         "name": name,
         "authkey": multiprocessing.process.current_process().authkey,
-        "log_to_stderr": util._log_to_stderr,  # type: ignore[attr-defined]
+        "log_to_stderr": getattr(util, "_log_to_stderr", False),
         "sys_path": [entry for entry in path if entry is not None],
         "sys_argv": sys.argv,
         "orig_dir": multiprocessing.process.ORIGINAL_DIR,  # type: ignore[attr-defined]
         "dir": _directory(),
     }
-    if util._logger is not None:  # type: ignore[attr-defined]
-        data["log_level"] = util._logger.getEffectiveLevel()  # type: ignore[attr-defined]
+    logger = getattr(util, "_logger", None)
+    if logger is not None:
+        data["log_level"] = logger.getEffectiveLevel()
     method = multiprocessing.get_start_method(allow_none=True)
     if method is not None:
         data["start_method"] = method

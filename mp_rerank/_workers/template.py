@@ -35,7 +35,7 @@ from typing import Any
 from mp_rerank._recipe import Recipe
 from mp_rerank._workers import template_child
 from mp_rerank._workers.child import Launch
-from mp_rerank._workers.forkserver import DYING_SECONDS, GIVE_UP_SECONDS
+from mp_rerank._workers.forkserver import DYING_SECONDS, GIVE_UP_SECONDS, wait_unless_unwanted
 from mp_rerank._workers.forkserver import Popen as ForkedPopen
 from mp_rerank._workers.green import let_files_close
 from mp_rerank._workers.launching import MainlessProcess, TemplateDiedError
@@ -137,7 +137,7 @@ class Template:
                     continue
                 raise run.error
             try:
-                return run.connect(fds)
+                return run.connect(fds, unwanted)
             except OSError:  # it is just dying: once it has ended, there is another
                 if time.monotonic() > until:
                     raise
@@ -234,9 +234,10 @@ class _Run:
         self.keeper = threading.Thread(target=self._keep, name="mp_rerank-template", daemon=True)
         self.keeper.start()
 
-    def connect(self, fds: list[int]) -> tuple[int, int]:
+    def connect(self, fds: list[int], unwanted: threading.Event) -> tuple[int, int]:
         """Ask for a process as one asks multiprocessing's fork server; ``OSError`` where the template has ended."""
-        with socket.socket(socket.AF_UNIX) as client:
+        with _Asking(socket.AF_UNIX) as client:
+            client.unwanted = unwanted
             client.connect(self._address)
             alive = self._alive
             if alive is None:
@@ -360,6 +361,16 @@ class _Run:
         elif isinstance(word, BaseException):
             self.error = word
             self.settled.set()
+
+
+class _Asking(socket.socket):
+    """A socket whose waits for an answer can be given up: from Python 3.14 on, sending descriptors waits for one."""
+
+    unwanted: threading.Event
+
+    def recv(self, *args: Any) -> bytes:
+        wait_unless_unwanted(self.fileno(), self.unwanted)
+        return super().recv(*args)
 
 
 class _Popen(ForkedPopen):

@@ -8,6 +8,7 @@
     mp-rerank plan                  which workers a pool would start here, and why
     mp-rerank tune                  measure which are fastest here, and keep the answer for later pools
     mp-rerank race                  whether threads with a CrossEncoder go wrong here
+    mp-rerank explain WORDS         what an error or a line of the log means, and what to do
 
 Exit codes:
     0    done
@@ -29,14 +30,23 @@ from collections.abc import Sequence
 
 import mp_rerank
 from mp_rerank._text import one_line, printable
-from mp_rerank.cli import plan, race, rank, run, serve, streams, top, tune
+from mp_rerank.cli import explain, plan, race, rank, run, serve, streams, top, tune
 from mp_rerank.cli.options import PROGRAM
 from mp_rerank.cli.streams import InputError, OutputError
 from mp_rerank.errors import RerankError
 
 __all__ = ["main"]
 
-COMMANDS = {"rank": rank, "serve": serve, "top": top, "plan": plan, "tune": tune, "run": run, "race": race}
+COMMANDS = {
+    "rank": rank,
+    "serve": serve,
+    "top": top,
+    "plan": plan,
+    "tune": tune,
+    "run": run,
+    "race": race,
+    "explain": explain,
+}
 FAILED, MISTAKE, INTERRUPTED = 1, 2, 130
 
 

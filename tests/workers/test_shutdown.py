@@ -22,6 +22,7 @@ from conftest import FAKE, PATIENCE, START_METHODS, Fifo, ranked, until
 
 from mp_rerank import ModelSpec, PoolClosedError, RerankerPool, RerankError
 from mp_rerank._scheduling.dispatcher import Dispatcher
+from mp_rerank._workers.process import ProcessHandle
 
 MakePool = Callable[..., RerankerPool]
 
@@ -771,3 +772,10 @@ def test_a_mistake_in_closing_closes_nothing(
 def test_no_clock_is_too_short_for_a_patient_caller(make_pool: MakePool) -> None:
     with make_pool(workers=1) as pool:
         assert pool.submit("query", ["document"]).result(10**400)
+
+
+def test_a_worker_that_is_still_being_launched_can_be_let_go() -> None:
+    """It was killed and does not end: there is no executor yet that anybody would wait for."""
+    handle = object.__new__(ProcessHandle)
+    handle._executor = handle._process = None
+    handle.abandon()
