@@ -32,6 +32,7 @@ from mp_rerank._scheduling.dispatcher import Dispatcher
 from mp_rerank._scheduling.futures import Answer, is_pool_thread, result_of
 from mp_rerank._scheduling.request import Request
 from mp_rerank._scheduling.streams import Feed
+from mp_rerank._within import within
 from mp_rerank.config import ModelSpec, PoolConfig
 from mp_rerank.errors import PoolClosedError, RequestTimeoutError, RerankError
 from mp_rerank.pool import RerankerPool, given, spec_of
@@ -231,7 +232,7 @@ class _Handle(RerankerPool):
         try:
             limit = None if asked.deadline is None else _seconds_left(asked.deadline)
             try:
-                await asyncio.wait_for(given(leased.started), limit)
+                await within(limit, given(leased.started))
             except asyncio.TimeoutError:  # another than the built-in one before Python 3.11
                 pass
             self._check_leased(leased, asked)

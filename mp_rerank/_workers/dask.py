@@ -26,6 +26,7 @@ from typing import Any
 
 from mp_rerank._planning.plan import Seat
 from mp_rerank._recipe import Recipe
+from mp_rerank._within import within
 from mp_rerank._workers.child import Launch, Options, Pairs, Scored, WorkerFacts
 from mp_rerank._workers.launching import LaunchError
 from mp_rerank._workers.logs import POOL_LOGGER, QueuedLogger
@@ -202,9 +203,14 @@ class Cluster:
         if self._sessions:
             await asyncio.wait(self._sessions, timeout=GOODBYE_SECONDS)
         others = asyncio.all_tasks(self._loop) - {asyncio.current_task(self._loop)}
-        for task in others:
-            task.cancel()
-        await asyncio.gather(*others, return_exceptions=True)
+        left, until = others, self._loop.time() + GOODBYE_SECONDS
+        while left and self._loop.time() < until:  # again: Dask's own code may swallow one, before Python 3.12
+            for task in left:
+                task.cancel()
+            _, left = await asyncio.wait(left, timeout=GOODBYE_SECONDS / 10)
+        for task in others - left:
+            if not task.cancelled():
+                task.exception()  # nobody's any more, and asyncio would log it
 
     async def _watch(self) -> None:
         """Ask the scheduler for its workers, again and again."""
@@ -235,7 +241,7 @@ class Cluster:
                 if self._notify is not None:
                     self._notify(self._seats(), self.lost)
                 try:
-                    await asyncio.wait_for(self._wake.wait(), pause)
+                    await within(pause, self._wake.wait())
                 except asyncio.TimeoutError:
                     pass
                 self._wake.clear()
@@ -427,8 +433,8 @@ class Cluster:
 
         timeout = min(CONNECT_SECONDS, self.timeout)
         # Not deserialized: what an error holds may need modules that are not here, or import torch.
-        return await asyncio.wait_for(
-            connect(address, timeout=timeout, deserialize=False, **self._connection_args), timeout + 1.0
+        return await within(
+            timeout + 1.0, connect(address, timeout=timeout, deserialize=False, **self._connection_args)
         )
 
     def keep(self, session: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
@@ -656,7 +662,7 @@ async def _ask(comm: Any, seconds: float, **message: Any) -> Any:
     """
     await comm.write({"reply": True, **message})
     try:
-        answer = await asyncio.wait_for(comm.read(), seconds)
+        answer = await within(seconds, comm.read())
     except asyncio.TimeoutError:
         raise OSError(f"no answer to {message['op']} within {seconds:g} s") from None
     if isinstance(answer, dict) and answer.get("status") == "uncaught-error":

@@ -15,6 +15,8 @@ from typing import Any, TypeVar
 
 from distributed.comm import CommClosedError
 
+from mp_rerank._within import within
+
 __all__ = ["RELAY", "PoolEnd", "WorkerEnd"]
 
 RELAY = "mp_rerank_relay"
@@ -95,7 +97,7 @@ class WorkerEnd:
         if not self._closed and not self._outbox:
             self._something.clear()
             try:
-                await asyncio.wait_for(self._something.wait(), wait)
+                await within(wait, self._something.wait())
             except asyncio.TimeoutError:
                 pass
         said, self._outbox = self._outbox, []
@@ -129,6 +131,6 @@ class WorkerEnd:
 
 async def _in_time(waited: Awaitable[_T]) -> _T:
     try:
-        return await asyncio.wait_for(waited, SILENCE_SECONDS)
+        return await within(SILENCE_SECONDS, waited)
     except asyncio.TimeoutError:
         raise CommClosedError(f"the pool has said nothing for {SILENCE_SECONDS:g} s") from None

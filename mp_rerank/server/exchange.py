@@ -22,6 +22,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from mp_rerank._wire import REQUEST_ID_HEADER
+from mp_rerank._within import within
 from mp_rerank.errors import RerankError
 from mp_rerank.server.config import ServerConfig
 from mp_rerank.server.dialects import Dialect, dialect_of
@@ -90,7 +91,7 @@ class Scoring:
 
     async def _respond(self, exchange: _Exchange, caller: Caller) -> Response:
         try:
-            data = await asyncio.wait_for(_body(exchange.request, self._limits), self._limits.read_timeout)
+            data = await within(self._limits.read_timeout, _body(exchange.request, self._limits))
         except asyncio.TimeoutError:
             words = f"the body did not come within {self._limits.read_timeout} seconds"
             raise Refused("slow", words) from None
