@@ -85,6 +85,8 @@ def test_a_part_that_nothing_reads_may_be_missing(tmp_path: Path) -> None:
 def test_a_model_that_feels_its_padding(kind: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """A pair's score is the one that it has alone, whatever else is asked for at the same time."""
     if kind == "XLNet":
+        if transformers.__version__ < "5":
+            pytest.skip("sentence-transformers takes its unlimited length for a negative number there")
         texts = models._tokenizer("deberta-v2")
         torch.manual_seed(0)
         size = {"d_model": 32, "n_layer": 2, "n_head": 4, "d_inner": 64, "initializer_range": 0.2, "num_labels": 1}

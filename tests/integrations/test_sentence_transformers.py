@@ -159,7 +159,7 @@ def test_it_takes_what_was_a_keyword_in_other_versions(make_pool: MakePool, path
             pooled.predict([("query", "document")], colour="red")
 
 
-@pytest.mark.parametrize("name", ["activation_fct", "prompt", "prompt_name", "activation_fn", "device", "pool"])
+@pytest.mark.parametrize("name", ["activation_fct", "activation_fn", "device", "pool"])
 def test_what_a_pool_cannot_do_per_call_is_an_error_that_names_it(make_pool: MakePool, path: str, name: str) -> None:
     pooled = PoolCrossEncoder(make_pool(path))
     with pytest.raises(ValueError, match=f"{name}: .* must be None, not str 'x'"):

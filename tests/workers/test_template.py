@@ -185,7 +185,10 @@ def test_a_model_that_leaves_a_thread_behind_cannot_be_forked_and_that_is_said(f
         forking("fakes:load_beside_a_thread")
 
 
-def test_threads_that_fetching_leaves_behind_are_none_once_the_model_is_here(forking: MakePool, notes: Notes) -> None:
+def test_threads_that_fetching_leaves_behind_are_none_once_the_model_is_here(
+    forking: MakePool, notes: Notes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
     pool = forking(ModelSpec(notes.spec.name, loader="fakes:load_as_from_a_hub"), workers=1)
     assert notes.loads == 2
     assert pool.rerank("query", DOCUMENTS) == ranked("query", DOCUMENTS)
