@@ -340,6 +340,8 @@ class Engine:
     def _count_tokens(self, pair: Pair, prompt: str | None) -> int:
         """The tokens of ``pair``, truncated, where nobody has counted them."""
         if hasattr(self.model, "preprocess"):
+            if prompt is None:
+                prompt = (self.model.prompts or {}).get(self.model.default_prompt_name)
             return int(self.model.preprocess([pair], prompt=prompt)["attention_mask"].sum())
         query, document = pair  # in lists: a single empty text would be taken for none
         return len(self.model.tokenizer([query], [document], truncation=True)["input_ids"][0])

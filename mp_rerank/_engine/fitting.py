@@ -96,16 +96,25 @@ class Fitter:
             room = max(self._max_length - overhead, self._max_length // LEAST_PART)
             if len(where) > room:
                 if options.long_documents == "chunk":
-                    found = chunks(document[start:end], [(a - start, b - start) for a, b in where], room)
-                    return [
-                        Piece((query, document[start + a : start + b]), (start + a, start + b), cut) for a, b in found
-                    ]
+                    text = document[start:end]
+                    found = self._chunks(text, [(a - start, b - start) for a, b in where], room)
+                    return [Piece((query, text[a:b]), (start + a, start + b), cut) for a, b in found]
                 if options.truncation != "end":  # what `predict` does
                     start, end, where = self._shorten(
                         document, where, room, overhead + len(where), options, self._max_length
                     )
                     cut = True
         return [Piece((query, document[start:end]), (start, end), cut)]
+
+    def _chunks(self, text: str, where: list[tuple[int, int]], room: int) -> list[tuple[int, int]]:
+        """``chunks`` that each have no more than ``room`` tokens alone, too: cut in a word, a text may have others."""
+        most = room
+        while True:
+            found = chunks(text, where, most)
+            excess = max(len(self._tokens(text[begin:end])) for begin, end in found) - room
+            if excess <= 0 or most == 1:
+                return found
+            most = max(1, most - excess)
 
     def _shorten(
         self,
@@ -119,9 +128,14 @@ class Fitter:
         """The part of ``document`` that is left with ``room`` tokens, its start and end, and where its tokens are."""
         if options.truncation == "error":
             raise TooLongError(tokens, room if limit is None else limit)
-        where = where[-room:] if options.truncation == "start" else where[:room]
-        start = where[0][0] if options.truncation == "start" else 0
-        return start, len(document) if options.truncation == "start" else where[-1][1], where
+        most = room
+        while True:
+            where = where[-most:] if options.truncation == "start" else where[:most]
+            start, end = (where[0][0], len(document)) if options.truncation == "start" else (0, where[-1][1])
+            excess = len(self._tokens(document[start:end])) - room  # cut in a word, a text may have other tokens
+            if excess <= 0 or most == 1:
+                return start, end, where
+            most = max(1, most - excess)
 
     def _tokens(self, text: str) -> list[tuple[int, int]]:
         """Where in ``text`` each of its tokens is."""

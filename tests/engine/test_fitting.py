@@ -202,3 +202,18 @@ def test_the_model_s_own_prompts_go_by_their_names(tmp_path: Path) -> None:
     expected = model.predict([(QUERY, "text")], prompt_name="web", show_progress_bar=False)
     found = loaded.predict([(QUERY, "text")], [PLAIN._replace(prompt="Judge web pages: ")])
     np.testing.assert_allclose(found, expected, atol=1e-6)
+
+
+@pytest.mark.skipif(not models.has_logit_score(), reason="this sentence-transformers knows no chat templates")
+def test_what_a_chat_template_and_a_default_prompt_take_is_left_to_them(tmp_path: Path) -> None:
+    folder = models.build(models.LOGIT_SCORE, tmp_path)
+    loaded = Engine(ModelSpec(folder), "cpu", 1, 512).optimize()
+    words = " ".join(SENTENCES[:20])
+    loaded.predict([(QUERY, words)] * 2, [PLAIN._replace(long_documents="chunk"), PLAIN._replace(truncation="start")])
+    assert loaded.readings is not None
+    chunked, cut = loaded.readings.of(0), loaded.readings.of(1)
+    assert chunked.passage is not None
+    assert not chunked.truncated, "each chunk fits beside the query, the template and the prompt"
+    assert cut.truncated
+    assert loaded.max_length is not None
+    assert loaded.max_length - 3 <= cut.tokens <= loaded.max_length
