@@ -198,7 +198,7 @@ def test_asyncio_and_threads_at_once(pool: RerankerPool) -> None:
 
 def test_a_cancelled_task_cancels_its_request(pool: RerankerPool, fifo: Fifo) -> None:
     async def agent() -> None:
-        task = asyncio.ensure_future(pool.arerank("query", [fifo.order, *(f"document {i}" for i in range(1000))]))
+        task = asyncio.ensure_future(pool.arerank("query", [fifo.order, *(f"document {i}" for i in range(900))]))
         await asyncio.to_thread(fifo.wait_until_read)
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
