@@ -328,7 +328,7 @@ def test_an_error_of_a_launch_names_its_type(
     pool = make_pool(restart_backoff=5.0)
     with pytest.raises(Exception, match=r"could not be launched: PermissionError: \[Errno 13\] Permission denied"):
         pool.start()
-    assert "in refuse" in caplog.text
+    until(lambda: "in refuse" in caplog.text)  # a log handler runs on a thread of its own
 
 
 FROZEN = """
