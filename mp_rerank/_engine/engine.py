@@ -27,6 +27,7 @@ from mp_rerank._engine.fitting import Fitter, fit_all, place_before, without_tai
 from mp_rerank._engine.fused import fewer_passes
 from mp_rerank._engine.loading import (
     activation_name,
+    default_prompt,
     draws_weights,
     followed_options,
     load,
@@ -341,7 +342,7 @@ class Engine:
         """The tokens of ``pair``, truncated, where nobody has counted them."""
         if hasattr(self.model, "preprocess"):
             if prompt is None:
-                prompt = (self.model.prompts or {}).get(self.model.default_prompt_name)
+                prompt = default_prompt(self.model)
             return int(self.model.preprocess([pair], prompt=prompt)["attention_mask"].sum())
         query, document = pair  # in lists: a single empty text would be taken for none
         return len(self.model.tokenizer([query], [document], truncation=True)["input_ids"][0])

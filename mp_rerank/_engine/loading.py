@@ -194,6 +194,12 @@ def prompts_of(model: Any) -> dict[str, str]:
     return {name: prompt for name, prompt in prompts.items() if isinstance(prompt, str)}
 
 
+def default_prompt(model: Any) -> str | None:
+    """The prompt that ``model``, of sentence-transformers 6, takes where none is given."""
+    prompt: str | None = (model.prompts or {}).get(model.default_prompt_name)
+    return prompt
+
+
 def torch_dtype(spec: ModelSpec) -> str | None:
     """The dtype to load in: other backends convert from float32."""
     return spec.dtype if spec.backend == "torch" else "float32"

@@ -20,6 +20,7 @@ import torch
 from sentence_transformers import CrossEncoder
 from transformers.modeling_outputs import SequenceClassifierOutput
 
+from mp_rerank._engine.loading import default_prompt
 from mp_rerank._engine.packed import common_beginning
 from mp_rerank._engine.parity import Pairs, Scores, record_calls
 from mp_rerank._pairs import CANARY, tolerance
@@ -197,7 +198,7 @@ class PreprocessingPipeline(Pipeline):
 
     def __init__(self, model: Any) -> None:
         super().__init__(model)
-        self._prompt = (model.prompts or {}).get(model.default_prompt_name)
+        self._prompt = default_prompt(model)
 
     def tokenize(self, pairs: Pairs, prompt: str | None = None) -> Tokenized:
         """``pairs`` as tokens, truncated, with ``prompt`` or else the model's own."""

@@ -199,7 +199,7 @@ async def _while_there(request: Request, work: Coroutine[Any, Any, Outcome]) -> 
         raise _GoneError
     finally:
         gone.cancel()
-        # Again until it holds: before Python 3.12 ``asyncio.wait_for`` can swallow a cancellation.
+        # Again until it holds: a library's code, down there, may swallow a cancellation.
         while not working.done():
             working.cancel()
             await asyncio.wait((working,), timeout=CANCEL_SECONDS)
