@@ -206,8 +206,8 @@ class PoolStats:
         pending_requests: requests admitted and not finished.
         pending_pairs: their pairs, neither scored nor dropped.
         scored_pairs: pairs that workers have scored.
-        scored_tokens: the tokens that models have read of those, as in ``RerankResult``; estimated where a model counts
-            none.
+        scored_tokens: the tokens that models have read of those, as in ``RerankResult``. A model that does not tell
+            what it reads adds nothing.
         truncated_pairs: those of ``scored_pairs`` of which something was cut off.
         coalesced_pairs: pairs that got their score together with an equal one that was pending (``coalesce``).
         cached_pairs: pairs whose score had been kept (``score_cache``). The hit rate is the share of ``cached_pairs``

@@ -569,9 +569,8 @@ class Deployment:
         counts.gathered_slices += len(slice_.parts) > 1
         counts.scored_pairs += len(slice_)
         counts.busy_seconds += scored.seconds
-        tokens = 0 if readings is None else sum(readings.tokens)
-        counts.scored_tokens += tokens or slice_.tokens
-        if readings is not None and tokens:
+        if readings is not None and (tokens := sum(readings.tokens)):
+            counts.scored_tokens += tokens
             ratio = min(MAX_OVERESTIMATE, max(1 / MAX_OVERESTIMATE, slice_.tokens / tokens))
             self._overestimate += OVERESTIMATE_SMOOTHING * (ratio - self._overestimate)
             counts.truncated_pairs += sum(readings.truncated)

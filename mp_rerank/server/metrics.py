@@ -23,7 +23,7 @@ SIZES = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000)
 OF_STATS = {
     "submitted": ("requests_submitted", "Requests that the pool took."),
     "scored_pairs": ("pairs_scored", "Pairs that workers scored."),
-    "scored_tokens": ("tokens_scored", "Estimated tokens of the pairs that workers scored."),
+    "scored_tokens": ("tokens_scored", "Tokens of them that models have read, where they tell."),
     "coalesced_pairs": ("pairs_coalesced", "Pairs that got their score together with an equal one."),
     "cached_pairs": ("pairs_cached", "Pairs whose score had been kept."),
     "slices": ("slices_scored", "Slices that workers scored; pairs by slices is the mean batch."),
