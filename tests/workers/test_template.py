@@ -169,8 +169,22 @@ def test_a_template_that_hangs_while_loading_is_ended(forking: MakePool, fifo: F
         )  # and the test's own end sees that no process is left
 
 
-def test_a_template_that_is_stopped_is_ended_when_a_worker_waits_too_long_for_it(forking: MakePool) -> None:
-    pool = forking(workers=1, start_timeout=2.0)
+def test_a_template_that_is_stopped_is_told_to_go_on(forking: MakePool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mp_rerank._workers.forkserver.GIVE_UP_SECONDS", 0.01)
+    pool = forking(workers=1)
+    stopped, pid = template(pool), pool.workers()[0].pid
+    stopped.suspend()
+    assert pid is not None
+    psutil.Process(pid).kill()
+    assert pool.rerank("query", DOCUMENTS) == ranked("query", DOCUMENTS)
+    assert template(pool) == stopped
+
+
+def test_a_template_that_does_not_go_on_is_ended_when_a_worker_waits_too_long_for_it(
+    forking: MakePool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(psutil.Process, "resume", lambda _: None)
+    pool = forking(workers=1, start_timeout=5.0)
     stopped, pid = template(pool), pool.workers()[0].pid
     stopped.suspend()
     assert pid is not None
