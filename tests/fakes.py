@@ -337,7 +337,10 @@ def load_imports(spec: object, device: str) -> Empty:
 
 
 class Optimizable(FakeModel):
-    """Notes in the file ``notes`` which recipe it was given; finds one that names its process."""
+    """Notes in the file ``notes`` which recipe it was given; finds one that names its process.
+
+    Whoever scores while there is a file ``.apart`` removes it, and scores otherwise.
+    """
 
     def __init__(self, notes: Path) -> None:
         super().__init__()
@@ -356,10 +359,32 @@ class Optimizable(FakeModel):
     def facts(self) -> dict[str, object]:
         return {"dtype": "", "weights_bytes": 0, "mapped_bytes": 0, "max_length": None, "recipe": self.recipe}
 
+    def predict(self, pairs: list[tuple[str, str]]) -> list[float]:
+        apart = self.notes.with_suffix(".apart")
+        if apart.exists():
+            apart.unlink()
+            return [score + 1.0 for score in super().predict(pairs)]
+        return super().predict(pairs)
+
 
 def load_optimizable(spec: object, device: str) -> Optimizable:
     """``spec.name`` is the path of the notes; the first to prove anything dies of it if there is a file ``.die``."""
     return Optimizable(Path(spec.name))  # type: ignore[attr-defined]
+
+
+class AtHome(FakeModel):
+    """Scores otherwise in a fork of the process that it was made in."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.home = os.getpid()
+
+    def predict(self, pairs: list[tuple[str, str]]) -> list[float]:
+        return [score + (os.getpid() != self.home) for score in super().predict(pairs)]
+
+
+def load_at_home(spec: object, device: str) -> AtHome:
+    return AtHome()
 
 
 def load_beside_a_thread(spec: object, device: str) -> FakeModel:

@@ -106,7 +106,10 @@ def load(report: Report) -> None:
 
 
 def start(report: Report) -> None:
-    """A panel for each measure, a bar for each start method."""
+    """As ``growth``; of one number of workers a panel for each measure, a bar for each start method."""
+    if len({row.of.get("workers") for row in report.rows}) > 1:
+        growth(report)
+        return
     measures = list(dict.fromkeys(row.measure for row in report.rows))
     for axis, measure in zip(panels(len(measures), 3, 1.4), measures, strict=True):
         bars(axis, rows_of(report, measure), lambda row: row.of["start method"])

@@ -29,7 +29,7 @@ COMMANDS: dict[str, str] = {
     "scale": "--slots 1 8 32 --pending 1 100 10000 --slices 20 --rounds 1",
     "memory": "--workers 2 --requests 500",
     "load": "--rounds 1",
-    "start": "--rounds 1",
+    "start": "--workers 1 4 --rounds 1",
     "growth": "--workers 1 4 16 --rounds 1",
     "backends": "--rounds 1 --queries 4 --documents 20",
     "models": "--rounds 1 --shapes ettin-17m modernbert-base",

@@ -7,8 +7,9 @@
     LoadedModel.describe      the second: makes the model fast, by a recipe or by proofs, and scores the canary; facts
     LoadedModel.score         every other call
 
-A worker that is forked from a template (``template_child``) inherits a ``LoadedModel`` that is loaded, fast and proved:
-it sets its number of threads, and scores the first of the canary's pairs itself.
+A worker that is forked from a template (``template_child``) inherits a ``LoadedModel`` that is loaded, fast and proved,
+and sets its number of threads. That it scores as the template does is proved by the first of the canary's pairs: by the
+pool's first worker before it describes itself, and by each later one before it scores anything else.
 
 A worker on a thread has its ``LoadedModel`` in its handle. A worker process has one, which the functions of the same
 names in this module ask. Exceptions leave as this package's own, holding text.
@@ -18,6 +19,7 @@ from __future__ import annotations
 
 import importlib
 import logging
+import math
 import os
 import pickle
 import signal
@@ -32,7 +34,7 @@ from multiprocessing.connection import Connection
 from multiprocessing.util import Finalize
 from typing import TYPE_CHECKING, Any, NoReturn, Protocol
 
-from mp_rerank._pairs import CANARY, Pair, PairOptions, Readings, estimate_pair, estimate_text
+from mp_rerank._pairs import CANARY, Pair, PairOptions, Readings, estimate_pair, estimate_text, tolerance
 from mp_rerank._recipe import Recipe
 from mp_rerank._shadowing import shadowing
 from mp_rerank._workers.lazy_import import deferred
@@ -84,6 +86,8 @@ PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 SLICES_A_TRIM = 32
 # The exit code of a worker whose process can use its GPU no more: another process can.
 EXIT_DEVICE_LOST = 75
+# The exit code of a worker that does not score as the template that it was forked from.
+EXIT_UNPROVED = 78
 # What a worker process sends first of all, through the pipe of its logs: it has come as far as running this module.
 FIRST_WORD = b"began"
 QUIET_VARIABLES = {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "TQDM_DISABLE": "1"}
@@ -170,16 +174,20 @@ class LoadedModel:
         launch: what to load.
         owns_process: whether the process is there to score: its libraries are then set up for that, and it ends where
             it can use its GPU no more.
+        forks: whether the process is a template.
     """
 
-    def __init__(self, launch: Launch, *, owns_process: bool = False) -> None:
+    def __init__(self, launch: Launch, *, owns_process: bool = False, forks: bool = False) -> None:
         self._launch = launch
         self._owns_process = owns_process
+        self._forks = forks
         self._model = "the model"
         self._scorer: Scorer
         self._facts: dict[str, Any]
         self._load_seconds = 0.0
         self._canary: tuple[tuple[float, ...], float] | None = None
+        self._short_canary: tuple[float, ...] = ()  # in a template and its forks: the score of the first pair, alone
+        self._unproved = False  # whether this is a fork's, and has not scored that pair there
         self._error: ModelLoadError | None = None
 
     def load(self) -> None:
@@ -201,6 +209,7 @@ class LoadedModel:
     def move_to(self, launch: Launch) -> None:
         """Be the model of another worker, whose process was forked from this one."""
         self._launch = launch
+        self._unproved = True
         if launch.threads is not None and hasattr(self._scorer, "set_threads"):
             self._scorer.set_threads(launch.threads)
 
@@ -215,7 +224,8 @@ class LoadedModel:
 
         Args:
             recipe: what another worker with this model has found; ``None``: find it. A model that was made fast before,
-                in a template, stays as it is.
+                in a template, stays as it is; its first worker scores a pair of the canary, and the canary's scores are
+                the template's.
 
         Raises:
             ModelLoadError: what is wrong with the model.
@@ -232,11 +242,12 @@ class LoadedModel:
         if self._canary is None:
             if hasattr(self._scorer, "optimize"):
                 self._facts = self._scorer.optimize(recipe).facts()
-            self._canary = canary, tokens_per_second = _score_canary(self._scorer)
-        else:  # in a fork of the process that did all this: that it computes alike is soon seen by the short pair
-            canary, tokens_per_second = self._canary
-            own, _ = _score_canary(self._scorer, CANARY[:1])
-            canary = own + canary[len(own) :]
+            self._canary = _score_canary(self._scorer)
+            if self._forks:
+                self._short_canary, _ = _score_canary(self._scorer, CANARY[:1])
+        elif recipe is None:
+            self._prove_fork()
+        canary, tokens_per_second = self._canary
         return WorkerFacts(
             pid=os.getpid(),
             load_seconds=self._load_seconds,
@@ -245,6 +256,18 @@ class LoadedModel:
             tokens_per_second=tokens_per_second,
             **self._facts,
         )
+
+    def _prove_fork(self) -> None:
+        """Raise ``ValueError`` if the canary's first pair scores otherwise here than in the template.
+
+        It takes longer than the fork: what a process writes to for the first time after a fork is copied, page by page.
+        """
+        scores, _ = _score_canary(self._scorer, CANARY[:1])
+        limit = tolerance("another worker", self._facts["dtype"])
+        pairs = zip(scores, self._short_canary, strict=True)
+        if not all(math.isclose(own, theirs, rel_tol=limit, abs_tol=limit) for own, theirs in pairs):
+            raise ValueError(f"its template scores the canary {self._short_canary}, and this fork of it {scores}")
+        self._unproved = False
 
     def _in_words(self, error: BaseException) -> ModelLoadError:
         cause = _in_words(error) + shadowing(error)
@@ -262,6 +285,8 @@ class LoadedModel:
         Raises:
             ScoringError: with whatever the model raised, as text.
         """
+        if self._unproved:
+            self._prove_fork_or_leave()
         start = time.perf_counter()
         try:
             scores, num_labels = _predict(self._scorer, pairs, options)
@@ -277,6 +302,13 @@ class LoadedModel:
             ) from None
         readings: Readings | None = getattr(self._scorer, "readings", None)
         return Scored(scores, num_labels, time.perf_counter() - start, readings)
+
+    def _prove_fork_or_leave(self) -> None:
+        try:
+            self._prove_fork()
+        except BaseException as error:
+            logging.getLogger(__name__).error("leaving, for this worker does not score as it should: %s", error)
+            os._exit(EXIT_UNPROVED)
 
 
 def in_worker_process() -> bool:
@@ -326,7 +358,7 @@ def initialize_process(launch: Launch, logs: Connection, log_level: int) -> None
 def load_as_template(launch: Launch, recipe: Recipe | None) -> WorkerFacts:
     """Load the model and make it fast, for the workers that are forked from this process. Raises ``ModelLoadError``."""
     global _model
-    _model = LoadedModel(launch, owns_process=True)
+    _model = LoadedModel(launch, owns_process=True, forks=True)
     _model.load()
     _model.loaded()
     return _model.describe(recipe)

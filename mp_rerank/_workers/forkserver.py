@@ -6,36 +6,49 @@ not multiprocessing's own, which belongs to the program: that one would lend oth
 and set here.
 
 The server is started by a thread that stays until the server has ended: the system then kills the server with this
-process, even while it imports. Whoever asks it for a worker may be kept waiting for its imports, and can give up.
+process, even while it imports. Whoever asks it for a worker may be kept waiting for its imports, and can give up. Of a
+server that has been stopped (SIGSTOP) no worker would come: whoever waits for it tells it to go on.
 """
 
 from __future__ import annotations
 
 import io
+import itertools
 import os
 import signal
 import threading
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
 from multiprocessing import connection, context, forkserver, popen_forkserver, reduction, spawn, util
 from multiprocessing.connection import wait
 from typing import Any
 
+import psutil
+
 from mp_rerank._workers import stdlib_names
 from mp_rerank._workers.green import threads_are_green
+from mp_rerank._workers.logs import POOL_LOGGER, QueuedLogger
 from mp_rerank._workers.stdlib_patches import replaced_on_this_thread
 from mp_rerank._workers.surroundings import worker_surroundings
 
 __all__ = ["Popen", "lease", "release", "wait_unless_unwanted"]
 
+logger = QueuedLogger(POOL_LOGGER)
+
 stdlib_names.check(stdlib_names.FORKSERVER, "start_method='forkserver'")
 
 # How long a server that takes no more workers is given to end.
 DYING_SECONDS = 5.0
+# How long an exit code may take from the server, once the worker has ended.
+EXIT_CODE_SECONDS = 1.0
+UNKNOWN_EXIT_CODE = 255
 PRELOADED = ["mp_rerank._workers.preload"]
 # How soon somebody who waits for the server gives up, once nobody wants the worker any more.
 GIVE_UP_SECONDS = 0.1
+# After how many such times somebody who waits looks whether the server was stopped: if twice in a row, it is to go on.
+TIMES_A_LOOK = 10
 
 
 def lease() -> None:
@@ -51,6 +64,12 @@ def release() -> None:
 class Popen(popen_forkserver.Popen):
     """A worker process forked by the server.
 
+    Its sentinel is a descriptor of the process itself (a *pidfd*, on Linux): so its end is noticed whatever has become
+    of the server. Elsewhere it is the pipe of its exit code, which ends with the server.
+
+    Attributes:
+        code_is_unknown: whether its exit code never came from the server, which has ended or was stopped.
+
     Raises:
         RuntimeError: the server ended, or nobody wants the worker any more, before the server answered.
     """
@@ -59,6 +78,7 @@ class Popen(popen_forkserver.Popen):
     _fds: list[int]  # what the worker inherits
 
     def __init__(self, process: Any) -> None:
+        self.code_is_unknown = False
         self._reading = threading.Lock()
         super().__init__(process)
 
@@ -76,39 +96,87 @@ class Popen(popen_forkserver.Popen):
         self.finalizer = util.Finalize(self, util.close_fds, (parent_alive, self.sentinel))  # type: ignore[attr-defined]
         with open(to_child, "wb") as pipe:
             pipe.write(told.getbuffer())
-        wait_unless_unwanted(self.sentinel, process.unwanted)
+        wait_unless_unwanted(partial(wait, [self.sentinel]), process.unwanted, self._forked_by)
         try:
             self.pid = forkserver.read_signed(self.sentinel)
         except EOFError:
             raise RuntimeError(ended(self.forker)) from None
+        self._codes = self.sentinel
+        try:
+            self.sentinel = os.pidfd_open(self.pid)
+        except (AttributeError, OSError):  # not on this system; or it has ended already, and its exit code is there
+            self.sentinel = os.dup(self._codes)
+        util.Finalize(self, os.close, (self.sentinel,))
 
     def _connect(self, process: Any) -> tuple[int, int]:
         """Ask for a fork; the pipe that its pid and exit code come down, and the one to tell it what it is."""
         return _server.connect(self._fds, process.unwanted)
 
+    def _forked_by(self) -> int | None:
+        """The process that is asked for the fork, if there is one now."""
+        return _server.pid()
+
     def poll(self, flag: int = os.WNOHANG) -> int | None:
         # The exit code comes down a pipe, once: a second thread that reads would take the end of the pipe for the
         # server's death.
-        if flag != os.WNOHANG:
-            wait([self.sentinel])
-        with self._reading:
-            code: int | None = super().poll(os.WNOHANG)
-            return code
+        if self.returncode is None and wait([self.sentinel], 0.0 if flag == os.WNOHANG else None):
+            with self._reading:
+                if self.returncode is None:
+                    self.returncode = self._read_code()
+        return self.returncode
+
+    def _read_code(self) -> int:
+        with suppress(OSError, EOFError):
+            if wait([self._codes], EXIT_CODE_SECONDS):
+                return int(forkserver.read_signed(self._codes))
+        with suppress(OSError):  # where this process has inherited it: it may be the container's first
+            _, status = os.waitpid(self.pid, os.WNOHANG)
+            return os.waitstatus_to_exitcode(status)
+        self.code_is_unknown = True
+        return UNKNOWN_EXIT_CODE
 
 
 def ended(forker: str) -> str:
     return f"the {forker} ended before it had forked this worker"
 
 
-def wait_unless_unwanted(pipe: int, unwanted: threading.Event) -> None:
-    """Wait until the server writes: it may still be importing.
+def wait_unless_unwanted(
+    is_there: Callable[[float], object], unwanted: threading.Event, pid: Callable[[], int | None]
+) -> None:
+    """Wait until the server has done something: it may still be importing.
 
     One who has given up closes the pipes. The worker that the server forks in the end finds itself without a parent,
     and leaves.
+
+    Args:
+        is_there: whether it has, at most so many seconds later.
+        unwanted: set once nobody wants the worker any more: that is a ``RuntimeError``.
+        pid: the server's, if there is one. A server that has been stopped (SIGSTOP) is told to go on.
     """
-    while not wait([pipe], GIVE_UP_SECONDS):
+    stopped = None
+    for times in itertools.count(1):
+        if is_there(GIVE_UP_SECONDS):
+            return
         if unwanted.is_set():
             raise RuntimeError("nobody wants this worker any more")
+        if times % TIMES_A_LOOK:
+            continue
+        before, stopped = stopped, _stopped_child(pid())
+        if stopped is not None and stopped == before:
+            logger.warning("process %d, which is to fork a worker, was stopped: it is told to go on", stopped.pid)
+            with suppress(psutil.Error):
+                stopped.resume()
+
+
+def _stopped_child(pid: int | None) -> psutil.Process | None:
+    """The child process ``pid`` of this one, if that has been stopped; not by a debugger, which will let it go on."""
+    try:
+        child = psutil.Process(pid) if pid is not None else None
+        if child is not None and child.status() == psutil.STATUS_STOPPED and child.ppid() == os.getpid():
+            return child
+    except psutil.Error:
+        pass
+    return None
 
 
 # Not a switch's own, that a second copy of this module would find in its place.
@@ -117,7 +185,7 @@ _answer_challenge = getattr(connection.answer_challenge, "__wrapped__", connecti
 
 def _answer_when_asked(unwanted: threading.Event, pipe: connection.Connection, key: bytes) -> None:
     """Prove to the server that we may ask (Python 3.14), which asks for it once it has done its imports."""
-    wait_unless_unwanted(pipe.fileno(), unwanted)
+    wait_unless_unwanted(partial(wait, [pipe.fileno()]), unwanted, _server.pid)
     os.set_blocking(pipe.fileno(), True)  # gevent's sockets are not; what is left takes no time
     _answer_challenge(pipe, key)
 
@@ -193,6 +261,11 @@ class _Server:
             with suppress(OSError):
                 standard._stop()
         self._standard = _ForkServer()
+
+    def pid(self) -> int | None:
+        """The server's process, if there is one now."""
+        pid: int | None = self._standard._forkserver_pid
+        return pid
 
     def forget(self) -> None:
         """In a fork: the server is the parent's, and ends with that, not with this process."""

@@ -212,7 +212,8 @@ def redirect_output(connection: Connection, level: int) -> None:
     """In a fresh worker process: send everything said from here on through ``connection``, from ``level`` up."""
     root = logging.getLogger()
     root.handlers[:] = [_Sender(connection)]
-    root.setLevel(level)
+    if root.level != level:  # in a fork of a template it is that; to set it touches every logger there is, 300 pages
+        root.setLevel(level)
     logging.captureWarnings(True)
     sys.stdout = sys.stderr = _Lines(logging.getLogger("output"))
     # What native code writes goes past sys.stderr.

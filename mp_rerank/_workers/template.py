@@ -28,14 +28,14 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
-from multiprocessing import connection, context, forkserver, reduction, resource_tracker, util
+from multiprocessing import connection, context, reduction, resource_tracker
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
 from mp_rerank._recipe import Recipe
 from mp_rerank._workers import template_child
 from mp_rerank._workers.child import Launch
-from mp_rerank._workers.forkserver import DYING_SECONDS, GIVE_UP_SECONDS, wait_unless_unwanted
+from mp_rerank._workers.forkserver import DYING_SECONDS, wait_unless_unwanted
 from mp_rerank._workers.forkserver import Popen as ForkedPopen
 from mp_rerank._workers.green import let_files_close
 from mp_rerank._workers.launching import MainlessProcess, TemplateDiedError
@@ -49,9 +49,6 @@ logger = QueuedLogger(POOL_LOGGER)
 # A template that dies is made anew at once, so that it is there when a worker is asked of it; but only so often until
 # one is: whatever ends it may go on to do so.
 UNASKED_RUNS = 3
-# How long an exit code may take from the template, once the worker has ended.
-EXIT_CODE_SECONDS = 1.0
-UNKNOWN_EXIT_CODE = 255
 
 
 class Templates:
@@ -110,7 +107,7 @@ class Template:
     @property
     def pid(self) -> int | None:
         run = self._run
-        return None if run is None or run.ended.is_set() else run.pid
+        return None if run is None else run.running()
 
     def fork(self, launch: Launch, fds: list[int], unwanted: threading.Event) -> tuple[int, int]:
         """Have a process forked that inherits ``fds``; the pipes from it and to it, as from the fork server.
@@ -128,10 +125,11 @@ class Template:
         until = time.monotonic() + DYING_SECONDS
         while True:
             run = self._running(launch)
-            while not run.settled.wait(GIVE_UP_SECONDS):
-                if unwanted.is_set():
-                    run.kill()
-                    raise RuntimeError("nobody wants this worker any more")
+            try:
+                wait_unless_unwanted(run.settled.wait, unwanted, run.running)
+            except RuntimeError:
+                run.kill()
+                raise
             if run.error is not None:
                 if run.killed:  # by another who has waited too long
                     continue
@@ -234,10 +232,14 @@ class _Run:
         self.keeper = threading.Thread(target=self._keep, name="mp_rerank-template", daemon=True)
         self.keeper.start()
 
+    def running(self) -> int | None:
+        """The process, while there is one."""
+        return None if self.ended.is_set() else self.pid
+
     def connect(self, fds: list[int], unwanted: threading.Event) -> tuple[int, int]:
         """Ask for a process as one asks multiprocessing's fork server; ``OSError`` where the template has ended."""
         with _Asking(socket.AF_UNIX) as client:
-            client.unwanted = unwanted
+            client.unwanted, client.pid = unwanted, self.running
             client.connect(self._address)
             alive = self._alive
             if alive is None:
@@ -367,23 +369,19 @@ class _Asking(socket.socket):
     """A socket whose waits for an answer can be given up: from Python 3.14 on, sending descriptors waits for one."""
 
     unwanted: threading.Event
+    pid: Callable[[], int | None]
 
     def recv(self, *args: Any) -> bytes:
-        wait_unless_unwanted(self.fileno(), self.unwanted)
+        wait_unless_unwanted(partial(wait, [self.fileno()]), self.unwanted, self.pid)
         return super().recv(*args)
 
 
 class _Popen(ForkedPopen):
-    """A worker process forked by a template: its sentinel is a descriptor of the process itself.
-
-    Attributes:
-        code_is_unknown: whether it ended after its template, so that nobody knows its exit code.
-    """
+    """A worker process forked by a template."""
 
     forker = "template"
 
     def __init__(self, template: Template, launch: Launch, process: Any) -> None:
-        self.code_is_unknown = False
         self._template = template
         self._launch_of_worker = launch
         super().__init__(process)
@@ -395,29 +393,9 @@ class _Popen(ForkedPopen):
             if process.unwanted.is_set():  # for its start_timeout, it may be: somebody has stopped the template
                 self._template.kill()
             raise
-        self._codes = self.sentinel
-        try:
-            self.sentinel = os.pidfd_open(self.pid)
-        except ProcessLookupError:  # it has ended already, and its exit code is there
-            self.sentinel = os.dup(self._codes)
-        util.Finalize(self, os.close, (self.sentinel,))
 
     def _connect(self, process: Any) -> tuple[int, int]:
         return self._template.fork(self._launch_of_worker, self._fds, process.unwanted)
 
-    def poll(self, flag: int = os.WNOHANG) -> int | None:
-        if self.returncode is None and wait([self.sentinel], 0.0 if flag == os.WNOHANG else None):
-            with self._reading:
-                if self.returncode is None:
-                    self.returncode = self._read_code()
-        return self.returncode
-
-    def _read_code(self) -> int:
-        with suppress(OSError, EOFError):
-            if wait([self._codes], EXIT_CODE_SECONDS):
-                return int(forkserver.read_signed(self._codes))
-        with suppress(OSError):  # where this process has inherited it: it may be the container's first
-            _, status = os.waitpid(self.pid, os.WNOHANG)
-            return os.waitstatus_to_exitcode(status)
-        self.code_is_unknown = True
-        return UNKNOWN_EXIT_CODE
+    def _forked_by(self) -> int | None:
+        return self._template.pid

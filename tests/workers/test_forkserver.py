@@ -81,6 +81,21 @@ def test_a_server_that_dies_takes_nothing_along(forking: Callable[..., RerankerP
     assert not alive
 
 
+def test_a_server_that_is_stopped_is_told_to_go_on(
+    forking: Callable[..., RerankerPool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would cost the pool its seats, and to end it would cost all pools their workers."""
+    monkeypatch.setattr("mp_rerank._workers.forkserver.GIVE_UP_SECONDS", 0.01)
+    pool = forking()
+    server, before = server_of(pool), pool.workers()
+    server.suspend()
+    psutil.Process(before[0].pid).kill()
+    until(lambda: pool.workers()[0].generation == 2 and pool.workers()[0].state == "ready")
+    assert server_of(pool) == server
+    assert pool.workers()[1].pid == before[1].pid
+    assert pool.rerank("query", DOCUMENTS) == ranked("query", DOCUMENTS)
+
+
 # A server that imports for a long time.
 
 SLEEPING = """

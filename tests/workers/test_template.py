@@ -16,6 +16,7 @@ from conftest import PATIENCE, START_METHODS, Fifo, ranked, until
 from mp_rerank import ModelLoadError, ModelSpec, RerankerPool, WorkerCrashedError
 from mp_rerank._planning.plan import Plan, Seat
 from mp_rerank._scheduling import dispatcher
+from mp_rerank._workers import child
 
 pytestmark = pytest.mark.skipif("fork-model" not in START_METHODS, reason="of Linux")
 
@@ -169,8 +170,22 @@ def test_a_template_that_hangs_while_loading_is_ended(forking: MakePool, fifo: F
         )  # and the test's own end sees that no process is left
 
 
-def test_a_template_that_is_stopped_is_ended_when_a_worker_waits_too_long_for_it(forking: MakePool) -> None:
-    pool = forking(workers=1, start_timeout=2.0)
+def test_a_template_that_is_stopped_is_told_to_go_on(forking: MakePool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mp_rerank._workers.forkserver.GIVE_UP_SECONDS", 0.01)
+    pool = forking(workers=1)
+    stopped, pid = template(pool), pool.workers()[0].pid
+    stopped.suspend()
+    assert pid is not None
+    psutil.Process(pid).kill()
+    assert pool.rerank("query", DOCUMENTS) == ranked("query", DOCUMENTS)
+    assert template(pool) == stopped
+
+
+def test_a_template_that_does_not_go_on_is_ended_when_a_worker_waits_too_long_for_it(
+    forking: MakePool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(psutil.Process, "resume", lambda _: None)
+    pool = forking(workers=1, start_timeout=5.0)
     stopped, pid = template(pool), pool.workers()[0].pid
     stopped.suspend()
     assert pid is not None
@@ -207,6 +222,27 @@ def test_a_template_made_anew_makes_the_model_fast_as_the_first_one_did(forking:
     first.kill()
     until(lambda: notes.read_text().split() == ["none", str(first.pid)])
     serving(pool)
+
+
+def test_a_model_that_scores_otherwise_in_a_fork_is_found_out_by_the_first(forking: MakePool) -> None:
+    with pytest.raises(ModelLoadError, match="its template scores the canary"):
+        forking("fakes:load_at_home")
+
+
+def test_a_later_worker_that_scores_otherwise_than_its_template_leaves_before_it_scores_anything(
+    forking: MakePool, tmp_path: Path
+) -> None:
+    notes = tmp_path / "notes"
+    pool = forking(ModelSpec(str(notes), loader="fakes:load_optimizable"), workers=1)
+    assert pool.rerank("query", DOCUMENTS) == ranked("query", DOCUMENTS)
+    first = pool.workers()[0].pid
+    notes.with_suffix(".apart").touch()
+    assert first is not None
+    psutil.Process(first).kill()
+    assert pool.rerank("query", DOCUMENTS) == ranked("query", DOCUMENTS)
+    last = pool.workers()[0].last_exit
+    assert last is not None
+    assert (pool.workers()[0].generation, last.exit_code) == (3, child.EXIT_UNPROVED)
 
 
 @pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2 if hasattr(os, "sched_getaffinity") else True, reason="one CPU")
