@@ -331,7 +331,10 @@ class _InFlight:
         for i, cause in sorted(causes.items()):
             failure = FailedPair(query, documents[i], one_line(cause))
             self.failures.append(failure)
-            logger.warning("query %s, document %s: not scored: %s", *map(one_line, (query, documents[i], cause)))
+            logger.warning(
+                "query %s, document %s: not scored: %s [mp-rerank explain pair-not-scored]",
+                *map(one_line, (query, documents[i], cause)),
+            )
         self._write(task.candidates, scores)
         self._pairs -= len(documents)
         self._advance(len(documents))

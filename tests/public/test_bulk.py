@@ -202,7 +202,8 @@ def test_documents_that_cannot_be_scored_do_not_end_the_work(
             "not tried: it ended 3 workers with query q3"
         ] * 2
     assert {r.getMessage() for r in caplog.records if r.name == "mp_rerank.bulk"} == {
-        f"query {f.query}, document {f.document}: not scored: {f.cause}" for f in done.failures
+        f"query {f.query}, document {f.document}: not scored: {f.cause} [mp-rerank explain pair-not-scored]"
+        for f in done.failures
     }
     good = {query: [key for key in keys if key in DOCUMENTS] for query, keys in run.items()}
     whole: dict[str, list[str]] = {query: [] for query in run}
