@@ -344,7 +344,7 @@ class Manager:
             while not (self.closed and not self.table and not self.leaving):
                 self._handle(self._inbox.get())
         except BaseException as bug:
-            logger.exception("the manager of ModelPools failed")
+            logger.exception("the manager of ModelPools failed [mp-rerank explain manager-failed]")
             error = PoolClosedError(f"the manager of ModelPools failed: {bug!r}")
         finally:
             self.closed = True
@@ -519,7 +519,10 @@ class Manager:
                 taken -= tenant.size
                 self._leave(tenant)
         if taken > self.limit:
-            logger.warning("models take %s of memory, and %s is their bound", _shown(taken), _shown(self.limit))
+            logger.warning(
+                "models take %s of memory, and %s is their bound [mp-rerank explain models-above-bound]",
+                *(_shown(taken), _shown(self.limit)),
+            )
 
     # A model goes.
 

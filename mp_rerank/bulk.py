@@ -55,6 +55,9 @@ __all__ = ["BulkSummary", "FailedPair", "evaluate", "rerank_run"]
 
 logger = logging.getLogger(__name__)
 
+# How often the log is told how far the work is.
+TELL_SECONDS = 60.0
+
 DEFAULT_MEASURES = ("nDCG@10", "RR@10", "R@100")
 
 # Pairs in flight for each worker: enough to keep it busy while the next texts are read, and not more. Queries in flight
@@ -134,7 +137,7 @@ def rerank_run(
         top_n: how many documents of a query to write; ``None``: all.
         tag: the last column; one word.
         overwrite: begin again, whatever is in the output.
-        progress: show a bar on standard error; ``None``: if that is a terminal.
+        progress: show a bar on standard error; ``None``: if that is a terminal. The log has a line a minute at INFO.
         options: those of ``pool.submit`` that say how texts are read, such as ``instruction`` and ``long_documents``.
             To go on with a run, give those it was begun with.
 
@@ -154,9 +157,11 @@ def rerank_run(
         if left:
             pool.start()
         start = time.perf_counter()
+        if found:
+            logger.info("%s: it has %d of %d queries, and is gone on with", one_line(output), found, len(counts))
         with (
             tqdm(total=left, unit="pair", disable=None if progress is None else not progress) as bar,
-            _InFlight(pool, out.write, bar.update, options) as in_flight,
+            _InFlight(pool, out.write, _Told(output, left, bar.update).advance, options) as in_flight,
         ):
             for candidates in islice(_groups(run), found, None):
                 query = texts[candidates.query]
@@ -265,6 +270,36 @@ class _Task:
     future: Future[list[RerankResult]] = field(default_factory=Future)
 
 
+class _Told:
+    """What the log is told of the work's progress, for whoever has no terminal to look at.
+
+    Args:
+        output: the file that is written.
+        total: how many pairs there are to score.
+        show: what else is to hear of pairs that are done.
+    """
+
+    def __init__(self, output: str | Path, total: int, show: Callable[[int], object]) -> None:
+        self._output = one_line(output)
+        self._total = total
+        self._show = show
+        self._done = 0
+        self._start = self._last = time.monotonic()
+
+    def advance(self, pairs: int) -> None:
+        self._show(pairs)
+        self._done += pairs
+        now = time.monotonic()
+        if now - self._last < TELL_SECONDS:
+            return
+        self._last = now
+        rate = self._done / (now - self._start)
+        logger.info(
+            "%s: %d of %d pairs, %.0f a second, %.0f minutes left",
+            *(self._output, self._done, self._total, rate, (self._total - self._done) / rate / 60),
+        )
+
+
 class _InFlight:
     """The queries that are being scored, in the run's order.
 
@@ -331,7 +366,10 @@ class _InFlight:
         for i, cause in sorted(causes.items()):
             failure = FailedPair(query, documents[i], one_line(cause))
             self.failures.append(failure)
-            logger.warning("query %s, document %s: not scored: %s", *map(one_line, (query, documents[i], cause)))
+            logger.warning(
+                "query %s, document %s: not scored: %s [mp-rerank explain pair-not-scored]",
+                *map(one_line, (query, documents[i], cause)),
+            )
         self._write(task.candidates, scores)
         self._pairs -= len(documents)
         self._advance(len(documents))

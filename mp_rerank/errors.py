@@ -13,7 +13,8 @@
 Each error has its facts as attributes. They are text and numbers only: a foreign exception could import torch into the
 parent when it is unpickled. Errors survive pickling: ``args`` holds the message, ``__dict__`` the facts.
 
-Each has an entry in ``troubleshooting.md``, which ``mp-rerank explain NAME`` prints; a traceback's last line says so.
+Each has an entry in ``troubleshooting.md``, which ``mp-rerank explain NAME`` prints. A traceback's last line
+says so, and warnings and errors in the log end with it, too.
 
 Messages and causes hold other people's text. They are made safe to print here, for all who raise them: see `_text`.
 

@@ -377,7 +377,7 @@ def _keep(report: Report, devices: Sequence[str], machine: Machine) -> bool:
         try:
             path = tuned.keep(answer, setup.spec, devices, machine)
         except OSError as error:
-            logger.warning("what was tuned cannot be kept: %s", one_line(error))
+            logger.warning("what was tuned cannot be kept: %s [mp-rerank explain tuning-not-kept]", one_line(error))
             return False
         logger.info("%s: %s", path, dataclasses.asdict(answer))
     return True

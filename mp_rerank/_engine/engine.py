@@ -292,7 +292,11 @@ class Engine:
             config, tokenizer = getattr(self.model.model, "config", None), getattr(self.model, "tokenizer", None)
             ours, theirs = getattr(config, "pad_token_id", None), getattr(tokenizer, "pad_token_id", None)
             hint = "" if ours == theirs else f": its config's pad_token_id is {ours}, its tokenizer's {theirs}"
-            logger.warning("padding changes this model's scores%s; its batches are of pairs of one length", hint)
+            logger.warning(
+                "padding changes this model's scores%s; its batches are of pairs of one length "
+                "[mp-rerank explain padding]",
+                hint,
+            )
 
     def _feels_padding(self) -> bool:
         """Whether a pair's score depends on how long the others of its batch are."""

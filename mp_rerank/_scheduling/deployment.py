@@ -309,14 +309,21 @@ class Deployment:
                 leaving.kill()
                 leaving.join(GRACE_SECONDS)
             if leaving.alive:
-                logger.error("process %s was killed and has not ended: it is not waited for any more", leaving.pid)
+                logger.error(
+                    "process %s was killed and has not ended: it is not waited for any more "
+                    "[mp-rerank explain process-not-ended]",
+                    leaving.pid,
+                )
                 leaving.abandon()
         self._leaving.clear()
         if self._templates is not None:  # after the workers, whose parent it is
             self._templates.close()
             self._templates.join(GRACE_SECONDS)
             if self._templates.alive:
-                logger.error("a template was killed and has not ended: it is not waited for any more")
+                logger.error(
+                    "a template was killed and has not ended: it is not waited for any more "
+                    "[mp-rerank explain process-not-ended]"
+                )
 
     def workers(self) -> list[WorkerInfo]:
         """Each slot, as callers see it."""
@@ -403,7 +410,10 @@ class Deployment:
     def _launch_failed(self, slot: Slot[Slice], error: LaunchError, now: float) -> None:
         """Try again what may work another time. What never worked and cannot is an error at once."""
         how = f"could not be launched: {error}"
-        logger.warning("worker %d on %s %s", slot.index, slot.seat.device, how)
+        logger.warning(
+            "worker %d on %s could not be launched: %s [mp-rerank explain worker-not-launched]",
+            *(slot.index, slot.seat.device, error),
+        )
         if error.details:
             logger.debug("%s", error.details)
         self._note_exit(slot, "launch_failed")
@@ -475,7 +485,7 @@ class Deployment:
         self._note_exit(slot, "load_failed")
         self._end_worker(slot, now)
         if self._started:
-            logger.warning("worker %d: %s", slot.index, error)
+            logger.warning("worker %d: %s [mp-rerank explain worker-not-loaded]", slot.index, error)
             self._count_crash(slot, str(error), now, error)
         else:
             self._give_up(slot, error)
@@ -585,7 +595,8 @@ class Deployment:
         self._warned = True
         logger.warning(
             "%d of the first %d documents do not fit %s with their queries, and were cut off: "
-            "long_documents='chunk' scores them whole, truncation='error' refuses them",
+            "long_documents='chunk' scores them whole, truncation='error' refuses them "
+            "[mp-rerank explain documents-cut-off]",
             *(self._truncated, self._read, self.spec.name),
         )
 
@@ -662,7 +673,8 @@ class Deployment:
     def _kill_hung(self, slot: Slot[Slice], now: float) -> None:
         doing = "loading its model" if slot.loading else f"scoring {len(slot.outstanding[0])} pairs"
         logger.warning(
-            "worker %d on %s has been %s for %.1f s: killed", slot.index, slot.seat.device, doing, now - slot.since
+            "worker %d on %s has been %s for %.1f s: killed [mp-rerank explain worker-hung]",
+            *(slot.index, slot.seat.device, doing, now - slot.since),
         )
         slot.hung = True
         self._make_sure_it_ends(slot, now)
@@ -727,8 +739,13 @@ class Deployment:
             self._leave(slot, now)
             return
         device = slot.seat.device
-        how = "hung and was killed" if slot.hung else f"died with {_exit_in_words(slot.exit_code)}"
-        logger.warning("worker %d on %s %s", slot.index, slot.seat.device, how)
+        code = _exit_in_words(slot.exit_code)
+        if slot.hung:
+            how = "hung and was killed"
+            logger.warning("worker %d on %s hung and was killed [mp-rerank explain worker-hung]", slot.index, device)
+        else:
+            how = f"died with {code}"
+            logger.warning("worker %d on %s died with %s [mp-rerank explain worker-died]", slot.index, device, code)
         self._counts.crashes += 1
         self._note_exit(slot, _reason_of_death(slot))
         lost, slot.lost = slot.lost, []
@@ -782,7 +799,10 @@ class Deployment:
     def _give_up(self, slot: Slot[Slice], error: RerankError) -> None:
         slot.state = SlotState.FAILED
         slot.restart_at = None
-        logger.error("worker %d on %s is given up: %s", slot.index, slot.seat.device, error)
+        logger.error(
+            "worker %d on %s is given up: %s [mp-rerank explain worker-given-up]",
+            *(slot.index, slot.seat.device, error),
+        )
         if not self._started or all(other.state is SlotState.FAILED for other in self.slots):
             self.failure = error
             self.fail_all(error)

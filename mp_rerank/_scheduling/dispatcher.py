@@ -286,12 +286,12 @@ class Dispatcher:
                     while self._step():
                         pass
                 except BaseException as bug:
-                    logger.exception("the dispatcher failed")
+                    logger.exception("the dispatcher failed [mp-rerank explain dispatcher-failed]")
                     error = PoolClosedError(f"the pool's dispatcher failed: {bug!r}")
                 finally:
                     self._end(error)
         except BaseException as bug:  # what workers have in common could not be made, or ended
-            logger.exception("the dispatcher failed")
+            logger.exception("the dispatcher failed [mp-rerank explain dispatcher-failed]")
             self._finish(PoolClosedError(f"the pool's dispatcher failed: {bug!r}"))
 
     def _make_plan(self) -> None:

@@ -217,7 +217,7 @@ class PoolFuture(Future[Any]):
             try:
                 fn(self)
             except Exception:
-                logger.exception("a done-callback raised")
+                logger.exception("a done-callback raised [mp-rerank explain callback-raised]")
         else:
             self._settled.on_given(lambda: _call_apart(fn, self))
 
@@ -271,4 +271,4 @@ def _call_guarded(fn: Callable[[Any], object], future: Any) -> None:
     try:
         fn(future)
     except BaseException:  # SystemExit too: this thread is nobody else's
-        logger.exception("a done-callback raised")
+        logger.exception("a done-callback raised [mp-rerank explain callback-raised]")

@@ -292,7 +292,9 @@ class LoadedModel:
             scores, num_labels = _predict(self._scorer, pairs, options)
         except BaseException as error:
             if self._owns_process and _has_lost_its_device(error):
-                logging.getLogger(__name__).error("leaving, for this process cannot use its GPU any more: %s", error)
+                logging.getLogger(__name__).error(
+                    "leaving, for this process cannot use its GPU any more: %s [mp-rerank explain gpu-lost]", error
+                )
                 os._exit(EXIT_DEVICE_LOST)
             raise ScoringError(
                 f"the model raised {_in_words(error)}",
@@ -307,7 +309,9 @@ class LoadedModel:
         try:
             self._prove_fork()
         except BaseException as error:
-            logging.getLogger(__name__).error("leaving, for this worker does not score as it should: %s", error)
+            logging.getLogger(__name__).error(
+                "leaving, for this worker does not score as it should: %s [mp-rerank explain fork-differs]", error
+            )
             os._exit(EXIT_UNPROVED)
 
 
@@ -348,7 +352,9 @@ def initialize_process(launch: Launch, logs: Connection, log_level: int) -> None
         os.environ["HF_HUB_OFFLINE"] = "1"
     redirect_output(logs, log_level)
     if not pinned:
-        logging.getLogger(__name__).warning("this worker cannot be kept on the CPUs %s", launch.cpus)
+        logging.getLogger(__name__).warning(
+            "this worker cannot be kept on the CPUs %s [mp-rerank explain worker-not-pinned]", launch.cpus
+        )
     if forked is None:
         _model.load()
     else:

@@ -181,7 +181,7 @@ class Cluster:
             self._loop.run_until_complete(self._serve())
             self._loop.run_until_complete(self._loop.shutdown_asyncgens())
         except BaseException as bug:
-            logger.exception("the thread of %s failed", self)
+            logger.exception("the thread of %s failed [mp-rerank explain cluster-thread-failed]", self)
             self._lose(f"its thread failed: {bug!r}")
         finally:
             self._loop.close()
@@ -252,7 +252,7 @@ class Cluster:
     def _lose(self, why: str) -> None:
         if self.lost is None:
             self.lost = ClusterError(f"{self} is lost: {why}", address=self._address)
-            logger.error("%s", self.lost)
+            logger.error("%s [mp-rerank explain ClusterError]", self.lost)
             if not self._first.done():
                 self._first.set_exception(self.lost)
 
@@ -317,7 +317,7 @@ class Cluster:
         except Exception as error:
             refusal = error if isinstance(error, ClusterError) else self._refusal(address, repr(error))
             self._refused[address] = refusal
-            logger.error("%s", refusal)
+            logger.error("%s [mp-rerank explain ClusterError]", refusal)
         else:
             self._members[address] = member
 
@@ -404,7 +404,9 @@ class Cluster:
             finally:
                 comm.abort()
         except (OSError, asyncio.TimeoutError, RuntimeError) as error:
-            logger.warning("the nanny %s could not end its worker: %s", member.nanny, error)
+            logger.warning(
+                "the nanny %s could not end its worker: %s [mp-rerank explain nanny-failed]", member.nanny, error
+            )
 
     def _refusal(self, address: str, why: str) -> ClusterError:
         return ClusterError(f"worker {address} of {self} cannot be used: {why}", address=address)
@@ -625,7 +627,9 @@ class DaskHandle:
             await asyncio.sleep(BEAT_SECONDS)
             silent = self._cluster._loop.time() - self._heard
             if self._settled and silent > self._cluster.timeout:
-                logger.warning("%s has been silent for %.0f s: given up", self._place, silent)
+                logger.warning(
+                    "%s has been silent for %.0f s: given up [mp-rerank explain host-silent]", self._place, silent
+                )
                 comm.abort()
                 return
             number += 1

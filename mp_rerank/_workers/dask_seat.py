@@ -169,7 +169,7 @@ class Session:
             elif "beat" in message:
                 await self._write({"beat": message["beat"]})
             elif "die" in message:
-                logger.error("leaving, as the pool asks: the model hangs")
+                logger.error("leaving, as the pool asks: the model hangs [mp-rerank explain worker-hung]")
                 os._exit(DIE_EXIT_CODE)
             else:
                 return

@@ -163,7 +163,11 @@ def wait_unless_unwanted(
             continue
         before, stopped = stopped, _stopped_child(pid())
         if stopped is not None and stopped == before:
-            logger.warning("process %d, which is to fork a worker, was stopped: it is told to go on", stopped.pid)
+            logger.warning(
+                "process %d, which is to fork a worker, was stopped: it is told to go on "
+                "[mp-rerank explain process-stopped]",
+                stopped.pid,
+            )
             with suppress(psutil.Error):
                 stopped.resume()
 

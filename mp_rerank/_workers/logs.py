@@ -134,7 +134,10 @@ def _handle(record: logging.LogRecord | threading.Lock) -> None:
         logger = logging.getLogger(record.name)
         if _dropped:
             dropped, _dropped = _dropped, 0
-            logger.warning("%d log records were dropped: a handler was too slow for them", dropped)
+            logger.warning(
+                "%d log records were dropped: a handler was too slow for them [mp-rerank explain records-dropped]",
+                dropped,
+            )
         with _calling:
             logger.handle(record)
     except BaseException:  # SystemExit too: there is nobody to tell

@@ -154,7 +154,9 @@ def check(names: Iterable[PrivateName], who: str) -> None:
     if needed:
         raise ImportError(f"{who} needs {', '.join(needed)}, which Python {platform.python_version()} does not have")
     for name in gone:
-        logging.getLogger(POOL_LOGGER).warning("this Python has no %s: %s", name, name.without)
+        logging.getLogger(POOL_LOGGER).warning(
+            "this Python has no %s: %s [mp-rerank explain private-name-missing]", name, name.without
+        )
 
 
 def _is_there(name: PrivateName) -> bool:

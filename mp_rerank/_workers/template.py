@@ -163,7 +163,11 @@ class Template:
         with self._lock:
             if self._closed or run.error is not None or run is not self._run:
                 return
-            logger.warning("a template died (exit code %s): the workers that it has forked go on", exit_code)
+            logger.warning(
+                "a template died (exit code %s): the workers that it has forked go on "
+                "[mp-rerank explain template-died]",
+                exit_code,
+            )
             if self._unasked < UNASKED_RUNS:
                 self._unasked += 1
                 with suppress(RuntimeError):  # no thread to be had: the next worker asks again

@@ -16,6 +16,7 @@ Exit codes:
     2    a mistake in the call or in the input
     3    ``run``: done, but some documents could not be scored; ``race``: threads with a CrossEncoder go wrong here
     130  Ctrl-C
+    143  SIGTERM; ``serve`` ends with 0 then, when it has answered what it had taken
 
 Each command has a module of its own. These are for all of them: ``options`` (what several commands take), ``documents``
 (reading documents) and ``streams`` (standard input and output, in whatever state they are).
@@ -24,9 +25,12 @@ Each command has a module of its own. These are for all of them: ``options`` (wh
 from __future__ import annotations
 
 import argparse
+import contextlib
 import logging
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
 
 import mp_rerank
 from mp_rerank._text import one_line, printable
@@ -47,7 +51,11 @@ COMMANDS = {
     "race": race,
     "explain": explain,
 }
-FAILED, MISTAKE, INTERRUPTED = 1, 2, 130
+FAILED, MISTAKE, INTERRUPTED, TERMINATED = 1, 2, 130, 143
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM came."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -58,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         streams.flush()
         return code
     except RerankError as error:
-        return _failed(error, FAILED)
+        return _failed(f"{error} [{PROGRAM} explain {type(error).__name__}]", FAILED)
     except (InputError, TypeError, ValueError) as error:
         return _failed(error, MISTAKE)
     except BrokenPipeError:  # the reader, such as head, has seen enough
@@ -69,6 +77,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _failed(error, FAILED)
     except OSError as error:
         return _failed(f"{error.filename}: {error.strerror}" if error.filename else error, FAILED)
+    except Terminated:
+        return TERMINATED
     except KeyboardInterrupt:
         return INTERRUPTED
 
@@ -79,8 +89,29 @@ def _run(argv: list[str]) -> int:
     except SystemExit as done:  # after --help, --version or a mistake
         return done.code if isinstance(done.code, int) else MISTAKE
     _log(verbose=arguments.verbose)
-    code: int = arguments.call(arguments)
+    ending = contextlib.nullcontext() if arguments.call is serve.call else _tidy_end()  # the server has its own
+    with ending:
+        code: int = arguments.call(arguments)
     return code
+
+
+@contextlib.contextmanager
+def _tidy_end() -> Iterator[None]:
+    """SIGTERM ends the command as Ctrl-C does. By itself it would leave the pool's semaphores to multiprocessing's
+    resource tracker, which removes them, and prints a warning that nobody asked for.
+    """
+    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
+        yield
+        return
+    signal.signal(signal.SIGTERM, _terminate)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def _terminate(number: int, frame: object) -> None:
+    raise Terminated
 
 
 def _parse(argv: list[str]) -> argparse.Namespace:

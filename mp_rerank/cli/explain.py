@@ -19,46 +19,64 @@ DESCRIPTION = "Explain an error or a line of the log: what it means, and what to
 
 PAGE = Path(mp_rerank.__file__).with_name("troubleshooting.md")
 HEADING = re.compile(r"^### (.+)$", re.MULTILINE)
+MESSAGES = re.compile(r"(?:- `[^`\n]+`\n)*")  # below a heading that is a name: the messages that it is for
 LINK = re.compile(r"\[([^\]]+)\]\((?:\.\./)?([^)]+)\)")
-VARIES = "…"  # in a heading: whatever stands there
+VARIES = "…"  # in a message: whatever stands there
+NAMED = re.compile(r"mp-rerank explain ([\w-]+)")  # the end of a message
 
 
 @dataclass(frozen=True)
 class Entry:
-    """What is said of one error or message.
+    """What is said of one error or warning.
 
     Attributes:
-        heading: the error's name, or the message, with ``…`` for what varies.
+        name: what a message calls it: an error's class, or words joined by hyphens. Where no message of this package
+            does, the message or the symptom itself.
+        messages: as they are logged, with ``…`` for what varies.
         text: what it means and what to do, in Markdown.
     """
 
-    heading: str
+    name: str
+    messages: tuple[str, ...]
     text: str
 
-    def describes(self, message: str) -> bool:
-        """Whether ``message`` has what the heading says, whatever stands before and after it."""
-        parts = (re.escape(part) for part in self.heading.split(VARIES))
-        return re.search(".*?".join(parts), message, re.IGNORECASE | re.DOTALL) is not None
+    def precision(self, message: str) -> int:
+        """How many characters of ``message`` are those that the entry describes; 0 where it is about something else."""
+        return max(
+            (len(said.replace(VARIES, "")) for said in (self.name, *self.messages) if _says(said, message)), default=0
+        )
 
-    @property
-    def precision(self) -> int:
-        return len(self.heading.replace(VARIES, ""))
+
+def _says(pattern: str, message: str) -> bool:
+    parts = (re.escape(part) for part in pattern.split(VARIES))
+    return re.search(".*?".join(parts), message, re.IGNORECASE | re.DOTALL) is not None
 
 
 def entries() -> list[Entry]:
     """The entries of the page, in its order."""
     _, *parts = HEADING.split(PAGE.read_text(encoding="utf-8"))
-    texts = (re.split(r"^## ", text, maxsplit=1, flags=re.MULTILINE)[0].strip() for text in parts[1::2])
-    return [Entry(heading, text) for heading, text in zip(parts[::2], texts, strict=True)]
+    return [_entry(name, text) for name, text in zip(parts[::2], parts[1::2], strict=True)]
+
+
+def _entry(name: str, below: str) -> Entry:
+    text = re.split(r"^## ", below, maxsplit=1, flags=re.MULTILINE)[0].strip()
+    found = MESSAGES.match(text)
+    assert found is not None
+    messages = tuple(line[3:-1] for line in found[0].splitlines())
+    return Entry(name, messages, text[found.end() :].strip())
 
 
 def explain(words: str) -> list[Entry]:
-    """The entries for an error's name, for a message, or for some words of a heading; best first, or none."""
-    found = [entry for entry in entries() if entry.describes(words)]
-    if found:
-        return [max(found, key=lambda entry: entry.precision)]
+    """The entries for a name, for a message, or for some words of either; best first, or none."""
+    known = entries()
+    named = {words, *NAMED.findall(words)}
+    if found := [entry for entry in known if entry.name in named]:
+        return found
+    best = max(known, key=lambda entry: entry.precision(words))
+    if best.precision(words):
+        return [best]
     wanted = words.lower().split()
-    return [entry for entry in entries() if all(word in entry.heading.lower() for word in wanted)]
+    return [entry for entry in known if all(word in " ".join([entry.name, *entry.messages]).lower() for word in wanted)]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -71,7 +89,7 @@ def call(arguments: argparse.Namespace) -> int:
     """Run the command; its exit code."""
     words = " ".join(arguments.words)
     if not words:
-        streams.write("\n".join(entry.heading for entry in entries()))
+        streams.write("\n".join(_heading(entry) for entry in entries()))
         return 0
     found = explain(words)
     if not found:
@@ -80,9 +98,13 @@ def call(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _heading(entry: Entry) -> str:
+    return "\n    ".join([entry.name, *entry.messages])
+
+
 def _shown(found: list[Entry]) -> Iterator[str]:
     for entry in found:
-        yield f"{entry.heading}\n\n{LINK.sub(_shown_link, entry.text)}"
+        yield f"{_heading(entry)}\n\n{LINK.sub(_shown_link, entry.text)}"
 
 
 def _shown_link(link: re.Match[str]) -> str:

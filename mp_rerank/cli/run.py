@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import logging
 import sys
 from collections.abc import Sequence
 
@@ -86,6 +87,8 @@ def _measures(arguments: argparse.Namespace) -> Sequence[str]:
 
 
 def _rerank(arguments: argparse.Namespace) -> bulk.BulkSummary:
+    if not sys.stderr.isatty():  # no bar: its place is taken by a line a minute
+        logging.getLogger(bulk.__name__).setLevel(logging.INFO)
     spec = spec_of(arguments)
     options = reading_options(arguments)
     pool = pool_of(arguments, spec)

@@ -141,7 +141,9 @@ def call(arguments: argparse.Namespace) -> int:
         access_log=arguments.access_log,
     )
     if not known and not (arguments.uds or arguments.host in LOOPBACK):
-        logging.getLogger(PROGRAM).warning("everybody who reaches %s may ask: there is no API key", arguments.host)
+        logging.getLogger(PROGRAM).warning(
+            "everybody who reaches %s may ask: there is no API key [mp-rerank explain no-api-key]", arguments.host
+        )
     serve(config, keys=keys)
     return 0
 

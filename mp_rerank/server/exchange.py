@@ -122,7 +122,9 @@ class Scoring:
         except (RerankError, TypeError, ValueError) as error:
             refused = refused_of(error)
             if refused.reason in ("bug", "crashed", "scoring"):
-                logger.warning("request %s: %s", exchange.request_id, refused.message)
+                logger.warning(
+                    "request %s: %s [mp-rerank explain request-failed]", exchange.request_id, refused.message
+                )
             raise refused from error
         exchange.score_seconds = time.perf_counter() - begun
         self._metrics.score_seconds.labels(model.name).observe(exchange.score_seconds)

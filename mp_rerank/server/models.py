@@ -161,7 +161,10 @@ def _own_activation(spec: ModelSpec, num_labels: int) -> str:
     if named is None:
         return SIGMOID if num_labels == 1 else IDENTITY
     if named not in KNOWN_ACTIVATIONS:
-        logger.warning("%s: its activation %s is not known here, and is not applied", spec.name, named)
+        logger.warning(
+            "%s: its activation %s is not known here, and is not applied [mp-rerank explain activation-unknown]",
+            *(spec.name, named),
+        )
     return KNOWN_ACTIVATIONS.get(named, IDENTITY)
 
 

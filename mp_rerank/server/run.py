@@ -114,7 +114,7 @@ def _on_hangup(app: App, keys: Callable[[], Keys] | None) -> None:
         try:
             app.gate.keys = keys()
         except ValueError as error:
-            logger.error("the API keys stay as they were: %s", error)
+            logger.error("the API keys stay as they were: %s [mp-rerank explain keys-not-read]", error)
         else:
             logger.warning("API keys read: %r", app.gate.keys)
 

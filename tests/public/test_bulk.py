@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import signal
 import subprocess
@@ -81,6 +82,21 @@ def test_each_querys_candidates_are_reranked_in_the_runs_order(pool: RerankerPoo
     assert files.output.read_text() == expected()
     assert (done.queries, done.pairs, done.found_queries) == (5, PAIRS, 0)
     assert str(done).startswith(f"5 queries, {PAIRS} pairs in ")
+
+
+def test_the_log_tells_how_far_it_is(
+    pool: RerankerPool, files: Files, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(bulk, "TELL_SECONDS", 0.0)
+    caplog.set_level(logging.INFO, "mp_rerank.bulk")
+    rerank_run(pool, **files.paths())
+    said = [record.getMessage() for record in caplog.records if record.name == "mp_rerank.bulk"]
+    assert len(said) == len(RUN)
+    assert said[-1].startswith(f"{files.output}: {PAIRS} of {PAIRS} pairs, ")
+    files.output.write_text("".join(expected().splitlines(keepends=True)[: len(RUN["q4"])]))
+    caplog.clear()
+    rerank_run(pool, **files.paths())
+    assert f"{files.output}: it has 1 of {len(RUN)} queries, and is gone on with" in caplog.messages
 
 
 def test_scores_keep_every_bit_they_have(pool: RerankerPool, files: Files) -> None:
@@ -202,7 +218,8 @@ def test_documents_that_cannot_be_scored_do_not_end_the_work(
             "not tried: it ended 3 workers with query q3"
         ] * 2
     assert {r.getMessage() for r in caplog.records if r.name == "mp_rerank.bulk"} == {
-        f"query {f.query}, document {f.document}: not scored: {f.cause}" for f in done.failures
+        f"query {f.query}, document {f.document}: not scored: {f.cause} [mp-rerank explain pair-not-scored]"
+        for f in done.failures
     }
     good = {query: [key for key in keys if key in DOCUMENTS] for query, keys in run.items()}
     whole: dict[str, list[str]] = {query: [] for query in run}

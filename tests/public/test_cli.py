@@ -303,11 +303,13 @@ def test_a_model_that_cannot_be_loaded_is_one_line_and_exit_code_1(tmp_path: Pat
     assert (done.returncode, done.stdout) == (1, "")
     error = done.stderr.splitlines()[-1]
     assert error.startswith(f"mp-rerank: error: {tmp_path} could not be loaded on cpu: ")
+    assert error.endswith(" [mp-rerank explain ModelLoadError]")
 
 
 @pytest.mark.skipif(os.name == "nt", reason="a console's Ctrl-C cannot be sent to one process group alone")
+@pytest.mark.parametrize(("name", "code"), [("SIGINT", 130), ("SIGTERM", 143)])
 @pytest.mark.real
-def test_ctrl_c_ends_it_quietly_and_leaves_no_process() -> None:
+def test_ctrl_c_and_sigterm_end_it_quietly_and_leave_no_process(name: str, code: int) -> None:
     documents = "\n".join(f"{i} {'many words ' * 200}" for i in range(2000))
     command = subprocess.Popen(
         [*COMMAND, "rank", "words", "--devices", "cpu"],
@@ -326,7 +328,10 @@ def test_ctrl_c_ends_it_quietly_and_leaves_no_process() -> None:
     while not process.children():  # until the first worker is being started; each pass is a system call or two
         assert command.poll() is None
     children = process.children(recursive=True)
-    os.killpg(command.pid, signal.SIGINT)
+    if name == "SIGINT":
+        os.killpg(command.pid, signal.SIGINT)
+    else:
+        command.terminate()
     stdout, stderr = command.communicate(timeout=PATIENCE)
-    assert (command.returncode, stdout, stderr) == (130, "", "")
+    assert (command.returncode, stdout, stderr) == (code, "", "")
     assert psutil.wait_procs(children, timeout=PATIENCE)[1] == []

@@ -65,7 +65,9 @@ def test_one_that_nothing_works_without_is_an_error_that_names_it() -> None:
 
 def test_of_one_with_another_way_the_log_warns(caplog: pytest.LogCaptureFixture) -> None:
     check([PrivateName("threading", "_gone", "something", "it takes longer")], "a worker")
-    assert caplog.messages == ["this Python has no threading._gone: it takes longer"]
+    assert caplog.messages == [
+        "this Python has no threading._gone: it takes longer [mp-rerank explain private-name-missing]"
+    ]
 
 
 @pytest.mark.parametrize(
