@@ -7,7 +7,7 @@ the pool's own, from a Dask worker directly, through the scheduler (as behind a 
 ways take turns.
 
 *Seats*: 1 to 32 workers, whose model sleeps for a fixed time a slice of as many bytes. Measured are the share of time
-in which they are in use, and the CPU time of the caller's process for each slice.
+in which they are in use, the CPU time of the caller's process for each slice, and that of a worker with its nanny.
 
 *Bytes*: what the connections of the caller's process carry, for each pair.
 
@@ -37,7 +37,7 @@ import psutil
 from bench.inputs import fakes
 from bench.reports.files import add_output, finish
 from bench.reports.report import Report
-from bench.speed.scale import kept_busy
+from bench.speed.scale import cpu_seconds, kept_busy
 from mp_rerank import ModelSpec, RerankerPool
 from mp_rerank._workers import dask
 
@@ -46,7 +46,7 @@ DOCUMENTS, BYTES = 32, 2_400
 SIZES = (120, 360, 1_800)
 SIMULATED = (1, 4, 16, 64, 256, 1_024, 4_096)
 START_SECONDS = 300.0
-# What an idle Dask worker does: 2.5 % of a core as it comes, 1 % with these. 32 of them are here on a few cores.
+# Dask's workers watch themselves: an idle one takes 2.5 % of a core as it comes, less with these. 32 are on few cores.
 QUIET = {
     "DASK_DISTRIBUTED__ADMIN__SYSTEM_MONITOR__INTERVAL": "10s",
     "DASK_DISTRIBUTED__ADMIN__TICK__INTERVAL": "1s",
@@ -201,17 +201,25 @@ def seats(report: Report, cluster: fakes.Processes, count: int, seconds: float, 
         while len([info for info in pool.workers() if info.state == "ready"]) < count:
             time.sleep(0.1)
         kept_busy(pool, count, 3, document)
-        efficiency, own = [], []
+        efficiency, own, theirs = [], [], []
         for _ in range(rounds):
-            began = time.process_time()
+            began = time.process_time(), cpu_of_workers(cluster)
             wall = kept_busy(pool, count, slices, document)
             efficiency.append(100 * slices * seconds / wall)
-            own.append(1e6 * (time.process_time() - began) / (count * slices))
+            own.append(1e6 * (time.process_time() - began[0]) / (count * slices))
+            theirs.append(100 * (cpu_of_workers(cluster) - began[1]) / wall / count)
     of = {"seats": count}
     report.add(of, "efficiency, %", efficiency, better="higher")
     report.add(of, "CPU of the caller's process, µs a slice", own)
+    report.add(of, "CPU of a Dask worker, % of a core", theirs)
     print(f"{count} seats: {statistics.median(efficiency):.1f} %", flush=True)
     return statistics.median(own) / 1e6
+
+
+def cpu_of_workers(cluster: fakes.Processes) -> float:
+    """CPU seconds that the cluster's workers, and their nannies, have used."""
+    nannies = [psutil.Process(started.pid) for started in cluster.started if started is not cluster.scheduler]
+    return sum(map(cpu_seconds, (process for nanny in nannies for process in (nanny, *nanny.children(recursive=True)))))
 
 
 def cost_through_scheduler(cluster: fakes.Processes, requests: int) -> tuple[float, float]:
@@ -221,11 +229,11 @@ def cost_through_scheduler(cluster: fakes.Processes, requests: int) -> tuple[flo
     model = ModelSpec("empty", loader=fakes.EMPTY)
     with no_way_but_the_scheduler(), pool_of(model, cluster=cluster.address, slice_tokens=1) as pool:
         pool.submit_pairs(pairs).result()
-        before = sum(scheduler.cpu_times()[:2]), time.process_time()
+        before = cpu_seconds(scheduler), time.process_time()
         waiting = deque(pool.submit_pairs(pairs) for _ in range(requests))
         while waiting:
             waiting.popleft().result()
-        theirs, own = sum(scheduler.cpu_times()[:2]) - before[0], time.process_time() - before[1]
+        theirs, own = cpu_seconds(scheduler) - before[0], time.process_time() - before[1]
     return own / requests, theirs / requests
 
 

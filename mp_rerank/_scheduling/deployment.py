@@ -123,6 +123,7 @@ class Deployment:
         self._warned = False
         self._overestimate = 1.0  # estimated tokens for each that workers count
         self._seated = 0  # slots there have been
+        self._in_turn = False
         for seat in seats:
             self._add_slot(seat)
 
@@ -141,13 +142,17 @@ class Deployment:
         """Whether no request is left."""
         return not self.queue.live
 
-    def start(self, now: float) -> None:
-        """Launch the first workers: all at once, or one to fetch a hub's model and then the others, from its cache."""
+    def start(self, now: float, *, in_turn: bool = False) -> None:
+        """Launch the first workers.
+
+        Args:
+            in_turn: on one half of a cluster's seats after the other: there the model before is scored meanwhile, and
+                not where another is being loaded.
+        """
+        self._in_turn = in_turn
         for slot in self.slots[max(1, self._min_workers) :]:
             slot.state = SlotState.RESTING
-        for slot in self.slots if self.spec.local else self.slots[:1]:
-            if slot.state is SlotState.STARTING:
-                self._launch(slot, now)
+        self._launch_first(now)
 
     def seat(self, seats: Sequence[Seat], lost: RerankError | None, now: float) -> None:
         """Take the seats of a cluster that there are now and that have no slot yet.
@@ -162,9 +167,7 @@ class Deployment:
             if seat.place not in known:
                 slot = self._add_slot(seat)
                 logger.info("worker %d: %s of the cluster has a seat", slot.index, seat.place)
-                # Who has to fetch the model is alone in it.
-                if self.spec.local or self._fetched or len(self.slots) == 1:
-                    self._launch(slot, now)
+        self._launch_first(now)
         self._check_seats()
 
     def _add_slot(self, seat: Seat) -> Slot[Slice]:
@@ -207,8 +210,9 @@ class Deployment:
             self._exited(slot, report, now)
 
     def tick(self, now: float) -> None:
-        """Do what is due: deadlines, restarts, workers that hang or do not leave."""
+        """Do what is due: deadlines, starts, workers that hang or do not leave."""
         self._expire(now)
+        self._launch_first(now)
         for slot in self.slots:
             if slot.restart_at is not None and slot.restart_at <= now:
                 self._launch(slot, now)
@@ -390,6 +394,20 @@ class Deployment:
 
     # Starting.
 
+    def _launch_first(self, now: float) -> None:
+        """Launch the first workers of seats: all, or one to fetch a hub's model for the others, or one half in turn."""
+        for slot in list(self.slots):
+            if slot.generation or slot.state is not SlotState.STARTING:
+                continue
+            fetching = not self.spec.local and not self._fetched and any(other.generation for other in self.slots)
+            if self.failure is not None or fetching:
+                return
+            if slot.seat.place is not None and self._in_turn and not self._started:
+                remote = [other for other in self.slots if other.seat.place is not None]
+                if sum(other.loading for other in remote) >= max(1, len(remote) // 2):
+                    return
+            self._launch(slot, now)
+
     def _launch(self, slot: Slot[Slice], now: float) -> None:
         rested = slot.state is SlotState.RESTING
         slot.state = SlotState.RESTARTING if slot.generation else SlotState.STARTING
@@ -434,9 +452,7 @@ class Deployment:
             self._load_failed(slot, error, now)
         else:
             slot.waiting = self._fetched = True
-            for other in self.slots:
-                if other.generation == 0 and other.state is SlotState.STARTING:
-                    self._launch(other, now)
+            self._launch_first(now)
             self._describe_waiting()
 
     def _describe_waiting(self) -> None:
@@ -815,8 +831,7 @@ class Deployment:
         self.slots.remove(slot)
         if any(other.generation for other in self.slots):
             self._started = self._started or self.ready
-        elif self.slots:  # it was to fetch the model for all
-            self._launch(self.slots[0], now)
+        self._launch_first(now)  # others may have waited for it
         self._check_seats()
 
     def _check_seats(self) -> None:

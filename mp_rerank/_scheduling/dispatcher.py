@@ -431,7 +431,7 @@ class Dispatcher:
         else:
             deployment = self._make_deployment(message.spec)
             self._incoming = (deployment, message.done)
-            deployment.start(time.monotonic())
+            deployment.start(time.monotonic(), in_turn=True)
 
     def _make_deployment(self, spec: ModelSpec) -> Deployment:
         def notify(report: Report) -> None:

@@ -98,6 +98,11 @@ class Place:
         """The place itself: plans are copied, and there is one cluster."""
         return self
 
+    @property
+    def loading(self) -> bool:
+        """Whether a model of this pool's is being loaded there: what is sent there now is scored after that."""
+        return self.name in tuple(self.cluster.loading.values())
+
     def start_worker(self, launch: Launch, on_exit: Callable[[int | None], None]) -> DaskHandle:
         """Start a worker there: see ``handle.make_handle``."""
         return DaskHandle(self, launch, on_exit)
@@ -113,12 +118,14 @@ class Cluster:
     Attributes:
         timeout: seconds that the scheduler, or a worker, may be silent or away.
         lost: the error, while the scheduler cannot be reached and that has been so for longer.
+        loading: handles whose models are being loaded and proved, and the names of their places.
     """
 
     def __init__(self, config: PoolConfig, *, cpu_only: bool) -> None:
         assert config.cluster is not None
         self.timeout = config.cluster_timeout
         self.lost: ClusterError | None = None
+        self.loading: dict[DaskHandle, str] = {}  # each change is one step, on this thread or the dispatcher's
         self._address = config.cluster.address
         self._security = config.cluster.security
         self._devices = ("cpu",) if cpu_only else tuple(config.devices)
@@ -132,6 +139,7 @@ class Cluster:
         self._awaited = 0  # handles that wait for a worker
         self._wake = asyncio.Event()
         self._sessions: set[asyncio.Task[None]] = set()
+        self._idle: list[Any] = []  # connections to the scheduler over which nothing is asked at the moment
         self._connection_args: dict[str, Any] = {}
         self._plugin = b""
         self._loop = asyncio.new_event_loop()
@@ -211,6 +219,8 @@ class Cluster:
         for task in others - left:
             if not task.cancelled():
                 task.exception()  # nobody's any more, and asyncio would log it
+        for comm in self._idle:
+            comm.abort()
 
     async def _watch(self) -> None:
         """Ask the scheduler for its workers, again and again."""
@@ -361,16 +371,20 @@ class Cluster:
 
     async def ask_through(self, address: str, **message: Any) -> Any:
         """Have the scheduler ask a worker; its answer. Raises as ``_ask``; ``OSError`` where that cannot reach it."""
-        comm = await self.connect(self._address)
+        while self._idle and self._idle[-1].closed():
+            self._idle.pop()
+        comm = self._idle.pop() if self._idle else await self.connect(self._address)
         try:
-            return await _ask(comm, self.timeout, op="proxy", worker=address, msg=message)
-        except RuntimeError as error:
+            answer = await _ask(comm, self.timeout, op="proxy", worker=address, msg=message)
+        except BaseException as error:
+            comm.abort()
             # Dask has one way to say that something was raised, at the worker or on the way to it.
-            if any(word in str(error) for word in ("CommClosedError", "OSError", "Timed out", "ConnectionError")):
+            unreached = ("CommClosedError", "OSError", "Timed out", "ConnectionError")
+            if isinstance(error, RuntimeError) and any(word in str(error) for word in unreached):
                 raise OSError(str(error)) from None
             raise
-        finally:
-            comm.abort()
+        self._idle.append(comm)
+        return answer
 
     async def open(self, member: Member, launch: Launch) -> Any:
         """A session's connection. Raises ``OSError``, ``ClusterError``."""
@@ -477,6 +491,7 @@ class DaskHandle:
         self._settled = False  # whether the model has been loaded and made fast: until then it may be silent
         self._retired = False
         self._over = threading.Event()
+        self._cluster.loading[self] = place.name
         self._cluster.call_soon(self._begin)
 
     @property
@@ -497,6 +512,7 @@ class DaskHandle:
             self._soon(self._kill)
 
     def retire(self) -> None:
+        self._cluster.loading.pop(self, None)
         self._soon(self._retire)
 
     def abandon(self) -> None:
@@ -579,6 +595,7 @@ class DaskHandle:
 
     def _end(self) -> None:
         self._over.set()
+        self._cluster.loading.pop(self, None)
         calls, self._calls = self._calls, {}
         for future in calls.values():
             future.set_exception(BrokenExecutor("the worker has ended"))
@@ -650,7 +667,9 @@ class DaskHandle:
         if future is None:
             return
         outcome = pickle.loads(message["outcome"])
-        self._settled = self._settled or isinstance(outcome, WorkerFacts)
+        if isinstance(outcome, WorkerFacts):
+            self._settled = True
+            self._cluster.loading.pop(self, None)
         if isinstance(outcome, BaseException):
             future.set_exception(outcome)
         else:

@@ -178,6 +178,8 @@ class Slot(Generic[_Slice]):
         """From when on it would take another slice; ``None``: not before one has ended."""
         if self.state is not SlotState.READY or len(self.outstanding) >= SLICES_A_SLOT:
             return None
+        if self.seat.place is not None and self.seat.place.loading:
+            return None  # a reload's new model, in the same process: the worker scores nothing meanwhile
         if not self.outstanding:
             return self.since
         expected = self.outstanding[0].tokens * self.seconds_per_token

@@ -274,10 +274,33 @@ def test_a_cluster_without_workers_is_an_error_after_a_while(make_cluster_pool: 
         make_cluster_pool(cluster_timeout=0.5).start()
 
 
-def test_a_reload_loads_the_new_model_in_every_seat(make_cluster_pool: MakePool, cluster: Processes) -> None:
+def test_a_reload_loads_in_one_half_of_the_seats_while_the_other_scores(
+    make_cluster_pool: MakePool, cluster: Processes, fifo: Fifo, tmp_path: Path
+) -> None:
+    at_the_gate = tmp_path / "gate.pid"
+    at_the_gate.touch()
+
+    def stands_there(before: str) -> None:
+        until(lambda: at_the_gate.read_text() not in ("", before))
+        fifo.wait_until_read()
+
     cluster.worker("--nworkers", "2")
     with make_cluster_pool() as pool:
         until(lambda: len(places(pool)) == 2)
-        pool.reload(ModelSpec("salted", loader="fakes:load_salted"))
-        [result] = pool.rerank("query", ["document"])
-        assert result.relevance_score == score_of("salted query", "document")
+        reload = threading.Thread(
+            target=pool.reload, args=(ModelSpec(fifo.order, loader="fakes:load_after_gate"),), daemon=True
+        )
+        reload.start()
+        before = ""
+        for _ in range(2):
+            stands_there(before)  # one seat, which loads the new model
+            before = at_the_gate.read_text()
+            for i in range(10):
+                check(pool, f"query {i}")
+            fifo.release()
+        reload.join(PATIENCE)
+        assert len(places(pool)) == 2
+        for i in range(10):
+            [result] = pool.rerank(f"query {i}", ["document"])
+            assert result.relevance_score == score_of(f"salted query {i}", "document")
+        assert pool.stats().crashes == 0
