@@ -218,7 +218,8 @@ class RerankerClient(RerankerCalls):
         """The counters of the server's pool, since its start, of all callers."""
         said = self._model_status()["stats"]
         callers = {name: CallerStats(**_known(CallerStats, counts)) for name, counts in said["callers"].items()}
-        return PoolStats(**{**_known(PoolStats, said), "callers": callers})
+        sizes = {int(size): count for size, count in said.get("slice_sizes", {}).items()}  # JSON's names are strings
+        return PoolStats(**{**_known(PoolStats, said), "callers": callers, "slice_sizes": sizes})
 
     def workers(self) -> list[WorkerInfo]:
         """The server's workers."""

@@ -23,13 +23,13 @@ import time
 import weakref
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from typing import Any, NoReturn, SupportsIndex
+from typing import Any, SupportsIndex
 
 from mp_rerank._calls import Asked
 from mp_rerank._checks import check_flag, check_seconds, memory_size
 from mp_rerank._model_manager import Acquire, Lease, Leased, Manager, Retire, key_of
 from mp_rerank._scheduling.dispatcher import Dispatcher
-from mp_rerank._scheduling.futures import Answer, is_pool_thread, result_of
+from mp_rerank._scheduling.futures import Answer, PoolFuture, is_pool_thread
 from mp_rerank._scheduling.request import Request
 from mp_rerank._scheduling.streams import Feed
 from mp_rerank._within import within
@@ -75,7 +75,7 @@ class ModelPools:
         starts what it needs, and waits for it, up to its ``timeout``. ``start()`` loads the model beforehand.
         ``close()`` and ``with`` retire it, once its requests are done; the next call loads it again. ``stats()`` and
         ``workers()`` are those of the workers of the moment: there are none while the model is not loaded. ``reload``
-        is refused.
+        takes the same model only: its files may have changed.
 
         Args:
             model: a name, a path or a ``ModelSpec``. Equal specs have one pool; any other field makes another model.
@@ -155,9 +155,21 @@ class _Handle(RerankerPool):
         if manager.begun:
             _wait_for_end(gone, retire, drain, timeout)
 
-    def reload(self, model: str | os.PathLike[str] | ModelSpec) -> NoReturn:
-        """Refused: ask ``ModelPools`` for the other model."""
-        raise RerankError("a pool of ModelPools keeps its model: ask pools.pool(...) for the other one")
+    def reload(self, model: str | os.PathLike[str] | ModelSpec) -> None:
+        """Load the same model anew, as its files are now, without a pause; see ``RerankerPool.reload``.
+
+        It is in memory twice meanwhile, whatever the bound. Another model is refused: ask ``ModelPools`` for it.
+        """
+        if spec_of(model) != self.spec:
+            raise RerankError("a pool of ModelPools keeps its model: ask pools.pool(...) for the other one")
+        if self._dispatcher is None:
+            self.start()
+            return
+        leased = self._lease(None)
+        try:
+            leased.reload(self.spec).get()
+        finally:
+            leased.give_up()
 
     # What a request goes through. `_begin` and `_running` return a `Leased` in place of a dispatcher.
 
@@ -227,7 +239,7 @@ class _Handle(RerankerPool):
         finally:
             request.future.cancel()  # of a finished one: nothing
 
-    async def _awaited(self, asked: Asked) -> Any:
+    async def _entered(self, asked: Asked) -> PoolFuture:
         leased = self._begin()
         try:
             limit = None if asked.deadline is None else _seconds_left(asked.deadline)
@@ -236,14 +248,13 @@ class _Handle(RerankerPool):
             except asyncio.TimeoutError:  # another than the built-in one before Python 3.11
                 pass
             self._check_leased(leased, asked)
-            future = self._enter(leased, self._request(asked, leased), wait=False)
+            return self._enter(leased, self._request(asked, leased), wait=False)
         except RequestTimeoutError as error:
             leased.give_up()
-            future = _unscored(asked, error)
+            return _unscored(asked, error)
         except BaseException:
             leased.give_up()
             raise
-        return await result_of(future)
 
     def _request(self, asked: Asked, dispatcher: Any, feed: Feed | None = None) -> Request:
         try:
@@ -253,7 +264,7 @@ class _Handle(RerankerPool):
             raise
 
 
-def _unscored(asked: Asked, error: RequestTimeoutError) -> Future[Any]:
+def _unscored(asked: Asked, error: RequestTimeoutError) -> PoolFuture:
     """The future of a request that expired before there was a pool for it, if it is a partial one; else ``error``."""
     if asked.options.on_timeout != "partial":
         raise error

@@ -19,7 +19,14 @@ from mp_rerank._pairs import digests
 from mp_rerank._planning.checkpoint import check_backend, check_hub_cache
 from mp_rerank._planning.plan import Plan, make_plan
 from mp_rerank._scheduling.dispatcher import Dispatcher, leave_with_interpreter
-from mp_rerank._scheduling.futures import Answer, check_may_wait, is_pool_thread, result_of
+from mp_rerank._scheduling.futures import (
+    Answer,
+    PoolFuture,
+    RequestTimes,
+    check_may_wait,
+    is_pool_thread,
+    result_of,
+)
 from mp_rerank._scheduling.request import DEFAULT_CALLER, Request, estimate_lengths, misfit
 from mp_rerank._scheduling.streams import AsyncScoreStream, Feed, ScoreStream
 from mp_rerank._workers.handle import check_may_start
@@ -285,9 +292,12 @@ class RerankerPool(RerankerCalls):
 
     async def _awaited(self, asked: Asked) -> Any:
         """Hand a request over and wait for its result, on no thread. Cancelled, cancel it."""
+        return await result_of(await self._entered(asked))
+
+    async def _entered(self, asked: Asked) -> PoolFuture:
+        """Hand a request over as soon as there is a model for it, waiting on no thread; its future."""
         dispatcher = await self._ready()
-        future = self._enter(dispatcher, self._request(asked, dispatcher), wait=False)
-        return await result_of(future)
+        return self._enter(dispatcher, self._request(asked, dispatcher), wait=False)
 
     async def _ready(self) -> Dispatcher:
         """The dispatcher, once the workers have started; waited for on no thread."""
@@ -347,7 +357,7 @@ class RerankerPool(RerankerCalls):
             request.future.add_internal_callback(feed.end)
         return request
 
-    def _enter(self, dispatcher: Dispatcher, request: Request, *, wait: bool) -> Future[Any]:
+    def _enter(self, dispatcher: Dispatcher, request: Request, *, wait: bool) -> PoolFuture:
         """Hand ``request`` over, or resolve it here; its future."""
         if not request.pairs:
             request.resolve()
@@ -436,6 +446,12 @@ def spec_of(model: str | os.PathLike[str] | ModelSpec) -> ModelSpec:
     spec = model if isinstance(model, ModelSpec) else ModelSpec(model)  # type: ignore[arg-type]  # a path becomes a str
     spec.check_exists()
     return spec
+
+
+async def scored_in(pool: RerankerPool, asked: Asked) -> tuple[Any, RequestTimes | None]:
+    """For a server: what comes of ``asked``, as from the calls for asyncio, and how long that took."""
+    future = await pool._entered(asked)
+    return await result_of(future), future.times
 
 
 async def given(answer: Answer[None]) -> None:

@@ -223,6 +223,8 @@ class PoolStats:
         exits: workers that ended, by the reason of their `WorkerExit`; not those that ended with the pool.
         callers: the counters of each caller by its name: of all that have a request pending, and of the 1,000 others
             that had one last. A caller that was forgotten and comes back is counted from 0.
+        slice_sizes: ``slices`` by their pairs: how many had at most so many, and more than half of that. The keys are
+            powers of two.
     """
 
     submitted: int = 0
@@ -247,6 +249,7 @@ class PoolStats:
     reloads: int = 0
     exits: dict[str, int] = field(default_factory=dict)
     callers: dict[str, CallerStats] = field(default_factory=dict)
+    slice_sizes: dict[int, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

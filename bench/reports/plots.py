@@ -175,9 +175,28 @@ def cluster(report: Report) -> None:
     right.legend(frameon=False, fontsize=7)
 
 
+def serve(report: Report) -> None:
+    """A panel for each load, a bar for each contender; and one of small requests beside a large one."""
+    found = rows_of(report, "pairs/s")
+    loads = list(dict.fromkeys((row.of["clients"], row.of["documents"]) for row in found))
+    delays = [row for row in rows_of(report, "p99, ms") if "clients" not in row.of]
+    axes = panels(len(loads) + bool(delays), 2, 1.5)
+    for axis, (clients, documents) in zip(axes, loads, strict=False):
+        of = {"clients": clients, "documents": documents}
+        bars(axis, [row for row in found if of.items() <= row.of.items()], lambda row: row.of["contender"])
+        axis.set_title(f"{clients} client{'s' * (clients > 1)}, {documents} documents: pairs/s", loc="left")
+    if delays:
+        bars(axes[-1], delays, lambda row: next(iter(row.of.values())))
+        axes[-1].set_title(f"{next(iter(delays[0].of))}: p99, ms", loc="left")
+        axes[-1].set_xscale("log")
+
+
 PAINTERS: dict[str, Callable[[Report], None]] = {
     painter.__name__: painter
-    for painter in (throughput, latency, scale, memory, load, start, growth, backends, models, weights, reuse, cluster)
+    for painter in (
+        *(throughput, latency, scale, memory, load, start, growth, backends),
+        *(models, weights, reuse, cluster, serve),
+    )
 }
 
 

@@ -549,7 +549,7 @@ class Deployment:
             slot.took(slice_, outcome.seconds, now)
             self._scored = True
             self._blamed.clear()
-            self._take_scores(slot, slice_, outcome)
+            self._take_scores(slot, slice_, outcome, now)
         if slot.state is SlotState.READY:
             slot.worn_out = self._worn(slot)
             if slot.worn_out is not None:
@@ -562,7 +562,7 @@ class Deployment:
             self._launch(slot, now)
         self._settle(slot, now)
 
-    def _take_scores(self, slot: Slot[Slice], slice_: Slice, scored: Scored) -> None:
+    def _take_scores(self, slot: Slot[Slice], slice_: Slice, scored: Scored, now: float) -> None:
         """Give the scores of ``slice_`` to the requests that want them; what has no score fails them."""
         scores = np.frombuffer(scored.scores, dtype=np.float32)
         if scored.num_labels is not None:
@@ -584,15 +584,21 @@ class Deployment:
                 else:
                     error = ScoringError("", cause=f"its score is {scores[place]}")
                     self._blame_raised(slot, suspect, error)
+        began_at = now - scored.seconds
+        for request, _ in slice_.parts:
+            request.began(began_at)
         for request in self.queue.fill(slice_, scores, scored.readings, refused):
             self._counts.split_requests += request.slices > 1
-            request.resolve()
+            request.began(began_at)  # once more, or for the first time: all its pairs went out for other requests
+            request.complete(now)
             self._on_done(request, "completed")
 
     def _count_slice(self, slice_: Slice, scored: Scored) -> None:
         counts, readings = self._counts, scored.readings
         counts.slices += 1
         counts.gathered_slices += len(slice_.parts) > 1
+        size = 1 << (len(slice_) - 1).bit_length()
+        counts.slice_sizes[size] = counts.slice_sizes.get(size, 0) + 1
         counts.scored_pairs += len(slice_)
         counts.busy_seconds += scored.seconds
         if readings is not None and (tokens := sum(readings.tokens)):

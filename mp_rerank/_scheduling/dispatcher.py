@@ -215,6 +215,7 @@ class Dispatcher:
                 pending_requests=self._pending,
                 pending_pairs=self._admission.pairs,
                 exits=dict(self._counts.exits),
+                slice_sizes=dict(self._counts.slice_sizes),
                 callers=self._callers.snapshot(),
             )
 

@@ -23,11 +23,19 @@ from concurrent.futures import CancelledError, Future
 from concurrent.futures import TimeoutError as FutureTimeoutError  # another than the built-in one before Python 3.11
 from concurrent.futures._base import CANCELLED, CANCELLED_AND_NOTIFIED, FINISHED, RUNNING
 from concurrent.futures.process import _ExecutorManagerThread
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 from mp_rerank._checks import is_for_ever
 
-__all__ = ["SIGNAL_CHECK_SECONDS", "Answer", "PoolFuture", "check_may_wait", "is_pool_thread", "result_of"]
+__all__ = [
+    "SIGNAL_CHECK_SECONDS",
+    "Answer",
+    "PoolFuture",
+    "RequestTimes",
+    "check_may_wait",
+    "is_pool_thread",
+    "result_of",
+]
 
 _T = TypeVar("_T")
 
@@ -138,6 +146,18 @@ class Answer(Generic[_T]):
             fn()
 
 
+class RequestTimes(NamedTuple):
+    """How long a request took, in seconds.
+
+    Attributes:
+        waited: from its submission until a worker began with it: for room, for its turn, for a worker.
+        scored: from then until its last score was there. What several workers did at once counts once.
+    """
+
+    waited: float
+    scored: float
+
+
 class PoolFuture(Future[Any]):
     """A future whose done-callbacks run on threads of their own, and which can be interrupted at any moment.
 
@@ -147,10 +167,14 @@ class PoolFuture(Future[Any]):
     Either its owner cancels it or the pool resolves it: whoever is first to decide. The methods of ``Future`` that take
     its lock while it may still be resolved are replaced; ``wait`` and ``as_completed`` of the standard library, which
     take it too, keep their weakness.
+
+    Attributes:
+        times: how long the request took, once it is done; ``None`` where no worker scored the whole of it.
     """
 
     def __init__(self) -> None:
         super().__init__()
+        self.times: RequestTimes | None = None
         self._settled = Answer[None]()
 
     def claim(self) -> bool:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import enum
 import itertools
+import math
+import time
 from collections import deque
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from concurrent.futures import InvalidStateError
@@ -13,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mp_rerank._pairs import PLAIN, Pair, PairOptions, Reading, Score, estimate_pair, estimate_text
-from mp_rerank._scheduling.futures import Answer, PoolFuture
+from mp_rerank._scheduling.futures import Answer, PoolFuture, RequestTimes
 from mp_rerank._workers.child import WorkerFacts
 from mp_rerank.results import RerankResult, Scores
 
@@ -148,6 +150,7 @@ class Request:
         self.on_scores = on_scores
         self.future = PoolFuture()
         self.admitted = Answer[None]()
+        self._submitted_at = time.monotonic()
 
         # Longest first: what goes out together is then of like length, and the short ones fill the gaps at the end.
         self.order = sorted(range(len(pairs)), key=tokens.__getitem__, reverse=True)
@@ -167,6 +170,7 @@ class Request:
         self.waiting_tokens = 0
         self.missing = len(self.pairs)
         self.slices = 0
+        self._began_at = math.inf  # when a worker began with the first of its slices that were scored
         self.virtual_time = 0.0
         self.queued = False  # whether it stands in the queue's order of service
         self._places: dict[PendingPair, list[int]] = {}  # of ``wanted``, once somebody follows the scores
@@ -185,6 +189,16 @@ class Request:
         self.on_scores(
             [(index, pair.score) for pair in pairs for index in self._places[pair] if pair.score is not None]
         )
+
+    def began(self, at: float) -> None:
+        """Note that a worker began at ``at`` with a slice that gave it scores."""
+        self._began_at = min(self._began_at, at)
+
+    def complete(self, now: float) -> None:
+        """Give the future its result, and how long all of it took."""
+        began_at = max(self._submitted_at, self._began_at)  # an equal pair may have been there before
+        self.future.times = RequestTimes(began_at - self._submitted_at, max(0.0, now - began_at))
+        self.resolve()
 
     def resolve(self) -> None:
         """Give the future its result: everything, or what is there."""

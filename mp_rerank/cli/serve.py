@@ -17,7 +17,8 @@ __all__ = ["DESCRIPTION", "HELP", "add_arguments", "call"]
 HELP = "serve models over HTTP"
 DESCRIPTION = (
     "Serve models over HTTP, in the dialects of text-embeddings-inference, Jina, vLLM, Infinity and Cohere. "
-    "SIGTERM: finish what is there and leave; a second one: leave at once; SIGHUP: read the API keys again."
+    "SIGTERM: finish what is there and leave; a second one: leave at once; SIGHUP: read the API keys again; "
+    "SIGUSR1: load the models anew, as their files are now."
 )
 
 # The part of the machine's memory that workers may take.

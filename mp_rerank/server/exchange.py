@@ -116,7 +116,6 @@ class Scoring:
     async def _scored(self, exchange: _Exchange, model: ServedModel, job: Job, caller: Caller) -> Outcome:
         left = max(0.001, self._limits.timeout - exchange.seconds())
         job.options["timeout"] = min(job.options.get("timeout", left), left)
-        begun = time.perf_counter()
         try:
             outcome = await _while_there(exchange.request, score(model, job, caller.name))
         except (RerankError, TypeError, ValueError) as error:
@@ -126,8 +125,9 @@ class Scoring:
                     "request %s: %s [mp-rerank explain request-failed]", exchange.request_id, refused.message
                 )
             raise refused from error
-        exchange.score_seconds = time.perf_counter() - begun
-        self._metrics.score_seconds.labels(model.name).observe(exchange.score_seconds)
+        if outcome.times is not None:
+            self._metrics.wait_seconds.labels(model.name).observe(outcome.times.waited)
+            self._metrics.score_seconds.labels(model.name).observe(outcome.times.scored)
         self._metrics.pairs.labels(model.name).observe(job.size)
         return outcome
 
@@ -149,7 +149,6 @@ class _Exchange:
         self.request_id = request_id_of(request)
         self.dialect: Dialect = dialect_of(request.url.path, None)
         self.job: Job | None = None
-        self.score_seconds = 0.0
         self._begun = time.perf_counter()
 
     def seconds(self) -> float:
@@ -219,15 +218,22 @@ async def _disconnected(request: Request) -> None:
 
 
 def _headers(exchange: _Exchange, model: ServedModel, outcome: Outcome) -> dict[str, str]:
-    """TEI's timing headers, in milliseconds as there, and the request's id."""
+    """TEI's headers, times in milliseconds as there, and the request's id.
+
+    TEI's time of tokenization is missing: workers tokenize as they score.
+    """
     assert exchange.job is not None
+    total = str(round(exchange.seconds() * 1000))
     headers = {
         REQUEST_ID_HEADER: exchange.request_id,
         "x-compute-type": "cpu" if model.on_cpu else "gpu",
         "x-compute-characters": str(exchange.job.characters),
-        "x-compute-time": str(round(exchange.score_seconds * 1000)),
-        "x-total-time": str(round(exchange.seconds() * 1000)),
+        "x-compute-time": total,  # TEI, too, has it twice
+        "x-total-time": total,
     }
+    if outcome.times is not None:
+        headers["x-queue-time"] = str(round(outcome.times.waited * 1000))
+        headers["x-inference-time"] = str(round(outcome.times.scored * 1000))
     if outcome.tokens is not None:
         headers["x-compute-tokens"] = str(outcome.tokens)
     if outcome.unscored:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 import mp_rerank
@@ -18,15 +18,16 @@ __all__ = ["CONTENT_TYPE", "Metrics"]
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300)
 SIZES = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000)
+SLICE_SIZES = tuple(2**n for n in range(11))
 
 # Counters of `PoolStats`: the metric, and what it is.
 OF_STATS = {
     "submitted": ("requests_submitted", "Requests that the pool took."),
     "scored_pairs": ("pairs_scored", "Pairs that workers scored."),
-    "scored_tokens": ("tokens_scored", "Tokens of them that models have read, where they tell."),
+    "scored_tokens": ("tokens_scored", "Tokens that models read of the pairs that workers scored."),
     "coalesced_pairs": ("pairs_coalesced", "Pairs that got their score together with an equal one."),
     "cached_pairs": ("pairs_cached", "Pairs whose score had been kept."),
-    "slices": ("slices_scored", "Slices that workers scored; pairs by slices is the mean batch."),
+    "slices": ("slices_scored", "Slices that workers scored: what one is given at a time."),
     "busy_seconds": ("worker_busy_seconds", "Time that workers spent scoring, summed over them."),
     "restarts": ("worker_restarts", "Workers started to replace another."),
 }
@@ -50,9 +51,16 @@ class Metrics:
             buckets=SECONDS,
             registry=self.registry,
         )
+        self.wait_seconds = Histogram(
+            "mp_rerank_wait_seconds",
+            "Time until a worker began with a request, of requests that were scored.",
+            ["model"],
+            buckets=SECONDS,
+            registry=self.registry,
+        )
         self.score_seconds = Histogram(
             "mp_rerank_score_seconds",
-            "Time that a request's pairs waited and were scored, of requests that were scored.",
+            "Time from then until its last score was there.",
             ["model"],
             buckets=SECONDS,
             registry=self.registry,
@@ -69,6 +77,7 @@ class Metrics:
         info = Gauge("mp_rerank_info", "1, with the version.", ["version"], registry=self.registry)
         info.labels(mp_rerank.__version__).set(1)
         self.registry.register(_OfPools(models))
+        ProcessCollector(registry=self.registry)
 
     def exposition(self) -> bytes:
         """All of it, as Prometheus reads it. Asks the system for the memory of each worker: for another thread."""
@@ -95,6 +104,7 @@ class _OfPools(Collector):
             yield counter
         yield from self._requests(stats)
         yield self._exits(stats)
+        yield self._slices(stats)
         yield from self._workers(models)
 
     def _requests(self, stats: dict[str, PoolStats]) -> Iterator[Metric]:
@@ -118,6 +128,17 @@ class _OfPools(Collector):
             for reason, count in of_model.exits.items():
                 exits.add_metric([model, reason], count)
         return exits
+
+    def _slices(self, stats: dict[str, PoolStats]) -> Metric:
+        sizes = HistogramMetricFamily("mp_rerank_slice_pairs", "Pairs of a slice.", labels=["model"])
+        for model, of_model in stats.items():
+            counts = of_model.slice_sizes
+            buckets: list[tuple[str, float]] = [
+                (str(float(most)), sum(count for size, count in counts.items() if size <= most)) for most in SLICE_SIZES
+            ]
+            buckets.append(("+Inf", of_model.slices))
+            sizes.add_metric([model], buckets, sum_value=of_model.scored_pairs)
+        return sizes
 
     def _workers(self, models: list[ServedModel]) -> Iterator[Metric]:
         states = GaugeMetricFamily("mp_rerank_workers", "Seats, by their state.", labels=["model", "state"])

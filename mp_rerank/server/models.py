@@ -12,6 +12,7 @@ from typing import Any
 
 from mp_rerank._planning.checkpoint import folder_of
 from mp_rerank.config import ModelSpec
+from mp_rerank.errors import RerankError
 from mp_rerank.model_pools import ModelPools
 from mp_rerank.pool import RerankerPool
 from mp_rerank.results import WorkerInfo
@@ -63,6 +64,14 @@ class ServedModel:
     def load(self) -> None:
         """Load and prove it, and wait for that; errors as of ``RerankerPool.start``."""
         self.pool.start()
+        self._learn()
+
+    def reload(self) -> None:
+        """Load and prove it anew, as its files are now, and wait for that; errors as of ``RerankerPool.reload``."""
+        self.pool.reload(self.pool.spec)
+        self._learn()
+
+    def _learn(self) -> None:
         info: WorkerInfo | None = next((worker for worker in self.pool.workers() if worker.state == "ready"), None)
         if info is not None:
             self.max_length, self.num_labels, self.dtype = info.max_length, info.num_labels, info.dtype
@@ -138,6 +147,16 @@ class Models:
         for model in self._served.values():
             model.load()
             logger.info("%s is ready: %d workers", model.name, len(model.pool.workers()))
+
+    def reload(self) -> None:
+        """Load and prove all anew, one after the other, without a pause. What cannot be stays as it is."""
+        for model in self._served.values():
+            try:
+                model.reload()
+            except (RerankError, ValueError) as error:
+                logger.error("%s stays as it was: %s [mp-rerank explain model-not-loaded-anew]", model.name, error)
+            else:
+                logger.warning("%s is loaded anew", model.name)
 
     def close(self, *, drain: bool) -> None:
         """End all workers, and wait until they are gone."""

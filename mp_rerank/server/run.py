@@ -3,6 +3,7 @@
 SIGTERM, SIGINT   take no more connections, answer what is there, end the workers, leave
 a second one      leave at once; workers are killed
 SIGHUP            read the API keys again
+SIGUSR1           load the models anew, as their files are now, and switch to them
 """
 
 from __future__ import annotations
@@ -82,6 +83,7 @@ async def _serve(
     server = Server(config, app)
     _on_hangup(app, keys)
     loading = asyncio.ensure_future(asyncio.to_thread(models.load))
+    _on_user_signal(models, loading)
 
     def loaded(_: object) -> None:
         if loading.exception() is None:
@@ -120,6 +122,22 @@ def _on_hangup(app: App, keys: Callable[[], Keys] | None) -> None:
 
     if keys is not None and hasattr(signal, "SIGHUP"):
         asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, read_again)
+
+
+def _on_user_signal(models: Models, loading: asyncio.Future[None]) -> None:
+    latest = loading
+
+    def load_anew() -> None:
+        nonlocal latest
+        if latest.done():
+            latest = asyncio.ensure_future(asyncio.to_thread(models.reload))
+        else:
+            logger.warning(
+                "the models are being loaded: they are not loaded anew [mp-rerank explain models-still-loading]"
+            )
+
+    if hasattr(signal, "SIGUSR1"):
+        asyncio.get_running_loop().add_signal_handler(signal.SIGUSR1, load_anew)
 
 
 @contextlib.contextmanager

@@ -9,6 +9,9 @@ from typing import Any
 
 import numpy as np
 
+from mp_rerank._calls import Asked
+from mp_rerank._scheduling.futures import RequestTimes
+from mp_rerank.pool import scored_in
 from mp_rerank.results import RerankResult, Scores
 from mp_rerank.server.models import IDENTITY, SIGMOID, ServedModel
 
@@ -68,6 +71,7 @@ class Outcome:
         scores: of each pair, where no ranking is asked for; NaN for those that were not scored in time.
         results: what the pool said of each document in the order of the documents; none of pairs.
         tokens: the tokens that the model has read; ``None``: not known.
+        times: how long it waited and was scored; ``None`` where no worker scored the whole of it.
     """
 
     ranked: list[tuple[int, float | None]] = field(default_factory=list)
@@ -75,6 +79,7 @@ class Outcome:
     scores: Scores | None = None
     results: list[RerankResult] = field(default_factory=list)
     tokens: int | None = None
+    times: RequestTimes | None = None
 
 
 async def score(model: ServedModel, job: Job, caller: str) -> Outcome:
@@ -83,11 +88,13 @@ async def score(model: ServedModel, job: Job, caller: str) -> Outcome:
     pairs = job.pairs
     if pairs is None and not job.ranking and model.num_labels != 1:
         pairs = [(job.query, document) for document in job.documents]
+    options: Any = {**job.options, "caller": caller}
     if pairs is not None:
-        scores = await model.pool.asubmit_pairs(pairs, caller=caller, **job.options)
-        return Outcome(scores=activated(scores, activation))
-    results = await model.pool.arerank(job.query, job.documents, caller=caller, **job.options)
+        scores, times = await scored_in(model.pool, Asked.scores_of(pairs, options))
+        return Outcome(scores=activated(scores, activation), times=times)
+    results, times = await scored_in(model.pool, Asked.ranking_of(job.query, job.documents, None, options))
     outcome = _ranked(results, job, activation) if job.ranking else _each(results, activation)
+    outcome.times = times
     read = [result.tokens for result in results if result.tokens is not None]
     outcome.tokens = sum(read) if read else None
     return outcome

@@ -644,6 +644,18 @@ def test_mistakes_are_named_where_they_are_made(make_pools: MakePools) -> None:
     assert pools.stats().models == ()
 
 
+def test_a_model_is_loaded_anew_in_its_place(make_pools: MakePools) -> None:
+    pools = make_pools("8GiB")
+    pool = pools.pool(A)
+    pool.reload(A)  # it was not loaded: that is all
+    assert pool.stats().reloads == 0
+    pool.reload(A)
+    assert pool.stats().reloads == 1
+    assert pool.rerank("query", DOCUMENTS) == ranked("query", DOCUMENTS)
+    until(lambda: [kept.requests for kept in pools.stats().models] == [0])
+    assert pools.stats().started == 1
+
+
 def test_streams_and_callers_hold_their_pool_too(make_pools: MakePools, fifo: Fifo) -> None:
     pools = make_pools(SIZE)
     caller = pools.pool(A).for_caller("agent")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any
@@ -29,6 +30,29 @@ def held(make_pool: MakePool, fifo: Fifo) -> tuple[RerankerPool, Future[Any]]:
     pool.submit("query", [fifo.order])
     fifo.wait_until_read()
     return pool, pool.submit("query", documents(3))
+
+
+def test_a_future_knows_how_long_its_request_waited_and_was_scored(make_pool: MakePool, fifo: Fifo) -> None:
+    pool = make_pool(workers=1).start()
+    first: Any = pool.submit("query", [fifo.order])
+    fifo.wait_until_read()
+    begun = time.monotonic()
+    second: Any = pool.submit("query", documents(3))
+    equal: Any = pool.submit("query", documents(2))
+    until(lambda: pool.stats().pending_requests == 3)
+    waiting = time.monotonic()
+    until(lambda: time.monotonic() - waiting > 0.05)
+    held = time.monotonic() - waiting
+    fifo.release()
+    for future in (first, second, equal):
+        future.result(PATIENCE)
+    taken = time.monotonic() - begun
+    assert first.times.scored >= held
+    for future in (second, equal):
+        assert held <= future.times.waited <= sum(future.times) <= taken + 1e-6
+    stats = pool.stats()
+    assert stats.slice_sizes == {1: 1, 4: 1}
+    assert stats.slices == 2
 
 
 def test_one_that_sleeps_delays_nobody(held: tuple[RerankerPool, Future[Any]], fifo: Fifo) -> None:

@@ -315,7 +315,13 @@ def test_metrics_are_what_prometheus_reads(plain: Running) -> None:
     assert exits["crashed"] >= 1
     assert sum(s.value for s in families["mp_rerank_workers"].samples) == 2
     assert all(s.value > 2**20 for s in families["mp_rerank_worker_resident_bytes"].samples)
-    assert families["mp_rerank_score_seconds"].type == "histogram"
+    for name, expected in {"wait_seconds": (1, None), "score_seconds": (1, None), "slice_pairs": (1, 2)}.items():
+        found = {s.name.rpartition("_")[2]: s.value for s in families[f"mp_rerank_{name}"].samples}
+        count, total = expected
+        assert families[f"mp_rerank_{name}"].type == "histogram"
+        assert found["count"] == count
+        assert total is None or found["sum"] == total
+    assert families["process_resident_memory_bytes"].samples[0].value > 2**20
     dashboard = (Path(__file__).parents[2] / "docs" / "grafana.json").read_text()
     shown = set(re.findall(r"mp_rerank_[a-z_]+", dashboard))
     assert len(shown) > 10

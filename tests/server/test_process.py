@@ -103,6 +103,28 @@ def test_sighup_reads_the_keys_again(tmp_path: Path) -> None:
         assert server.end() == 0
 
 
+def test_sigusr1_loads_the_models_anew(tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    with server_process(str(folder), "fakes:load_from_folder") as server, connect(server.url) as pool:
+        server.wait_for("(ready)")
+        before = {worker.pid for worker in pool.workers()}
+        scores = pool.rerank("query", ["a", "b"])
+        server.process.send_signal(signal.SIGUSR1)
+        server.wait_for("(is loaded anew)")
+        assert pool.stats().reloads == 1
+        after = {worker.pid for worker in pool.workers()}
+        assert not before & after
+        (folder / "config.json").unlink()
+        server.process.send_signal(signal.SIGUSR1)
+        server.wait_for("(stays as it was)")
+        assert {worker.pid for worker in pool.workers()} == after
+        assert pool.rerank("query", ["a", "b"]) == scores
+        server.process.send_signal(signal.SIGTERM)
+        assert server.end() == 0
+
+
 def test_a_unit_of_type_notify_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "notify"
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as systemd:
