@@ -18,6 +18,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "bench.speed.models",
         "ModernBERT, Ettin, XLM-R, DeBERTa and Qwen3 beside a locked model, in float32 and bfloat16",
     ),
+    "prefix": (
+        "bench.speed.prefix",
+        "what a decoder gains where pairs begin alike, by the lengths of beginning and document",
+    ),
     "latency": ("bench.speed.latency", "one request alone and beside others; the pool's own part, without a model"),
     "fairness": (
         "bench.speed.fairness",

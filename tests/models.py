@@ -30,8 +30,12 @@ Le pain est fait de farine, d'eau, de sel et de levure. Die Vögel fliegen mit i
 كم عدد سكان برلين؟ כמה אנשים גרים בברלין? बर्लिन में कितने लोग रहते हैं?
 """.strip().splitlines()
 
-ENCODERS = ("bert", "roberta", "xlm-roberta", "deberta-v2", "electra", "modernbert", "albert", "distilbert")
-DECODERS = ("qwen3", "llama", "qwen2", "mistral", "gemma3")
+#: "gte": the "new" architecture of Alibaba's GTE, as far as the installed transformers has it
+ENCODERS = (
+    *("bert", "roberta", "xlm-roberta", "deberta-v2", "electra", "modernbert", "albert", "distilbert"),
+    *(("gte",) if hasattr(transformers, "GteConfig") else ()),
+)
+DECODERS = ("qwen3", "llama", "qwen2", "mistral", "gemma", "gemma2", "gemma3")
 #: An encoder without a head, a pooling of first tokens, and linear layers: as Ettin's rerankers are. Needs
 #: sentence-transformers 6.
 MODULAR = "ettin"
@@ -174,6 +178,8 @@ def _model(family: str, tokenizer: Any, num_labels: int) -> Any:
         renamed = {"hidden_size": "dim", "intermediate_size": "hidden_dim", "num_hidden_layers": "n_layers"}
         renamed["num_attention_heads"] = "n_heads"
         config = transformers.DistilBertConfig(**{renamed.get(name, name): value for name, value in size.items()})
+    elif family == "gte":
+        config = transformers.GteConfig(**size)
     elif family in ("modernbert", MODULAR):
         config = transformers.ModernBertConfig(
             **size,
@@ -192,6 +198,18 @@ def _model(family: str, tokenizer: Any, num_labels: int) -> Any:
         config = transformers.Qwen2Config(**size, num_key_value_heads=2)
     elif family == "mistral":
         config = transformers.MistralConfig(**size, num_key_value_heads=2, sliding_window=16)
+    elif family == "gemma":
+        config = transformers.GemmaConfig(**size, num_key_value_heads=1, head_dim=8)
+    elif family == "gemma2":  # so low that scores feel it
+        config = transformers.Gemma2Config(
+            **size,
+            num_key_value_heads=2,
+            head_dim=8,
+            query_pre_attn_scalar=8,
+            sliding_window=16,
+            layer_types=["sliding_attention", "full_attention"],
+            attn_logit_softcapping=0.5,
+        )
     elif family == "gemma3":  # every other layer has a window
         config = transformers.Gemma3TextConfig(
             **size,

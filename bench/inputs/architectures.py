@@ -13,10 +13,11 @@ import transformers
 from sentence_transformers import CrossEncoder
 from sentence_transformers.base.modules import Dense, Transformer
 from sentence_transformers.sentence_transformer.modules import LayerNorm, Pooling
+from tokenizers.processors import TemplateProcessing
 
 from mp_rerank.config import BUILTIN_FOLDER
 
-__all__ = ["ARCHITECTURES", "make_architecture"]
+__all__ = ["ARCHITECTURES", "make_architecture", "make_decoder"]
 
 #: what Qwen3's reranker is asked, in our words: one prefix for all documents of a query, and a short end
 CHAT_TEMPLATE = """<|im_start|>system
@@ -40,6 +41,19 @@ def make_architecture(name: str, folder: str) -> str:
     if name != "minilm-l6":
         tokenizer.model_input_names = ["input_ids", "attention_mask"]
     return ARCHITECTURES[name](Path(folder), tokenizer)
+
+
+def make_decoder(folder: str, layers: int) -> str:
+    """Save a reranker of Qwen3-0.6B's shape with so many layers and a classification head in `folder`; its path.
+
+    A pair is its query's tokens and its document's, and nothing else.
+    """
+    torch.manual_seed(0)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(BUILTIN_FOLDER)
+    tokenizer.model_input_names = ["input_ids", "attention_mask"]
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="$A", pair="$A $B", special_tokens=[])
+    tokenizer.model_max_length = 2048
+    return classifier(Path(folder), tokenizer, family="qwen3", **_size(1024, 3072, layers, 16), **QWEN3)
 
 
 def classifier(folder: Path, tokenizer: Any, *, family: str, **size: Any) -> str:

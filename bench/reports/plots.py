@@ -16,7 +16,7 @@ __all__ = ["draw"]
 
 OURS = "#1f6f8b"
 OTHERS = "#b8c4cc"
-SERIES = ("#1f6f8b", "#e08e45", "#7a9e47", "#9a4f7d", "#555555")
+SERIES = ("#1f6f8b", "#e08e45", "#7a9e47", "#9a4f7d", "#555555", "#c2453c")
 
 
 def draw(report: Report, out: Path) -> list[Path]:
@@ -138,6 +138,20 @@ def models(report: Report) -> None:
     bars_in_panels(report, "times the lock", "contender", "model", "{}: times the lock")
 
 
+def prefix(report: Report) -> None:
+    """By the length of a document, a line for each length in common: beside predict, and beside no sharing."""
+    measures = ("times CrossEncoder.predict", "times not shared")
+    for axis, measure in zip(panels(len(measures), 2, 3), measures, strict=True):
+        found = rows_of(report, measure)
+        for color, count in zip(SERIES, distinct(found, "tokens in common"), strict=False):
+            of = [row for row in found if row.of["tokens in common"] == count]
+            lines(axis, of, "tokens of a document", f"{count} tokens in common", color)
+        axis.set(title=measure, yscale="log")
+        axis.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        axis.yaxis.set_minor_formatter(lambda value, _: f"{value:g}")
+    axis.legend(frameon=False, fontsize=7)
+
+
 def weights(report: Report) -> None:
     """All workers' memory by their number: a panel for each start method, a line for each setting of the weights."""
     found = rows_of(report, "PSS of all, MiB")
@@ -195,7 +209,7 @@ PAINTERS: dict[str, Callable[[Report], None]] = {
     painter.__name__: painter
     for painter in (
         *(throughput, latency, scale, memory, load, start, growth, backends),
-        *(models, weights, reuse, cluster, serve),
+        *(models, prefix, weights, reuse, cluster, serve),
     )
 }
 

@@ -1,8 +1,9 @@
 """`python -m bench models`: the architectures people choose, each beside one locked model, in float32 and in 16 bits.
 
 A pool and the locked model take turns, round after round, so that other work on the machine slows both alike; the
-ratio is of each round's two rates. One dtype at a time, since the larger shapes take gigabytes. Weights are random:
-speed does not depend on them.
+ratio is of each round's two rates. Each agent has one request pending at a time; small shapes have so many a round that
+its beginning and end, when some cores have nothing to compute, hardly count. One dtype at a time, since the larger
+shapes take gigabytes. Weights are random: speed does not depend on them.
 
 The share says how much of the cores' possible rate the linear layers of the pool reach: its rate times the operations
 of their products, for all tokens of a pair, beside that of cores that do nothing but multiply matrices of these shapes.
@@ -33,6 +34,8 @@ from bench.speed.contenders import BASELINE, Setting, load_model, locked, pool
 
 TOKENS = 1024
 DTYPES = ("float32", "bfloat16")
+#: requests of an agent a round; of the shapes that are not named, one
+REQUESTS = {"minilm-l6": 6, "ettin-17m": 8, "modernbert-base": 2}
 
 
 def main(argv: Sequence[str]) -> int:
@@ -41,6 +44,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--shapes", nargs="+", choices=ARCHITECTURES, default=list(ARCHITECTURES), metavar="SHAPE")
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES), metavar="DTYPE")
     parser.add_argument("--agents", type=int, default=4, help="threads, each with a request (default 4)")
+    parser.add_argument("--requests", type=int, help=f"requests of an agent a round (default {REQUESTS}, others 1)")
     parser.add_argument("--documents", type=int, default=16, help="documents a request (default 16)")
     parser.add_argument("--words", type=int, default=60, help="mean words of a document (default 60)")
     parser.add_argument("--rounds", type=int, default=3, help="rounds each takes (default 3)")
@@ -51,7 +55,8 @@ def main(argv: Sequence[str]) -> int:
     for shape in options.shapes:
         with tempfile.TemporaryDirectory() as folder:
             setting = Setting(make_architecture(shape, folder), options.workers, options.agents)
-            requests = make_requests(options.agents, options.documents, options.words)
+            count = options.agents * (options.requests or REQUESTS.get(shape, 1))
+            requests = make_requests(count, options.documents, options.words)
             for dtype in options.dtypes:
                 compare(report, shape, dtype, setting, requests, options.rounds)
                 save(report, options.out)
@@ -68,12 +73,13 @@ def compare(report: Report, shape: str, dtype: str, setting: Setting, requests: 
     rates: dict[str, list[float]] = {BASELINE: [], "mp_rerank": []}
     scores = {}
     with locked(setting) as theirs, pool(setting, dtype) as ours:
-        for turn in range(rounds + 1):  # the first is a warm-up
+        for run in (theirs, ours):
+            run(requests[: setting.agents])  # to warm up
+        for _ in range(rounds):
             for name, run in ((BASELINE, theirs), ("mp_rerank", ours)):
                 start = time.perf_counter()
                 scores[name] = np.concatenate(run(requests))
-                if turn:
-                    rates[name].append(pairs / (time.perf_counter() - start))
+                rates[name].append(pairs / (time.perf_counter() - start))
     times = [a / b for a, b in zip(rates["mp_rerank"], rates[BASELINE], strict=True)]
     operations = tokens * sum(2 * rows * columns * count for (rows, columns), count in products.items())
     of = {"model": shape, "contender": f"mp_rerank, {dtype}"}

@@ -2,8 +2,8 @@
 
     padded batch  ->  PackedBatch: the tokens of all pairs, end to end  ->  layers  ->  padded batch, for the head
 
-Linear layers, norms and activations see each token by itself. Only attention has to know which tokens belong together:
-it is replaced, through transformers' attention interface, by one that goes by the ``PackedBatch`` of its thread.
+Linear layers, norms and activations see each token by itself. Only attention has to know which tokens belong together
+(``attention``).
 
 A pair is one *segment* of the row. In a model whose tokens attend to earlier ones only, pairs that begin alike (with
 the same system prompt, instruction and query) need their common beginning once. It is then a segment of its own, the
@@ -19,11 +19,10 @@ from __future__ import annotations
 
 import threading
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -31,7 +30,6 @@ import torch
 
 __all__ = [
     "LENGTH_MULTIPLE",
-    "NAME",
     "TOKEN_MULTIPLE",
     "LengthBucket",
     "PackedBatch",
@@ -39,21 +37,14 @@ __all__ = [
     "batch_here",
     "common_beginning",
     "current_batch",
-    "register_attention",
 ]
 
-#: the name under which transformers finds the attention below
-NAME = "mp_rerank_packed"
 #: A row has a multiple of so many tokens. oneDNN makes a kernel for every number of tokens and keeps it, and memory of
 #: ever new sizes is fragmented: with a model of 18 MB a worker grew by 760 MB in 600 batches, and now by 100.
 TOKEN_MULTIPLE = 32
 #: In attention, a segment is padded to a multiple of this. Of a vector register that is not full, each number is
 #: computed by itself, which takes twice as long for 31 or 63 tokens as for 32 or 64.
 LENGTH_MULTIPLE = 16
-#: of the layers that make keys and values, in models of BERT's and of DistilBERT's family
-KEY_VALUE_NAMES = (("key", "value"), ("k_lin", "v_lin"))
-#: what attention may be asked for besides, and is not done here
-UNKNOWN = ("softcap", "s_aux", "position_bias")
 
 Numbers = npt.NDArray[np.int64]
 
@@ -189,8 +180,8 @@ class PackedBatch:
         looks_ahead: whether some token may attend to a later one; known once attention was computed.
         all_states: hidden states of all tokens, shape (1, tokens, width), while a layer is given only ``chosen`` ones.
         chosen: for each pair the token of the row whose state alone the head reads; ``None``: all of them.
-        rotates: whether rotary positions are computed by complex numbers (``fused``).
-        rotations: those numbers, by the id of what they are made of, and that.
+        rotates: whether rotary positions are computed in fewer passes (``fused``).
+        rotations: the id of a cosine -> that cosine, and what states are multiplied with.
     """
 
     def __init__(self, mask: torch.Tensor, tokens: torch.Tensor | None = None, shortest: int = 0) -> None:
@@ -232,7 +223,7 @@ class PackedBatch:
         self.all_states: torch.Tensor | None = None
         self.chosen: torch.Tensor | None = None
         self.rotates = False
-        self.rotations: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        self.rotations: dict[int, tuple[torch.Tensor, tuple[torch.Tensor, ...]]] = {}
 
     def _bucket(self, before: int, padded_length: int, segments: list[Segment]) -> LengthBucket:
         lengths = np.array([segment.length for segment in segments])
@@ -324,137 +315,3 @@ def attending_by(batch: PackedBatch) -> Iterator[None]:
         yield
     finally:
         del _here.batch
-
-
-# Attention within each pair of a packed batch.
-
-
-@dataclass(eq=False)
-class _Rule:
-    """Which tokens of a pair may attend to which, by their positions in it: the model's own mask function.
-
-    Layers of one kind (global, or with a sliding window) are given the same rule.
-    """
-
-    allows: Callable[..., Any]
-    _masks: dict[LengthBucket, tuple[torch.Tensor | None, bool]] = field(default_factory=dict)
-
-    def mask(self, bucket: LengthBucket) -> tuple[torch.Tensor | None, bool]:
-        """The mask for a bucket, of a shape that expands to (segments, 1, asking, keys), and whether it is a triangle.
-
-        ``None``: all may be attended to, or all in a triangle.
-        """
-        if bucket not in self._masks:
-            self._masks[bucket] = self._make(bucket)
-        return self._masks[bucket]
-
-    def _make(self, bucket: LengthBucket) -> tuple[torch.Tensor | None, bool]:
-        keys = torch.arange(bucket.before + bucket.padded_length)
-        asking = keys[bucket.before :, None]
-        allowed = self._allowed(asking, keys)
-        looks_ahead = bool((allowed & (keys > asking)).any())
-        current_batch().looks_ahead |= looks_ahead
-        # Behind a segment's tokens is padding. Who looks at earlier tokens only does not see it.
-        if looks_ahead and len(bucket.real) < len(bucket.asking):
-            real = (keys < bucket.before + bucket.lengths[:, None])[:, None, None, :]
-            return (real if bool(allowed.all()) else allowed & real), False
-        if bool(allowed.all()):
-            return None, False
-        if not bucket.before and bool((allowed == (keys <= asking)).all()):
-            return None, True
-        return allowed[None, None], False
-
-    def mask_of_chosen(self, bucket: LengthBucket, which: torch.Tensor, asking: torch.Tensor) -> torch.Tensor:
-        """The mask for one asking token of each of the segments ``which``, shape (segments, 1, 1, keys).
-
-        Args:
-            asking: their positions in their pairs.
-        """
-        keys = torch.arange(bucket.before + bucket.padded_length)
-        real = keys < bucket.before + bucket.lengths[which, None]
-        return (self._allowed(asking[:, None], keys) & real)[:, None, None, :]
-
-    def _allowed(self, asking: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
-        zero = torch.zeros((), dtype=torch.long)
-        allowed: torch.Tensor = self.allows(zero, zero, asking, keys)
-        return allowed.expand(len(asking), len(keys))
-
-
-def register_attention() -> None:
-    """Let models of transformers find this attention, and its masks, under ``NAME``."""
-    from transformers import AttentionInterface
-    from transformers.masking_utils import AttentionMaskInterface
-
-    AttentionInterface.register(NAME, _attend)
-    AttentionMaskInterface.register(NAME, _make_rule)
-
-
-def _make_rule(*args: Any, mask_function: Callable[..., Any], **rest: Any) -> _Rule:
-    """In place of a mask: what it is made of."""
-    return _Rule(mask_function)
-
-
-def _attend(
-    module: torch.nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: Any,
-    scaling: float | None = None,
-    **rest: Any,
-) -> tuple[torch.Tensor, None]:
-    """Attention within each pair: tensors of shape (1, heads, tokens, width) to one of (1, tokens, heads, width)."""
-    if not isinstance(attention_mask, _Rule):
-        raise ValueError(f"{type(module).__name__} makes masks of its own")
-    for name in UNKNOWN:
-        if rest.get(name) is not None:
-            raise ValueError(f"{type(module).__name__} asks for attention with {name}")
-    packed = current_batch()
-    if packed.all_states is not None and query.shape[2] != packed.all_states.shape[1]:
-        heads, width = query.shape[1], query.shape[3]
-        key, value = (
-            project(packed.all_states).view(1, -1, heads, width).transpose(1, 2)
-            for project in _key_value_layers(module)
-        )
-    queries, keys, values = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
-    grouped = queries.shape[1] != keys.shape[1]
-    found = queries.new_zeros(queries.shape)
-    for bucket in packed.buckets:
-        longest = bucket.before + bucket.padded_length
-        keep = bucket.keys
-        if packed.all_states is not None:
-            assert packed.chosen is not None
-            which, pairs = bucket.ends
-            if not len(which):
-                continue
-            if len(which) < len(bucket.lengths):
-                keep = keep.view(-1, longest)[which].flatten()
-            chosen = packed.chosen[pairs]
-            mask: torch.Tensor | None
-            mask, causal = attention_mask.mask_of_chosen(bucket, which, packed.positions[chosen]), False
-            where = chosen if len(queries) == len(keys) else pairs
-            ask = queries[where, None]
-        else:
-            mask, causal = attention_mask.mask(bucket)
-            ask = queries.index_select(0, bucket.asking).unflatten(0, (-1, bucket.padded_length))
-        attended = torch.nn.functional.scaled_dot_product_attention(
-            ask.transpose(1, 2),
-            keys.index_select(0, keep).unflatten(0, (-1, longest)).transpose(1, 2),
-            values.index_select(0, keep).unflatten(0, (-1, longest)).transpose(1, 2),
-            attn_mask=mask,
-            is_causal=causal,
-            scale=scaling,
-            **({"enable_gqa": True} if grouped else {}),
-        )
-        answers = attended.transpose(1, 2).flatten(0, 1)
-        if packed.all_states is not None:
-            found[where] = answers
-        else:
-            found[bucket.span] = answers.index_select(0, bucket.real)
-    return found[None], None
-
-
-def _key_value_layers(attention: torch.nn.Module) -> list[torch.nn.Module]:
-    return next(
-        [attention.get_submodule(name) for name in names] for names in KEY_VALUE_NAMES if hasattr(attention, names[0])
-    )

@@ -279,22 +279,30 @@ def without_surrogates(text: str) -> str:
     return text
 
 
-def padded_batches(lengths: list[int], budget: int) -> Iterator[list[int]]:
-    """Cut pairs into batches, for a network that computes padding too.
+def padded_batches(lengths: list[int], budget: int, overhead: float) -> Iterator[list[int]]:
+    """Cut pairs into batches, for a network that computes padding too: so that all take the least time.
 
     Args:
         lengths: tokens of each pair.
         budget: tokens of one batch, each pair padded to its longest; a longer pair is a batch of its own.
+        overhead: of a further batch, as tokens that take as long.
 
     Yields:
         Indices of ``lengths``, longest first.
     """
     order = sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True)
+    # From the shortest pair on: what the pairs from ``start`` on cost at least, and where their first batch ends.
+    least, ends = [0.0] * (len(order) + 1), [0] * len(order)
+    for start in reversed(range(len(order))):
+        longest = lengths[order[start]]
+        last = min(len(order), start + max(1, budget // longest))
+        least[start], ends[start] = min(
+            ((stop - start) * longest + overhead + least[stop], stop) for stop in range(start + 1, last + 1)
+        )
     start = 0
     while start < len(order):
-        size = max(1, budget // lengths[order[start]])
-        yield order[start : start + size]
-        start += size
+        yield order[start : ends[start]]
+        start = ends[start]
 
 
 def even_batches(lengths: list[int], budget: int) -> list[list[int]]:

@@ -1,8 +1,8 @@
 """Linear layers with their weights prepacked for oneDNN: the same products, in about half the time on many CPUs.
 
 ``nn.Linear`` gives its weight to the BLAS library as it lies in memory, in every call. oneDNN can lay a weight out
-once, for this CPU's registers and caches, and apply a GELU to products that are still in them. ``torch.compile`` with
-freezing uses the same two operators.
+once, for this CPU's registers and caches, and apply an activation to products that are still in them, or add or
+multiply other numbers. ``torch.compile`` with freezing uses the same operators.
 
 In float32, a few layers of each shape are timed as the worker starts, which takes a fraction of a second, and only
 shapes that are faster prepacked are prepacked. If scores would differ, none is. In bfloat16, where oneDNN computes in
@@ -15,6 +15,7 @@ import math
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ import torch
 from mp_rerank._engine.packed import TOKEN_MULTIPLE
 from mp_rerank._engine.parity import Scores, keep_if_equal
 
-__all__ = ["prepack"]
+__all__ = ["plus", "prepack", "times"]
 
 # Tokens of input that the layout is chosen for and timed with: about half a batch.
 TIMED_TOKENS = 512
@@ -34,8 +35,15 @@ TRIALS = 5
 FEW_TOKENS = 64
 # A layer is prepacked if it then takes at most this share of its time.
 WORTHWHILE = 0.97
-# The names under which encoders of BERT's family keep a layer and the activation that follows it.
-ACTIVATION_AFTER = {"dense": "intermediate_act_fn", "lin1": "activation"}
+# The names under which models keep a layer and the activation that follows it; the last is ``fused``'s own.
+ACTIVATION_AFTER = {"dense": "intermediate_act_fn", "lin1": "activation", "gate_proj": "act_fn", "first": "act"}
+Applied = tuple[str, list[Any], str]  # how oneDNN is asked for an activation
+NOTHING: Applied = ("none", [], "")
+ACTIVATIONS: list[tuple[Callable[[torch.Tensor], torch.Tensor], Applied]] = [
+    (torch.nn.functional.gelu, ("gelu", [], "none")),
+    (partial(torch.nn.functional.gelu, approximate="tanh"), ("gelu", [], "tanh")),
+    (torch.nn.functional.silu, ("swish", [], "")),
+]
 
 
 def prepack(
@@ -61,11 +69,11 @@ def prepack(
 
     def change() -> None:
         with torch.inference_mode():
-            gelus = _gelus(model)
+            activations = _activations(model)
             if names is None:
-                packed.extend(_worthwhile(_candidates(model), gelus))
+                packed.extend(_worthwhile(_candidates(model), activations))
             else:
-                packed.extend(_Packed(linear, gelus.get(linear)) for linear in map(model.get_submodule, names))
+                packed.extend(_Packed(linear, activations.get(linear)) for linear in map(model.get_submodule, names))
         for layer in packed:
             layer.replace()
 
@@ -82,38 +90,56 @@ def prepack(
     return [found[layer.linear] for layer in packed], ""
 
 
-class _Packed:
-    """A linear layer with its weight packed, and the exact GELU that follows it, if one does.
+def times(linear: torch.nn.Module, input: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
+    """``linear(input) * factor``, without a pass over memory of its own where ``linear`` is prepacked."""
+    packed = vars(linear).get("forward")
+    return packed(input, factor, "mul") if isinstance(packed, _Packed) else linear(input).mul_(factor)
 
-    ``replace`` puts it in the layer's place, and lets the GELU's module return what it is given. Then comes ``restore``
-    or ``free_plain_weight``.
+
+def plus(linear: torch.nn.Module, input: torch.Tensor, summand: torch.Tensor) -> torch.Tensor:
+    """``linear(input) + summand``, without a pass over memory of its own where ``linear`` is prepacked."""
+    packed = vars(linear).get("forward")
+    return packed(input, summand, "add") if isinstance(packed, _Packed) else linear(input).add_(summand)
+
+
+class _Packed:
+    """A linear layer with its weight packed, and the activation that follows it, if one does that oneDNN can apply.
+
+    ``replace`` puts it in the layer's place, and lets the activation's module return what it is given. Then comes
+    ``restore`` or ``free_plain_weight``.
     """
 
-    def __init__(self, linear: torch.nn.Linear, gelu: torch.nn.Module | None = None) -> None:
+    def __init__(self, linear: torch.nn.Linear, activation: torch.nn.Module | None = None) -> None:
         self.linear = linear
-        self._gelu = gelu
+        self._activation = activation
         self._plain_weight: torch.Tensor | None = linear.weight.data
         self._weight = torch.ops.mkldnn._reorder_linear_weight(self._plain_weight, TIMED_TOKENS)
         self._bias = None if linear.bias is None else linear.bias.detach()
-        self._activation: tuple[str, list[Any], str] = ("none", [], "") if gelu is None else ("gelu", [], "none")
+        self._applied = (None if activation is None else _as_onednn(activation)) or NOTHING
 
-    def __call__(self, input: torch.Tensor) -> torch.Tensor:
+    def __call__(self, input: torch.Tensor, other: torch.Tensor | None = None, operation: str = "") -> torch.Tensor:
+        """The layer's output; with ``other``, that output and ``other`` added (``"add"``) or multiplied (``"mul"``)."""
         tokens = input.shape[:-1].numel()
         if tokens <= FEW_TOKENS or tokens % TOKEN_MULTIPLE == 0:
-            return self._product(input)
+            if other is None:
+                return self._product(input)
+            return torch.ops.mkldnn._linear_pointwise.binary(input, other, self._weight, self._bias, operation)
         padded = torch.nn.functional.pad(input.flatten(0, -2), (0, 0, 0, -tokens % TOKEN_MULTIPLE))
-        return self._product(padded)[:tokens].unflatten(0, input.shape[:-1])
+        product = self._product(padded)[:tokens].unflatten(0, input.shape[:-1])
+        if other is None:
+            return product
+        return product.add_(other) if operation == "add" else product.mul_(other)
 
     def _product(self, input: torch.Tensor) -> torch.Tensor:
-        product: torch.Tensor = torch.ops.mkldnn._linear_pointwise(input, self._weight, self._bias, *self._activation)
+        product: torch.Tensor = torch.ops.mkldnn._linear_pointwise(input, self._weight, self._bias, *self._applied)
         return product
 
     def replace(self) -> None:
         weight = self.linear.weight.data
         self.linear.weight.data = weight.new_full((1, 1), math.nan).expand(weight.shape)
         self.linear.forward = self
-        if self._gelu is not None:
-            self._gelu.forward = _identity
+        if self._activation is not None:
+            self._activation.forward = _identity
 
     def free_plain_weight(self) -> None:
         """After this, there is no ``restore``."""
@@ -122,20 +148,20 @@ class _Packed:
     def restore(self) -> None:
         if self._plain_weight is not None:
             self.linear.weight.data = self._plain_weight
-        for module in (self.linear, self._gelu):
+        for module in (self.linear, self._activation):
             if module is not None:
                 vars(module).pop("forward", None)
 
 
-def _worthwhile(linears: list[torch.nn.Linear], gelus: dict[torch.nn.Linear, torch.nn.Module]) -> list[_Packed]:
+def _worthwhile(linears: list[torch.nn.Linear], activations: dict[torch.nn.Linear, torch.nn.Module]) -> list[_Packed]:
     """The layers of those shapes that are faster packed, as a few layers of each shape show; in bfloat16 all."""
     alike: dict[tuple[Any, ...], list[torch.nn.Linear]] = defaultdict(list)
     for linear in linears:
         shape = linear.in_features, linear.out_features
-        alike[linear.weight.dtype, shape, linear.bias is None, linear in gelus].append(linear)
+        alike[linear.weight.dtype, shape, linear.bias is None, linear in activations].append(linear)
     chosen: list[_Packed] = []
     for (dtype, *_), group in alike.items():
-        layers = [(linear, gelus.get(linear)) for linear in group]
+        layers = [(linear, activations.get(linear)) for linear in group]
         packed = [_Packed(*layer) for layer in layers[:TIMED_LAYERS]]
         plain = [torch.nn.Sequential(*filter(None, layer)) for layer in layers[:TIMED_LAYERS]]
         input = torch.randn(TIMED_TOKENS, group[0].in_features, dtype=dtype)
@@ -158,8 +184,8 @@ def _share_of_time(
     return best[0] / best[1]
 
 
-def _gelus(model: torch.nn.Module) -> dict[torch.nn.Linear, torch.nn.Module]:
-    """Linear layers and the exact GELU that follows each."""
+def _activations(model: torch.nn.Module) -> dict[torch.nn.Linear, torch.nn.Module]:
+    """Linear layers and the activation that follows each, of those that oneDNN can apply."""
     found = {}
     for module in model.modules():
         for layer_name, activation_name in ACTIVATION_AFTER.items():
@@ -168,15 +194,17 @@ def _gelus(model: torch.nn.Module) -> dict[torch.nn.Linear, torch.nn.Module]:
                 isinstance(layer, torch.nn.Linear)
                 and isinstance(activation, torch.nn.Module)
                 and "forward" not in vars(activation)
-                and _is_exact_gelu(activation)
+                and _as_onednn(activation)
             ):
                 found[layer] = activation
     return found
 
 
-def _is_exact_gelu(activation: torch.nn.Module) -> bool:
-    probe = torch.linspace(-3, 3, 61)  # float32 tells the exact one from its approximation
-    return bool(torch.equal(activation(probe), torch.nn.functional.gelu(probe)))
+def _as_onednn(activation: torch.nn.Module) -> Applied | None:
+    """How oneDNN is asked for ``activation``, if it has it."""
+    probe = torch.linspace(-3, 3, 61)  # float32 tells the exact GELU from its approximation
+    found = activation(probe)
+    return next((name for function, name in ACTIVATIONS if torch.equal(found, function(probe))), None)
 
 
 def _identity(input: torch.Tensor) -> torch.Tensor:

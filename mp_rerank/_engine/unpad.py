@@ -18,7 +18,8 @@ from typing import Any
 
 import torch
 
-from mp_rerank._engine.packed import NAME, PackedBatch, attending_by, current_batch, register_attention
+from mp_rerank._engine.attention import NAME, register_attention
+from mp_rerank._engine.packed import PackedBatch, attending_by, current_batch
 from mp_rerank._engine.parity import Scores, keep_if_equal
 
 __all__ = ["has_vocabulary_score", "head_only", "packing_forward", "score_logits", "share_beginnings", "unpad"]
@@ -29,8 +30,9 @@ ENCODER_NAMES = ("encoder", "transformer")
 LAYERS_NAMES = ("layer", "layers")
 #: A common beginning of fewer tokens is not worth a segment of its own.
 SHORTEST_BEGINNING = 16
-#: of the norm before attention, and of the linear layer at attention's end, in layers that have such a norm
-PRE_NORM_NAMES = (("attn_norm", "attn.Wo"), ("input_layernorm", "self_attn.o_proj"))
+#: of what attention is given all states by, itself or the norm before it, and of the linear layer at its end; in layers
+#: of other families attention makes keys and values of ``PackedBatch.all_states``
+ATTENTION_NAMES = (("attn_norm", "attn.Wo"), ("input_layernorm", "self_attn.o_proj"), ("self_attn", "self_attn.o_proj"))
 
 
 def unpad(network: torch.nn.Module, dtype: str, predict: Callable[[], Scores] | None) -> str:
@@ -48,24 +50,27 @@ def unpad(network: torch.nn.Module, dtype: str, predict: Callable[[], Scores] | 
     attention = getattr(getattr(network, "config", None), "_attn_implementation", None)
     if not isinstance(base, torch.nn.Module) or "forward" in vars(base):
         return "this is no plain model of transformers"
-    if attention != "sdpa":
-        return f"its attention is {attention!r}, not 'sdpa'"
+    if attention != ("sdpa" if getattr(network, "_supports_sdpa", True) else "eager"):
+        return f"its attention is {attention!r}, not transformers' own choice"
     if not getattr(network, "_can_set_attn_implementation", bool)():  # setting it would do nothing and warn of it
         return "its attention does not go through transformers' interface"
     if "position_ids" not in inspect.signature(base.forward).parameters:
         return "it takes no positions"
     encoder = _find_encoder(base)
     packing = _PackingForward(base, unpacks=encoder is base)
+    pooler = getattr(base, "pooler", None) if encoder is base else None
 
     def change() -> None:
         register_attention()
         network.set_attn_implementation(NAME)
         if encoder is not base:
             encoder.forward = _UnpackingForward(encoder)
+        if pooler is not None:
+            pooler.forward = _of_unpacked(pooler.forward)
         base.forward = packing
 
     def undo() -> None:
-        for part in (base, encoder):
+        for part in filter(None, (base, encoder, pooler)):
             vars(part).pop("forward", None)
         network.set_attn_implementation(attention)
 
@@ -141,11 +146,8 @@ def head_only(network: torch.nn.Module, dtype: str, predict: Callable[[], Scores
     if layers is None or len(layers) < 2 or "forward" in vars(layers[-1]):
         return "it has no list of layers"
     last = layers[-1]
-    norms = [
-        (last.get_submodule(norm), last.get_submodule(linear))
-        for norm, linear in PRE_NORM_NAMES
-        if hasattr(last, norm) and "." in linear and hasattr(last, linear.partition(".")[0])
-    ]
+    parts = dict(last.named_modules())
+    ends = [(parts[entry], parts[end]) for entry, end in ATTENTION_NAMES if entry in parts and end in parts]
     replaced: list[torch.nn.Module] = []
 
     def replace(part: torch.nn.Module, forward: Callable[..., Any]) -> None:
@@ -155,9 +157,9 @@ def head_only(network: torch.nn.Module, dtype: str, predict: Callable[[], Scores
     def change() -> None:
         plain = last.forward
         replace(last, lambda hidden_states, *args, **rest: plain(_only_chosen(hidden_states), *args, **rest))
-        for norm, linear in norms[:1]:
-            replace(norm, _of_all(norm.forward))
-            replace(linear, _of_chosen(linear.forward))
+        for entry, end in ends[:1]:
+            replace(entry, _of_all(entry.forward))
+            replace(end, _of_chosen(end.forward))
 
     def undo() -> None:
         for part in replaced:
@@ -216,7 +218,7 @@ class _PackingForward:
 
     Attributes:
         shortest: the shortest common beginning that is computed once; 0: none.
-        rotates: whether rotary positions are computed by complex numbers (``fused``).
+        rotates: whether rotary positions are computed in fewer passes (``fused``).
         looks_ahead: whether some of its tokens attend to later ones.
         saved, shared: tokens left out so far; and those of them that were common.
     """
@@ -281,6 +283,10 @@ class _UnpackingForward:
         return output
 
 
+def _of_unpacked(pooler: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[torch.Tensor], torch.Tensor]:
+    return lambda states: pooler(current_batch().unpack(states))
+
+
 def _only_chosen(hidden_states: torch.Tensor) -> torch.Tensor:
     """The states that the last layer is given, and all set aside for its attention."""
     packed = current_batch()
@@ -288,11 +294,9 @@ def _only_chosen(hidden_states: torch.Tensor) -> torch.Tensor:
     return hidden_states[:, packed.choose("first" if packed.looks_ahead else "last")]
 
 
-def _of_all(norm: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[torch.Tensor], torch.Tensor]:
-    def forward(hidden_states: torch.Tensor) -> torch.Tensor:
-        states = current_batch().all_states
-        assert states is not None
-        return norm(states)
+def _of_all(part: Callable[..., Any]) -> Callable[..., Any]:
+    def forward(hidden_states: torch.Tensor, *args: Any, **rest: Any) -> Any:
+        return part(current_batch().all_states, *args, **rest)
 
     return forward
 

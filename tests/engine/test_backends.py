@@ -69,7 +69,7 @@ def test_a_pool_scores_as_a_cross_encoder_whoever_asks_at_once(backend: str, ber
 
 @pytest.mark.parametrize("family", models.FAMILIES)
 def test_every_architecture(backend: str, family: str, tmp_path: Path) -> None:
-    if backend == "openvino" and family in (models.LOGIT_SCORE, "mistral", "gemma3"):
+    if backend == "openvino" and family in (models.LOGIT_SCORE, "mistral", "gemma", "gemma2", "gemma3"):
         pytest.skip("OpenVINO makes NaN of tokens that may attend to none, which the proof finds")
     folder = models.build(family, tmp_path)
     engine = Engine(ModelSpec(folder, backend=backend), "cpu", 1, 256)

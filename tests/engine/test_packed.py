@@ -23,7 +23,15 @@ from mp_rerank._engine.pipeline import equal_batches, shared_batches  # noqa: E4
 
 pytestmark = pytest.mark.real
 
-SHARING = ("qwen3", "llama", "mistral", "gemma3", *([models.LOGIT_SCORE] if models.has_logit_score() else []))
+SHARING = (
+    "qwen3",
+    "llama",
+    "mistral",
+    "gemma",
+    "gemma2",
+    "gemma3",
+    *([models.LOGIT_SCORE] if models.has_logit_score() else []),
+)
 
 
 def engine(folder: str, **options: Any) -> Engine:

@@ -165,8 +165,15 @@ def test_even_batches_hold_about_equally_many_tokens_and_every_pair_once() -> No
     assert even_batches([9, 300], 256) == [[1, 0]], "a batch of nine tokens costs more than it saves"
 
 
-def test_padded_batches_hold_every_pair_once_and_as_many_as_fit() -> None:
+def test_padded_batches_hold_every_pair_once_and_cost_least() -> None:
     lengths = [3, 90, 10, 10, 40, 7, 512, 30, 30, 60]
-    batches = list(padded_batches(lengths, 256))
-    assert [[lengths[i] for i in batch] for batch in batches] == [[512], [90, 60], [40, 30, 30, 10, 10, 7], [3]]
-    assert sorted(i for batch in batches for i in batch) == list(range(len(lengths)))
+
+    def cut(overhead: float) -> list[list[int]]:
+        batches = list(padded_batches(lengths, 256, overhead))
+        assert sorted(i for batch in batches for i in batch) == list(range(len(lengths)))
+        return [[lengths[i] for i in batch] for batch in batches]
+
+    assert cut(256) == [[512], [90, 60], [40, 30, 30], [10, 10, 7, 3]], "as few as can be, and then with least padding"
+    assert cut(16) == [[512], [90], [60], [40], [30, 30], [10, 10, 7, 3]]
+    assert cut(0) == [[number] for number in sorted(lengths, reverse=True)]
+    assert list(padded_batches([9] * 5, 36, 0.1)) == [[0], [1, 2, 3, 4]]

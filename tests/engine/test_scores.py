@@ -38,8 +38,9 @@ DOCUMENTS = [
 ]
 
 
-#: Families that pools are tried with. The tests of the engine have all of them.
-KINDS = [family for family in models.FAMILIES if family not in ("electra", "albert", "distilbert", "mistral", "qwen2")]
+#: Families that pools are not tried with, but only the engine within them.
+WITHIN = ("electra", "albert", "distilbert", "gte", "mistral", "qwen2", "gemma", "gemma2")
+KINDS = [family for family in models.FAMILIES if family not in WITHIN]
 
 
 class Rivals(NamedTuple):

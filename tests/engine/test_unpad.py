@@ -14,8 +14,9 @@ torch = pytest.importorskip("torch")
 models = pytest.importorskip("models")
 from transformers.models.bert import modeling_bert  # noqa: E402
 
-from mp_rerank._engine import packed as module  # noqa: E402
+from mp_rerank._engine import attention as module  # noqa: E402
 from mp_rerank._engine.engine import Engine  # noqa: E402
+from mp_rerank._engine.packed import TOKEN_MULTIPLE  # noqa: E402
 
 pytestmark = pytest.mark.real
 
@@ -58,9 +59,9 @@ def test_no_layer_sees_padding_but_what_fills_a_row_up(tmp_path: Path) -> None:
     unpadded.predict(PAIRS)
     assert {len(shape) for shape in seen} == {3}
     assert {shape[0] for shape in seen} == {1}
-    assert {shape[1] % module.TOKEN_MULTIPLE for shape in seen} == {0}
+    assert {shape[1] % TOKEN_MULTIPLE for shape in seen} == {0}
     more = sum(shape[1] for shape in seen) - 2 * sum(unpadded.readings.tokens)  # two layers
-    assert 0 < more < module.TOKEN_MULTIPLE * len(seen)
+    assert 0 < more < TOKEN_MULTIPLE * len(seen)
 
 
 @needs_interface
@@ -71,7 +72,7 @@ def test_attention_pads_pairs_to_full_vector_registers(tmp_path: Path, monkeypat
     attend, seen = torch.nn.functional.scaled_dot_product_attention, []
 
     def spy(query: Any, key: Any, value: Any, **options: Any) -> Any:
-        seen.append((key.shape[2], 0 if options["attn_mask"] is None else int((~options["attn_mask"]).sum())))
+        seen.append((key.shape[2], 0 if options["attn_mask"] is None else int(options["attn_mask"].isinf().sum())))
         return attend(query, key, value, **options)
 
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", spy)

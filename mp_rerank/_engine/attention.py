@@ -1,0 +1,193 @@
+"""Attention within each pair of a packed batch, in the place of a model's own.
+
+transformers calls attention, and what makes its masks, through interfaces. Registered there under ``NAME``, the
+functions below go by the ``PackedBatch`` of their thread: each of its buckets is a padded batch to torch's attention.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+
+from mp_rerank._engine.packed import LengthBucket, current_batch
+
+__all__ = ["NAME", "register_attention"]
+
+#: the name under which transformers finds this attention
+NAME = "mp_rerank_packed"
+#: of the layers that make keys and values, in models of BERT's and of DistilBERT's family
+KEY_VALUE_NAMES = (("key", "value"), ("k_lin", "v_lin"))
+#: what attention may be asked for besides, and is not done here
+UNKNOWN = ("s_aux", "position_bias")
+
+
+@dataclass(eq=False)
+class _Rule:
+    """Which tokens of a pair may attend to which, by their positions in it: the model's own mask function.
+
+    Layers of one kind (global, or with a sliding window) are given the same rule.
+    """
+
+    allows: Callable[..., Any]
+    _masks: dict[LengthBucket, tuple[torch.Tensor | None, bool]] = field(default_factory=dict)
+
+    def mask(self, bucket: LengthBucket, dtype: torch.dtype) -> tuple[torch.Tensor | None, bool]:
+        """The mask for a bucket, of a shape that expands to (segments, 1, asking, keys), and whether it is a triangle.
+
+        It is added to products: 0 where tokens may be attended to, else -inf. torch would make that of truth values
+        anew in every layer. ``None``: all may be attended to, or all in a triangle.
+        """
+        if bucket not in self._masks:
+            allowed, causal = self._make(bucket)
+            self._masks[bucket] = (None if allowed is None else _additive(allowed, dtype)), causal
+        return self._masks[bucket]
+
+    def _make(self, bucket: LengthBucket) -> tuple[torch.Tensor | None, bool]:
+        keys = torch.arange(bucket.before + bucket.padded_length)
+        asking = keys[bucket.before :, None]
+        allowed = self._allowed(asking, keys)
+        looks_ahead = bool((allowed & (keys > asking)).any())
+        current_batch().looks_ahead |= looks_ahead
+        # Behind a segment's tokens is padding. Who looks at earlier tokens only does not see it.
+        if looks_ahead and len(bucket.real) < len(bucket.asking):
+            real = (keys < bucket.before + bucket.lengths[:, None])[:, None, None, :]
+            return (real if bool(allowed.all()) else allowed & real), False
+        if bool(allowed.all()):
+            return None, False
+        if not bucket.before and bool((allowed == (keys <= asking)).all()):
+            return None, True
+        return allowed[None, None], False
+
+    def mask_of_chosen(
+        self, bucket: LengthBucket, which: torch.Tensor, asking: torch.Tensor, dtype: torch.dtype
+    ) -> torch.Tensor:
+        """The mask for one asking token of each of the segments ``which``, shape (segments, 1, 1, keys).
+
+        Args:
+            asking: their positions in their pairs.
+        """
+        keys = torch.arange(bucket.before + bucket.padded_length)
+        real = keys < bucket.before + bucket.lengths[which, None]
+        return _additive((self._allowed(asking[:, None], keys) & real)[:, None, None, :], dtype)
+
+    def _allowed(self, asking: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+        zero = torch.zeros((), dtype=torch.long)
+        allowed: torch.Tensor = self.allows(zero, zero, asking, keys)
+        return allowed.expand(len(asking), len(keys))
+
+
+def _additive(allowed: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    return torch.zeros(allowed.shape, dtype=dtype).masked_fill_(~allowed, -torch.inf)
+
+
+def register_attention() -> None:
+    """Let models of transformers find this attention, and its masks, under ``NAME``."""
+    from transformers import AttentionInterface
+    from transformers.masking_utils import AttentionMaskInterface
+
+    AttentionInterface.register(NAME, _attend)
+    AttentionMaskInterface.register(NAME, _make_rule)
+
+
+def _make_rule(*args: Any, mask_function: Callable[..., Any], **rest: Any) -> _Rule:
+    """In place of a mask: what it is made of."""
+    return _Rule(mask_function)
+
+
+def _attend(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: Any,
+    scaling: float | None = None,
+    softcap: float | None = None,
+    **rest: Any,
+) -> tuple[torch.Tensor, None]:
+    """Attention within each pair: tensors of shape (1, heads, tokens, width) to one of (1, tokens, heads, width)."""
+    if not isinstance(attention_mask, _Rule):
+        raise ValueError(f"{type(module).__name__} makes masks of its own")
+    for name in UNKNOWN:
+        if rest.get(name) is not None:
+            raise ValueError(f"{type(module).__name__} asks for attention with {name}")
+    packed = current_batch()
+    if packed.all_states is not None and query.shape[2] != packed.all_states.shape[1]:
+        heads, width = query.shape[1], query.shape[3]
+        key, value = (
+            project(packed.all_states).view(1, -1, heads, width).transpose(1, 2)
+            for project in _key_value_layers(module)
+        )
+    queries, keys, values = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
+    grouped = queries.shape[1] != keys.shape[1]
+    attend = torch.nn.functional.scaled_dot_product_attention if softcap is None else partial(_softcapped, softcap)
+    found = queries.new_empty(queries.shape)
+    if packed.all_states is None:
+        found[packed.count :] = 0  # what fills the row up; of chosen ones, nobody reads the others
+    for bucket in packed.buckets:
+        longest = bucket.before + bucket.padded_length
+        keep = bucket.keys
+        if packed.all_states is not None:
+            assert packed.chosen is not None
+            which, pairs = bucket.ends
+            if not len(which):
+                continue
+            if len(which) < len(bucket.lengths):
+                keep = keep.view(-1, longest)[which].flatten()
+            chosen = packed.chosen[pairs]
+            mask: torch.Tensor | None
+            mask, causal = (
+                attention_mask.mask_of_chosen(bucket, which, packed.positions[chosen], query.dtype),
+                False,
+            )
+            where = chosen if len(queries) == len(keys) else pairs
+            ask = queries[where, None]
+        else:
+            mask, causal = attention_mask.mask(bucket, query.dtype)
+            ask = queries.index_select(0, bucket.asking).unflatten(0, (-1, bucket.padded_length))
+        attended = attend(
+            ask.transpose(1, 2),
+            keys.index_select(0, keep).unflatten(0, (-1, longest)).transpose(1, 2),
+            values.index_select(0, keep).unflatten(0, (-1, longest)).transpose(1, 2),
+            attn_mask=mask,
+            is_causal=causal,
+            scale=scaling,
+            **({"enable_gqa": True} if grouped else {}),
+        )
+        answers = attended.transpose(1, 2).flatten(0, 1)
+        if packed.all_states is not None:
+            found[where] = answers
+        else:
+            found[bucket.span] = answers.index_select(0, bucket.real)
+    return found[None], None
+
+
+def _softcapped(
+    softcap: float,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attn_mask: torch.Tensor | None,
+    is_causal: bool,
+    scale: float | None,
+    enable_gqa: bool = False,
+) -> torch.Tensor:
+    """Attention as torch's, but that the products of queries and keys stay within ``softcap``, as in Gemma 2."""
+    if enable_gqa:
+        key, value = (tensor.repeat_interleave(query.shape[1] // key.shape[1], dim=1) for tensor in (key, value))
+    products = query @ key.transpose(2, 3) * (query.shape[3] ** -0.5 if scale is None else scale)
+    products = torch.tanh(products / softcap) * softcap
+    if is_causal:
+        attn_mask = _additive(torch.ones(products.shape[2:], dtype=torch.bool).tril(), products.dtype)
+    if attn_mask is not None:
+        products += attn_mask
+    return products.softmax(-1, dtype=torch.float32).to(value.dtype) @ value
+
+
+def _key_value_layers(attention: torch.nn.Module) -> list[torch.nn.Module]:
+    return next(
+        [attention.get_submodule(name) for name in names] for names in KEY_VALUE_NAMES if hasattr(attention, names[0])
+    )

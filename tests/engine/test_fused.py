@@ -1,0 +1,83 @@
+"""Gates, residuals and rotations in fewer passes over memory give what the model's own parts do."""
+
+from __future__ import annotations
+
+import weakref
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from mp_rerank import ModelSpec
+
+torch = pytest.importorskip("torch")
+models = pytest.importorskip("models")
+from test_unpad import PAIRS, needs_interface  # noqa: E402
+
+from mp_rerank._engine import fused, prepack  # noqa: E402
+from mp_rerank._engine.engine import Engine  # noqa: E402
+
+pytestmark = [
+    pytest.mark.real,
+    pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch is built without oneDNN"),
+]
+
+
+@pytest.fixture
+def always(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every shape is worth packing, also those too small to gain by it."""
+    monkeypatch.setattr(prepack, "_share_of_time", lambda *times: 0.0)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("tokens", [1, 63, 64, 70, 96])
+def test_what_a_product_is_added_to_or_multiplied_with(packed: bool, tokens: int) -> None:
+    """Also where the number of tokens is none that oneDNN is given."""
+    linear = torch.nn.Linear(8, 4)
+    with torch.inference_mode():
+        states, other = torch.randn(1, tokens, 8), torch.randn(1, tokens, 4)
+        expected = linear(states)
+        if packed:
+            prepack._Packed(linear).replace()
+        torch.testing.assert_close(prepack.times(linear, states, other), expected * other, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(prepack.plus(linear, states, other), expected + other, rtol=1e-5, atol=1e-5)
+
+
+@needs_interface
+@pytest.mark.usefixtures("always")
+@pytest.mark.parametrize("family", ["bert", "modernbert", "gte", "qwen3", "gemma"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_scores_are_the_plain_model_s(family: str, dtype: str, tmp_path: Path) -> None:
+    if family not in models.FAMILIES:
+        pytest.skip("this transformers has no such model")
+    folder = models.build(family, tmp_path)
+    fewer = Engine(ModelSpec(folder, dtype=dtype), "cpu", None, 256).optimize()
+    assert fewer.recipe.fewer_passes
+    limit = 1e-5 if dtype == "float32" else 0.05
+    expected = models.load(folder, "cpu").predict(PAIRS)
+    np.testing.assert_allclose(fewer.predict(PAIRS), expected, rtol=limit, atol=limit)
+
+
+@needs_interface
+@pytest.mark.usefixtures("always")
+def test_a_layer_cut_in_two_is_not_kept_as_a_whole(tmp_path: Path) -> None:
+    engine = Engine(ModelSpec(models.build("modernbert", tmp_path)), "cpu", None, 256)
+    mlp = engine.model.model.model.layers[0].mlp
+    whole = weakref.ref(mlp.Wi)
+    engine.optimize()
+    assert whole() is None
+    assert {name for name, _ in mlp.named_children()} >= {"first", "gate", "Wo"}
+
+
+@needs_interface
+def test_parts_that_would_compute_something_else_are_put_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = models.build("modernbert", tmp_path)
+    times = fused.times
+    monkeypatch.setattr(fused, "times", lambda *given: 1.01 * times(*given))  # so little passes for rounding at first
+    engine = Engine(ModelSpec(folder, prepack=False), "cpu", None, 256).optimize()
+    assert not engine.recipe.fewer_passes
+    part: Any = engine.model.model.model.layers[0].mlp
+    assert part.Wi.out_features == 2 * part.Wo.in_features
+    assert "forward" not in vars(part)
+    np.testing.assert_allclose(engine.predict(PAIRS), models.load(folder, "cpu").predict(PAIRS), rtol=1e-5, atol=1e-5)
