@@ -78,7 +78,8 @@ def main(argv: Sequence[str]) -> int:
 def measure(method: str, model: ModelSpec, workers: int) -> dict[str, float]:
     """Start a pool, kill workers, wait for the next, and close it; what was measured, by name."""
     begun = time.perf_counter()
-    with RerankerPool(model, devices="cpu", workers=workers, start_method=method) as pool:
+    patient = workers + 3  # until the pool has noticed that all were killed, the request may go to one after the other
+    with RerankerPool(model, devices="cpu", workers=workers, start_method=method, max_attempts=patient) as pool:
         started = time.perf_counter()
         for wave in range(WAVES):  # every worker is idle, and gets its part
             pool.rerank(QUERY, [f"{wave}.{i}: {DOCUMENT}" for i in range(DOCUMENTS * workers)])
