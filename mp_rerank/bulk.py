@@ -36,6 +36,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from datetime import timedelta
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
@@ -158,7 +159,7 @@ def rerank_run(
             pool.start()
         start = time.perf_counter()
         if found:
-            logger.info("%s: it has %d of %d queries, and is gone on with", one_line(output), found, len(counts))
+            logger.info("%s: %d of %d queries are there already", one_line(output), found, len(counts))
         with (
             tqdm(total=left, unit="pair", disable=None if progress is None else not progress) as bar,
             _InFlight(pool, out.write, _Told(output, left, bar.update).advance, options) as in_flight,
@@ -295,8 +296,8 @@ class _Told:
         self._last = now
         rate = self._done / (now - self._start)
         logger.info(
-            "%s: %d of %d pairs, %.0f a second, %.0f minutes left",
-            *(self._output, self._done, self._total, rate, (self._total - self._done) / rate / 60),
+            "%s: %d of %d pairs, %.0f a second, %s left",
+            *(self._output, self._done, self._total, rate, timedelta(seconds=round((self._total - self._done) / rate))),
         )
 
 

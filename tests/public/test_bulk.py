@@ -96,7 +96,7 @@ def test_the_log_tells_how_far_it_is(
     files.output.write_text("".join(expected().splitlines(keepends=True)[: len(RUN["q4"])]))
     caplog.clear()
     rerank_run(pool, **files.paths())
-    assert f"{files.output}: it has 1 of {len(RUN)} queries, and is gone on with" in caplog.messages
+    assert f"{files.output}: 1 of {len(RUN)} queries are there already" in caplog.messages
 
 
 def test_scores_keep_every_bit_they_have(pool: RerankerPool, files: Files) -> None:

@@ -79,7 +79,7 @@ def test_names_differ() -> None:
     ("line", "name"),
     [
         ("mp_rerank.errors.WorkerCrashedError: document 3 ended 3 workers", "WorkerCrashedError"),
-        ("WARNING:mp_rerank.pool:worker 0 on cpu died with exit code -9 (SIGKILL)", "worker-died"),
+        ("WARNING:mp_rerank.pool:worker 0 on cpu died with SIGKILL (exit code -9)", "worker-died"),
         ("worker 1 on cuda:0 is given up: 6 workers in a row ended", "worker-given-up"),
         ("worker 1: builtin could not be loaded on cpu: OSError()", "worker-not-loaded"),
         ("worker 1: worker 2 died with no text [mp-rerank explain worker-not-loaded]", "worker-not-loaded"),
