@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -14,7 +15,7 @@ import pytest
 from clusters import PATIENCE, ROOT, Processes, need_dask
 from conftest import ranked, until
 
-from mp_rerank import ModelPools, RerankerPool
+from mp_rerank import ModelPools, ModelSpec, RerankerPool
 
 MakePool = Callable[..., RerankerPool]
 DOCUMENTS = [f"document {i}" for i in range(200)]
@@ -44,6 +45,28 @@ def test_a_client_and_its_own_cluster_will_do(make_pool: MakePool) -> None:
             assert client.submit(sum, [1, 2]).result() == 3  # the cluster is still for other things too
         with make_pool(cluster=cluster, threads_per_worker=1) as pool:
             assert [info.threads for info in pool.workers()] == [1]
+
+
+def test_adaptive_scaling_follows_what_is_pending_as_the_page_has_it(make_pool: MakePool, tmp_path: Path) -> None:
+    need_dask()
+    from distributed import LocalCluster
+
+    page = (ROOT / "docs" / "cluster.md").read_text()
+    [block] = [block for block in re.findall(r"^```python\n(.*?)^```$", page, re.M | re.S) if "(Adaptive)" in block]
+    gate = tmp_path / "gate"
+    with (
+        LocalCluster(n_workers=1, threads_per_worker=1, dashboard_address=":0") as cluster,
+        make_pool(ModelSpec(str(gate), loader="fakes:load_gated"), cluster=cluster, cluster_timeout=20.0) as pool,
+    ):
+        gate.touch()  # from here on no worker scores, and a new one is proved once it is open
+        future = pool.submit("query", [f"document {i}" for i in range(4_000)])
+        exec(block, {"pool": pool, "cluster": cluster})
+        until(lambda: len(pool.workers()) == 2)  # the block asks for one for each 2,000 pairs
+        gate.unlink()
+        assert len(future.result(PATIENCE)) == 4_000
+        until(lambda: len(pool.workers()) == 1)
+        assert len(pool.rerank("query", ["document"])) == 1
+        assert pool.stats().failed == 0
 
 
 def test_the_callers_process_imports_no_torch(tmp_path: Path, dask_clusters: dict[int, str]) -> None:
