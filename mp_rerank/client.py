@@ -13,19 +13,17 @@ out, scores come back. Needs the extra ``client``.
 from __future__ import annotations
 
 import asyncio
-import json
 import math
 import os
 import random
-import threading
 import time
 import uuid
 import weakref
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import fields
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal, SupportsIndex, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, SupportsIndex, TypedDict
 from urllib.parse import quote
 
 import numpy as np
@@ -33,16 +31,15 @@ import numpy as np
 from mp_rerank._arguments import check_caller
 from mp_rerank._calls import Asked, RerankerCalls
 from mp_rerank._checks import check_flag, check_seconds, is_for_ever
+from mp_rerank._link import GRACE_SECONDS, Link, Refusal
 from mp_rerank._pairs import Reading
-from mp_rerank._scheduling.futures import SIGNAL_CHECK_SECONDS, PoolFuture, check_may_wait, is_pool_thread, result_of
+from mp_rerank._scheduling.futures import PoolFuture, check_may_wait, result_of
 from mp_rerank._scheduling.streams import AsyncScoreStream, Feed, ScoreStream
-from mp_rerank._wire import CALLER_HEADER, REQUEST_ID_HEADER, error_from_json, scores_from_json
+from mp_rerank._wire import CALLER_HEADER, REQUEST_ID_HEADER, scores_from_json
 from mp_rerank.errors import (
     ModelLoadError,
     PoolClosedError,
-    PoolOverloadedError,
     RequestTimeoutError,
-    RerankError,
     ScoringError,
     TextTooLongError,
     WorkerCrashedError,
@@ -50,18 +47,12 @@ from mp_rerank.errors import (
 from mp_rerank.results import CallerStats, PoolMemory, PoolStats, WorkerExit, WorkerInfo, WorkerMemory
 
 if TYPE_CHECKING:
-    import httpx
+    from typing_extensions import Unpack
 
 __all__ = ["RerankerClient", "connect"]
 
-_T = TypeVar("_T")
-
 ENVIRONMENT = "MP_RERANK_API_KEY"
-CONNECT_SECONDS = 5.0
-# Beyond a request's own timeout, which the server keeps: for its answer to come back.
-GRACE_SECONDS = 2.0
 RETRY_SECONDS, MAX_RETRY_SECONDS = 0.05, 2.0
-CONNECTIONS = 256
 # Of `RequestOptions`, those that the server follows as they are.
 OPTIONS = (
     "on_timeout",
@@ -79,17 +70,31 @@ CHUNK_CHARACTERS = 2_000_000
 CHUNKS_AT_A_TIME = 4
 
 
-def connect(
-    url: str,
-    *,
-    model: str | None = None,
-    api_key: str | None = None,
-    caller: str | None = None,
-    activation: Literal["sigmoid", "identity"] | None = None,
-    overload: Literal["block", "raise"] | float = "block",
-    retry_for: float = 30.0,
-) -> RerankerClient:
-    """A client of the server at ``url``. It connects with the first request, or with ``start()``.
+class ClientKeywords(TypedDict, total=False):
+    """What `RerankerClient` takes beside its URL, for type checkers and editors."""
+
+    model: str | None
+    api_key: str | None
+    caller: str | None
+    activation: Literal["sigmoid", "identity"] | None
+    overload: Literal["block", "raise"] | float
+    retry_for: float
+
+
+def connect(url: str, **options: Unpack[ClientKeywords]) -> RerankerClient:
+    """A client of the server at ``url``, with the options of `RerankerClient`. It connects with the first request."""
+    return RerankerClient(url, **options)
+
+
+class RerankerClient(RerankerCalls):
+    """A pool on a server; see ``RerankerPool`` for its calls.
+
+    Errors are the pool's own. Those of admission (``PoolOverloadedError``) and of a closed server come with the future.
+    ``ScoringError.details`` is only its cause: tracebacks stay with the server. Besides there is RerankError where the
+    server cannot be reached, or refuses the key, and ModelLoadError where it does not serve the model.
+
+    It connects with the first request, or with ``start()``. It may be pickled, its key with it, and used in a forked
+    process. ``close()`` ends the client, and not the server.
 
     Args:
         url: ``"http://host:port"``, ``"https://..."``, or ``"unix:/path"``.
@@ -105,26 +110,6 @@ def connect(
     Raises:
         TypeError, ValueError: naming the argument and its value.
         ModuleNotFoundError: httpx is not installed: the extra ``client``.
-    """
-    return RerankerClient(
-        url,
-        model=model,
-        api_key=api_key,
-        caller=caller,
-        activation=activation,
-        overload=overload,
-        retry_for=retry_for,
-    )
-
-
-class RerankerClient(RerankerCalls):
-    """A pool on a server; see `connect`, and ``RerankerPool`` for its calls.
-
-    Errors are the pool's own. Those of admission (``PoolOverloadedError``) and of a closed server come with the future.
-    ``ScoringError.details`` is only its cause: tracebacks stay with the server. Besides there is RerankError where the
-    server cannot be reached, or refuses the key, and ModelLoadError where it does not serve the model.
-
-    It may be pickled, its key with it, and used in a forked process. ``close()`` ends the client, and not the server.
 
     Attributes:
         url: the server's.
@@ -163,7 +148,7 @@ class RerankerClient(RerankerCalls):
         self._overload = overload
         self._retry_for = check_seconds("retry_for", retry_for)
         self._closed = False
-        self._links: dict[int, _Link] = {}  # by process: a fork has none of its parent's threads
+        self._links: dict[int, Link] = {}  # by process: a fork has none of its parent's threads
         import httpx  # noqa: F401  # said now, and not in a thread of the client's
 
     def __repr__(self) -> str:
@@ -250,12 +235,12 @@ class RerankerClient(RerankerCalls):
         if self._closed:
             raise PoolClosedError("the client is closed")
 
-    def _link(self) -> _Link:
+    def _link(self) -> Link:
         """The process's link to the server, made by the first to come here."""
         self._check_open()
         link = self._links.get(os.getpid())
         if link is None:
-            made = _Link(self.url, self._api_key)
+            made = Link(self.url, self._api_key)
             link = self._links.setdefault(os.getpid(), made)
             if link is made:
                 weakref.finalize(self, made.end, drain=False).atexit = False
@@ -263,14 +248,14 @@ class RerankerClient(RerankerCalls):
                 made.end(drain=False)
         return link
 
-    def _started(self) -> _Link:
+    def _started(self) -> Link:
         link = self._link()
         if link.num_labels is None:
             check_may_wait()
             link.run(self._start(link)).result()
         return link
 
-    async def _start(self, link: _Link) -> None:
+    async def _start(self, link: Link) -> None:
         """Wait until the model is ready; learn how many scores a pair it gives."""
         for attempt in _attempts():
             status = await self._status(link)
@@ -281,7 +266,7 @@ class RerankerClient(RerankerCalls):
                 raise ModelLoadError(f"{status['model']} has no workers left at {self.url}", model=status["model"])
             await asyncio.sleep(attempt)
 
-    async def _status(self, link: _Link) -> dict[str, Any]:
+    async def _status(self, link: Link) -> dict[str, Any]:
         params = {} if self.model is None else {"model": self.model}
         response = await self._answered(link, "GET", "/status", deadline=None, params=params)
         models: list[dict[str, Any]] = response["models"]
@@ -324,7 +309,7 @@ class RerankerClient(RerankerCalls):
 
         return AsyncScoreStream(feed, enter)
 
-    def _enter(self, link: _Link, asked: Asked, feed: Feed | None = None) -> Future[Any]:
+    def _enter(self, link: Link, asked: Asked, feed: Feed | None = None) -> Future[Any]:
         """Have ``asked`` scored by the server; its future."""
         if asked.ranking and link.num_labels != 1:
             raise ValueError(
@@ -336,7 +321,7 @@ class RerankerClient(RerankerCalls):
         link.fulfil(future, self._score(link, asked, feed))
         return future
 
-    async def _score(self, link: _Link, asked: Asked, feed: Feed | None) -> Any:
+    async def _score(self, link: Link, asked: Asked, feed: Feed | None) -> Any:
         """The result of ``asked``, which is sent in chunks: a server bounds what a request may hold."""
         assert link.num_labels is not None
         shape = (len(asked.pairs),) if link.num_labels == 1 else (len(asked.pairs), link.num_labels)
@@ -361,7 +346,7 @@ class RerankerClient(RerankerCalls):
         await _all(score(start, end) for start, end in _chunks(asked.pairs, limit))
         return asked.finish(scores, there, readings)
 
-    async def _score_chunk(self, link: _Link, asked: Asked, start: int, end: int) -> dict[str, Any] | None:
+    async def _score_chunk(self, link: Link, asked: Asked, start: int, end: int) -> dict[str, Any] | None:
         """What the server says of some pairs; ``None``: the request expired, and is to be a partial one."""
         pairs = asked.pairs[start:end]
         options = asked.options
@@ -395,7 +380,7 @@ class RerankerClient(RerankerCalls):
 
     async def _answered(
         self,
-        link: _Link,
+        link: Link,
         method: str,
         path: str,
         *,
@@ -419,7 +404,7 @@ class RerankerClient(RerankerCalls):
             refused = await link.ask(
                 method, path, body, params, headers, None if left is None else left + GRACE_SECONDS
             )
-            if not isinstance(refused, _Refused):
+            if not isinstance(refused, Refusal):
                 return refused
             patience = self._patience(refused.status)
             pause = max(next(attempts), refused.retry_after)
@@ -471,184 +456,9 @@ class _CallerClient(RerankerClient):
         """Submit nothing more through this one; what is pending goes on."""
         self._closed = True
 
-    def _link(self) -> _Link:
+    def _link(self) -> Link:
         self._check_open()
         return self._client._link()
-
-
-class _Refused:
-    """The server's no, or its silence.
-
-    Attributes:
-        status: of its answer; 0: none came.
-        error: what it is to the caller.
-        retry_after: seconds that it asks for.
-    """
-
-    def __init__(self, status: int, error: Exception, retry_after: float = 0.0) -> None:
-        self.status = status
-        self.error = error
-        self.retry_after = retry_after
-
-
-class _Link:
-    """The connections of one process to one server, and the thread that has them.
-
-    Attributes:
-        num_labels: scores a pair of the server's model; ``None``: not known yet.
-    """
-
-    def __init__(self, url: str, api_key: str | None) -> None:
-        import httpx
-
-        self.num_labels: int | None = None
-        self._where = url
-        self._owner = os.getpid()
-        self._pending: set[asyncio.Task[Any]] = set()
-        self._endings: list[asyncio.Task[None]] = []
-        self._loop = asyncio.new_event_loop()
-        transport = None
-        if url.startswith("unix:"):
-            transport = httpx.AsyncHTTPTransport(uds=url.removeprefix("unix:"))
-        self._http = httpx.AsyncClient(
-            base_url="http://localhost" if transport is not None else url,
-            transport=transport,
-            headers={} if api_key is None else {"authorization": f"Bearer {api_key}"},
-            limits=httpx.Limits(max_connections=CONNECTIONS),
-        )
-        # Its own end is waited for by way of `_gone`: Thread.join in the main thread is broken by Ctrl-C before 3.13.
-        self._gone = threading.Event()
-        threading.Thread(target=_run_loop, args=(self._loop, self._gone), name="mp_rerank-client", daemon=True).start()
-
-    def run(self, work: Coroutine[Any, Any, _T]) -> Future[_T]:
-        """Do ``work`` on the thread; its future."""
-        return asyncio.run_coroutine_threadsafe(work, self._loop)
-
-    def fulfil(self, future: PoolFuture, work: Coroutine[Any, Any, Any]) -> None:
-        """Do ``work`` on the thread, for ``future``; cancelled, it cancels the work."""
-        task: list[asyncio.Task[Any]] = []
-
-        def begin() -> None:
-            if future.cancelled():
-                work.close()
-                return
-            task.append(self._loop.create_task(work))
-            self._pending.add(task[0])
-            task[0].add_done_callback(end)
-
-        def end(done: asyncio.Task[Any]) -> None:
-            self._pending.discard(done)
-            if not future.claim():
-                if not done.cancelled():
-                    done.exception()
-                return
-            error = PoolClosedError("the client was closed") if done.cancelled() else done.exception()
-            if error is None:
-                future.set_result(done.result())
-            else:
-                future.set_exception(error)
-
-        def stop(_: object) -> None:
-            if future.cancelled():
-                _soon(self._loop, lambda: task and task[0].cancel())
-
-        future.add_internal_callback(stop)
-        try:
-            self._loop.call_soon_threadsafe(begin)
-        except RuntimeError:  # closed by another thread
-            work.close()
-            raise PoolClosedError("the client is closed") from None
-
-    async def ask(
-        self,
-        method: str,
-        path: str,
-        body: dict[str, Any] | None,
-        params: dict[str, str] | None,
-        headers: dict[str, str],
-        seconds: float | None,
-    ) -> Any:
-        """The answer, as JSON, or `_Refused`."""
-        import httpx
-
-        limit = httpx.Timeout(seconds, connect=CONNECT_SECONDS)
-        content = None
-        if body is not None:  # in ASCII: a lone surrogate has no UTF-8
-            content = json.dumps(body, separators=(",", ":")).encode("ascii")
-            headers = {**headers, "content-type": "application/json"}
-        try:
-            response = await self._http.request(
-                method, path, content=content, params=params, headers=headers, timeout=limit
-            )
-        except httpx.ReadTimeout:
-            words = f"{self._where} gave no answer within the request's time and {GRACE_SECONDS:g} seconds"
-            return _Refused(504, RequestTimeoutError(words))
-        except httpx.TransportError as error:
-            words = f"{self._where} cannot be reached: {type(error).__name__}: {error}"
-            return _Refused(0, RerankError(words))
-        if response.status_code != 200:
-            return self._refused(response)
-        try:
-            return response.json()
-        except ValueError:
-            words = f"{self._where} gives no JSON: is it mp-rerank serve? {response.text[:100]!r}"
-            return _Refused(response.status_code, RerankError(words))
-
-    def _refused(self, response: httpx.Response) -> _Refused:
-        status = response.status_code
-        try:
-            said = response.json()["error"]
-            message = str(said["message"])
-        except (ValueError, LookupError, TypeError):  # of a proxy, say
-            said, message = None, response.text[:200]
-        try:
-            retry_after = min(float(response.headers.get("retry-after", 0)), 60.0)
-        except ValueError:  # a date
-            retry_after = 1.0
-        error: Exception | None = error_from_json(said)
-        if error is None:
-            error = _error_of(status, f"{self._where}: {message}")
-        return _Refused(status, error, retry_after)
-
-    def end(self, *, drain: bool, timeout: float | None = None) -> None:
-        """Let the thread end, once it has nothing left to do."""
-        if self._owner != os.getpid():  # a fork has no such thread
-            return
-
-        async def end() -> None:
-            if drain and self._pending:
-                await asyncio.wait(set(self._pending), timeout=timeout)
-            for task in list(self._pending):
-                task.cancel()
-            if self._pending:
-                await asyncio.wait(set(self._pending), timeout=GRACE_SECONDS)
-            await self._http.aclose()
-            self._loop.stop()
-
-        _soon(self._loop, lambda: self._endings.append(self._loop.create_task(end())))
-
-    def close(self, *, drain: bool, timeout: float | None = None) -> None:
-        """End the thread, and wait for that, where a thread may wait."""
-        self.end(drain=drain, timeout=timeout)
-        if not is_pool_thread():
-            while not self._gone.wait(SIGNAL_CHECK_SECONDS):
-                pass
-
-
-def _run_loop(loop: asyncio.AbstractEventLoop, gone: threading.Event) -> None:
-    asyncio.set_event_loop(loop)
-    try:
-        loop.run_forever()
-    finally:
-        loop.close()
-        gone.set()
-
-
-def _soon(loop: asyncio.AbstractEventLoop, fn: Callable[[], object]) -> None:
-    try:
-        loop.call_soon_threadsafe(fn)
-    except RuntimeError:  # closed meanwhile
-        pass
 
 
 async def _all(works: Any) -> None:
@@ -692,21 +502,6 @@ def _attempts() -> Any:
     while True:
         yield pause * random.uniform(0.5, 1.0)
         pause = min(pause * 2, MAX_RETRY_SECONDS)
-
-
-def _error_of(status: int, message: str) -> Exception:
-    """The pool's error for a status whose body names none."""
-    if status == 404:
-        return ModelLoadError(message)
-    if status in (400, 413, 415, 422):
-        return ValueError(message)
-    if status == 429:
-        return PoolOverloadedError(message)
-    if status == 504:
-        return RequestTimeoutError(message)
-    if status == 503:
-        return PoolClosedError(message)
-    return RerankError(message)
 
 
 def _known(kind: Any, said: dict[str, Any]) -> dict[str, Any]:

@@ -34,7 +34,7 @@ import psutil
 
 from bench.inputs.fakes import PACED, score_of
 from bench.speed.serve import SERVED, start_server
-from mp_rerank import RequestTimeoutError, RerankerClient, WorkerCrashedError, connect
+from mp_rerank import CallerStats, RequestTimeoutError, RerankerClient, WorkerCrashedError, connect
 
 SECONDS_PER_TOKEN = 5e-6
 PATIENCE = 60.0
@@ -207,13 +207,16 @@ class Soak:
         content = json.dumps({"query": "q", "documents": LONG}).encode()
         head = f"POST /rerank HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(content)}"
         while not self.stop.wait(self.every):
-            with socket.create_connection((parts.hostname, parts.port), 10) as sock:
+            before = _leaver(pool)
+            with socket.create_connection((parts.hostname, parts.port), PATIENCE) as sock:
                 sock.sendall(f"{head}\r\nX-Caller: leaver\r\n\r\n".encode() + content)
-                there = _until(lambda: _leavers(pool) == 1)
+                there = _until(partial(_has_come, pool, before))
             gone = time.monotonic()
-            if not (there and _until(lambda: _leavers(pool) == 0)):
+            if not (there and _until(lambda: not _leaver(pool).pending_requests)):
                 raise TimeoutError(f"a client that {'went away was' if there else 'had come was not'} counted")
-            self.freed.append(time.monotonic() - gone)
+            seconds = time.monotonic() - gone
+            if _leaver(pool).cancelled > before.cancelled:  # or it was scored before we looked
+                self.freed.append(seconds)
 
     def _disturb(self, pool: RerankerClient, server: psutil.Process) -> None:
         """Ends workers, one thing after the other: no document of nobody's fault may be there three times."""
@@ -237,9 +240,12 @@ class Soak:
                     self.kinds["kill"] += 1
 
 
-def _leavers(pool: RerankerClient) -> int:
-    caller = pool.stats().callers.get("header:leaver")
-    return 0 if caller is None else caller.pending_requests
+def _leaver(pool: RerankerClient) -> CallerStats:
+    return pool.stats().callers.get("header:leaver", CallerStats())
+
+
+def _has_come(pool: RerankerClient, before: CallerStats) -> bool:
+    return _leaver(pool).submitted > before.submitted
 
 
 def _reloaded(pool: RerankerClient, times: int) -> bool:

@@ -46,11 +46,11 @@ from mp_rerank.config import BUILTIN, BUILTIN_FOLDER
 
 ROOT = Path(__file__).parents[2]
 #: clients, and documents of each request: few where many clients would take minutes for one request each
-LOADS = ("1x50", "8x50", "64x50", "512x5")
+LOADS = ["1x50", "8x50", "64x50", "512x5"]
 LARGE = 1000  # documents
 WORDS = 60
 TEXT = "a library keeps books maps and letters for the people of the town who come to read on quiet mornings"
-PARTS = ("throughput", "beside", "added")
+PARTS = ["throughput", "beside", "added"]
 # A measurement that takes longer has failed.
 PATIENCE = 300.0
 NAMES = {
@@ -109,6 +109,8 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--name", default="serve", help="of the files that are written")
     add_output(parser)
     options = parser.parse_args(argv)
+    if options.infinity is not None and "infinity" not in options.contenders:
+        options.contenders = [*options.contenders, "infinity"]
     report = Report.begin(options.name, "The pool over HTTP", options)
     failed = Bench(report, options).run()
     finish(report, options.out)
@@ -151,8 +153,6 @@ class Bench:
         self.workers: int = options.workers
         self.infinity: Path | None = options.infinity
         self.contenders = list(options.contenders)
-        if self.infinity is not None and "infinity" not in self.contenders:
-            self.contenders.append("infinity")
         self.parts: list[str] = list(options.parts)
         self.loads = [tuple(map(int, load.split("x"))) for load in options.loads] if "throughput" in self.parts else []
 

@@ -8,7 +8,6 @@ import re
 import socket
 import stat
 import threading
-import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -119,13 +118,11 @@ def test_a_client_that_goes_away_frees_its_place(plain: Running, fifo: Fifo) -> 
     sock = send(plain.url, request_of({"query": "query", "documents": [fifo.order, *many]}))
     fifo.wait_until_read()
     assert plain.pool.stats().pending_requests == 1
-    gone = time.monotonic()
     sock.close()
     until(lambda: plain.pool.stats().pending_pairs == 0)
     assert plain.pool.stats().cancelled == 1
     until(lambda: httpx.get(f"{plain.url}/status").json()["requests"] == 0)
-    fifo.release()
-    assert time.monotonic() - gone < PATIENCE
+    fifo.release()  # not before: the worker still stands there
 
 
 def test_each_bound_has_its_refusal() -> None:

@@ -12,7 +12,10 @@ from mp_rerank.server.models import ServedModel
 from mp_rerank.server.refusals import STATUSES, Refused
 from mp_rerank.server.scoring import Job, Outcome
 
-__all__ = ["COMMON", "Dialect", "document_texts", "options_of", "total_tokens"]
+__all__ = ["COMMON", "MODEL", "OPTIONS", "Dialect", "document_texts", "options_of", "results_schema", "total_tokens"]
+
+#: fields that dialects share
+MODEL = text("model", about="Which of the server's models; the first without it.")
 
 _TIMEOUT = number("timeout", above=0, about="Seconds from now until the request expires.")
 _ON_TIMEOUT = choice(
@@ -111,6 +114,13 @@ class Dialect(ABC):
     @abstractmethod
     def error(self, refused: Refused, request_id: str) -> Any:
         """The body of a refusal."""
+
+
+def results_schema(**more: Any) -> dict[str, Any]:
+    """JSON Schema of a ranking; ``more`` are what else its items may have."""
+    properties = {"index": {"type": "integer"}, "relevance_score": {"type": "number"}, **more}
+    items = {"type": "object", "required": ["index", "relevance_score"], "properties": properties}
+    return {"type": "array", "items": items}
 
 
 def options_of(values: dict[str, Any]) -> dict[str, Any]:

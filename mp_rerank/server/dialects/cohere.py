@@ -6,7 +6,15 @@ import math
 from typing import Any
 
 from mp_rerank._arguments import MAX_PRIORITY
-from mp_rerank.server.dialects.base import OPTIONS, Dialect, document_texts, options_of, total_tokens
+from mp_rerank.server.dialects.base import (
+    MODEL,
+    OPTIONS,
+    Dialect,
+    document_texts,
+    options_of,
+    results_schema,
+    total_tokens,
+)
 from mp_rerank.server.fields import documents, number, text, whole
 from mp_rerank.server.models import ServedModel
 from mp_rerank.server.refusals import Refused
@@ -23,7 +31,7 @@ class CohereV2(Dialect):
     name = "cohere_v2"
     summary = "Rank documents, as Cohere v2 does"
     fields = (
-        text("model", about="Which of the server's models; the first without it."),
+        MODEL,
         text("query", required=True),
         documents(),
         whole("top_n", 1, about="How many of the best documents to return; all without it."),
@@ -36,14 +44,7 @@ class CohereV2(Dialect):
         "required": ["id", "results", "meta"],
         "properties": {
             "id": {"type": "string"},
-            "results": {
-                "type": "array",
-                "items": {
-                    "type": "object",
-                    "required": ["index", "relevance_score"],
-                    "properties": {"index": {"type": "integer"}, "relevance_score": {"type": "number"}},
-                },
-            },
+            "results": results_schema(),
             "meta": {"type": "object"},
         },
     }

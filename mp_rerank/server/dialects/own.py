@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from mp_rerank._wire import scores_as_json
-from mp_rerank.server.dialects.base import COMMON, Dialect, options_of
+from mp_rerank.server.dialects.base import COMMON, MODEL, Dialect, options_of
 from mp_rerank.server.fields import choice, pairs, strings, text
 from mp_rerank.server.models import IDENTITY, SIGMOID, ServedModel
 from mp_rerank.server.refusals import Refused
@@ -20,7 +20,7 @@ class OwnPairs(Dialect):
     name = "pairs"
     summary = "Score pairs, or documents against one query, for mp_rerank.connect"
     fields = (
-        text("model", about="Which of the server's models; the first without it."),
+        MODEL,
         text("query"),
         strings("documents", about="Of one query, in place of pairs."),
         pairs(about="Pairs of a query and a document, in any mixture."),

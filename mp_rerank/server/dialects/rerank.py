@@ -5,7 +5,15 @@ from __future__ import annotations
 from http import HTTPStatus
 from typing import Any
 
-from mp_rerank.server.dialects.base import COMMON, Dialect, document_texts, options_of, total_tokens
+from mp_rerank.server.dialects.base import (
+    COMMON,
+    MODEL,
+    Dialect,
+    document_texts,
+    options_of,
+    results_schema,
+    total_tokens,
+)
 from mp_rerank.server.fields import documents, flag, strings, text, whole
 from mp_rerank.server.models import IDENTITY, SIGMOID, ServedModel
 from mp_rerank.server.refusals import Refused
@@ -43,7 +51,7 @@ class Rerank(Dialect):
     name = "rerank"
     summary = "Rank documents, as Jina, vLLM and Infinity do"
     fields = (
-        text("model", about="Which of the server's models; the first without it."),
+        MODEL,
         text("query", required=True),
         documents(),
         whole("top_n", 0, about="How many of the best documents to return; all without it."),
@@ -59,18 +67,7 @@ class Rerank(Dialect):
             "id": {"type": "string"},
             "model": {"type": "string"},
             "object": {"type": "string"},
-            "results": {
-                "type": "array",
-                "items": {
-                    "type": "object",
-                    "required": ["index", "relevance_score"],
-                    "properties": {
-                        "index": {"type": "integer"},
-                        "relevance_score": {"type": "number"},
-                        "document": {"type": "object"},
-                    },
-                },
-            },
+            "results": results_schema(document={"type": "object"}),
             "usage": {"type": "object"},
             "meta": {"type": "object"},
         },

@@ -7,9 +7,9 @@ from typing import Any
 
 from mp_rerank._checks import shown
 from mp_rerank._wire import scores_as_json
-from mp_rerank.server.dialects.base import OPTIONS, Dialect, options_of, total_tokens
+from mp_rerank.server.dialects.base import MODEL, OPTIONS, Dialect, options_of, total_tokens
 from mp_rerank.server.dialects.rerank import OBJECT_ERROR, object_error
-from mp_rerank.server.fields import Field, flag, text
+from mp_rerank.server.fields import Field, flag
 from mp_rerank.server.models import IDENTITY, SIGMOID, ServedModel
 from mp_rerank.server.refusals import Refused
 from mp_rerank.server.scoring import Job, Outcome
@@ -34,7 +34,7 @@ class Score(Dialect):
     name = "score"
     summary = "Score texts against texts, as vLLM does"
     fields = (
-        text("model", about="Which of the server's models; the first without it."),
+        MODEL,
         _texts("text_1"),
         _texts("text_2"),
         flag("use_activation", default=True, about="The sigmoid of the logits, or the logits."),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from mp_rerank.server.dialects.base import COMMON, Dialect, options_of
+from mp_rerank.server.dialects.base import COMMON, MODEL, Dialect, options_of
 from mp_rerank.server.fields import choice, flag, strings, text
 from mp_rerank.server.models import IDENTITY, SIGMOID, ServedModel
 from mp_rerank.server.refusals import Refused
@@ -42,7 +42,7 @@ class Tei(Dialect):
         flag("return_text", default=False),
         flag("truncate"),
         choice("truncation_direction", "Right", "Left", default="Right"),
-        text("model", about="Which of the server's models; the first without it."),
+        MODEL,
         *COMMON,
     )
     statuses = {"malformed": 400, "invalid": 422, "too_long": 413, "scoring": 424, "crashed": 424}
