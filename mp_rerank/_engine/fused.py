@@ -206,6 +206,7 @@ def _rms_norm(part: Any) -> Callable[[torch.Tensor], torch.Tensor]:
         wide = states.float()
         size = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
         scale = size.square_().div_(width).add_(epsilon).rsqrt_()
-        return (wide * scale).to(states.dtype).mul_(weight)
+        scaled = wide * scale if wide is states else wide.mul_(scale)
+        return scaled.to(states.dtype).mul_(weight)
 
     return forward

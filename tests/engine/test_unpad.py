@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,17 @@ def test_scores_are_the_padded_model_s(family: str, num_labels: int, tmp_path: P
     assert unpadded.recipe.unpadded == (family in UNPADDED)
     for pairs in (PAIRS, PAIRS[:1], PAIRS[:1] * 5, PAIRS[:2]):
         np.testing.assert_allclose(unpadded.predict(pairs), plain.predict(pairs), rtol=1e-5, atol=1e-5)
+
+
+@needs_interface
+def test_a_decoder_whose_tokens_attend_to_later_ones_too(tmp_path: Path) -> None:
+    """As nemotron's rerankers: Llama, and not causal."""
+    folder = models.build("llama", tmp_path)
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "is_causal": False}))
+    unpadded, plain = engine(folder), models.load(folder, "cpu")
+    assert unpadded.recipe.unpadded
+    np.testing.assert_allclose(unpadded.predict(PAIRS), plain.predict(PAIRS), rtol=1e-5, atol=1e-5)
 
 
 @needs_interface
