@@ -100,7 +100,7 @@ class Soak:
             process.terminate()
             process.wait(PATIENCE)
             self.counts["left"] += len(psutil.wait_procs(workers, PATIENCE)[1])
-        self.counts["swollen"] = max(memory) > SWOLLEN * memory[0]
+        self.counts["swollen"] = int(max(memory) > SWOLLEN * memory[0])
         return {
             **{name: self.counts[name] for name in FAULTS},
             "checked": self.counts["checked"],
