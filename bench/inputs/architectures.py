@@ -131,7 +131,7 @@ ARCHITECTURES: dict[str, Callable[[Path, Any], str]] = {
         family="xlm-roberta",
         **_size(1024, 4096, 24, 16),
         max_position_embeddings=514,
-        type_vocab_size=1,
+        type_vocab_size=2,  # of the built-in tokenizer; XLM-R itself has one
     ),
     "qwen3-0.6b": partial(logit_score, **_size(1024, 3072, 28, 16), **QWEN3),
 }
