@@ -79,9 +79,10 @@ _records: queue.SimpleQueue[logging.LogRecord | threading.Lock] = make_queue()  
 _handling = threading.Lock()
 _dropped = 0
 
-# Taken while a handler runs, for `_before_fork` alone, which waits no longer than this.
+# Taken while a handler runs, for `_before_fork` alone, which waits no longer than this: a handler may wait for what the
+# forking thread holds. On a busy machine a thread may be off its core for tenths of a second in the middle of a line.
 _calling = threading.Lock()
-FORK_SECONDS = 0.1
+FORK_SECONDS = 2.0
 _paused = threading.local()
 
 
