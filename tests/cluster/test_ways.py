@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from clusters import PATIENCE, ROOT, Processes, need_dask
+from clusters import CLUSTER_MARK, PATIENCE, ROOT, Processes, need_dask
 from conftest import ranked, until
 
 from mp_rerank import ModelPools, ModelSpec, RerankerPool
@@ -67,6 +67,44 @@ def test_adaptive_scaling_follows_what_is_pending_as_the_page_has_it(make_pool: 
         until(lambda: len(pool.workers()) == 1)
         assert len(pool.rerank("query", ["document"])) == 1
         assert pool.stats().failed == 0
+
+
+def test_nodes_reached_over_ssh(make_pool: MakePool, tmp_path: Path) -> None:
+    """`SSHCluster`, as the page has it; both nodes are this machine, by way of a real server of the protocol."""
+    need_dask()
+    if os.environ.get("MP_RERANK_CLUSTER") != "required":
+        pytest.importorskip("asyncssh")
+    import asyncssh
+    from distributed import SSHCluster
+
+    key = asyncssh.generate_private_key("ssh-ed25519")
+    key.write_private_key(tmp_path / "key")
+    key.write_public_key(tmp_path / "key.pub")
+    path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    server = subprocess.Popen(
+        [sys.executable, str(Path(__file__).with_name("ssh_server.py")), str(tmp_path / "key.pub")],
+        env={**os.environ, "PYTHONPATH": path, CLUSTER_MARK: "1"},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    with server:
+        assert server.stdin is not None
+        assert server.stdout is not None
+        login = {"port": int(server.stdout.readline()), "known_hosts": None, "client_keys": [str(tmp_path / "key")]}
+        with (
+            SSHCluster(
+                ["127.0.0.1"] * 3,
+                connect_options=login,
+                worker_options={"n_workers": 1, "nthreads": 1},
+                scheduler_options={"dashboard": False},
+                remote_python=sys.executable,
+            ) as cluster,
+            make_pool(cluster=cluster) as pool,
+        ):
+            until(lambda: [info.state for info in pool.workers()] == ["ready"] * 2)
+            assert pool.submit("query", DOCUMENTS).result(PATIENCE) == ranked("query", DOCUMENTS)
+        server.stdin.close()
 
 
 def test_the_callers_process_imports_no_torch(tmp_path: Path, dask_clusters: dict[int, str]) -> None:
