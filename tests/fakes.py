@@ -204,7 +204,9 @@ def load_paced(spec: object, device: str) -> Paced:
 
 
 class Counting(FakeModel):
-    """Counts tokens, and finds a quarter of those that were estimated."""
+    """Counts tokens, and finds a quarter of those that were estimated; says that this took it an eighth of a second."""
+
+    tokenize_seconds = 0.125
 
     def predict(self, pairs: list[tuple[str, str]]) -> list[float]:
         lengths = [estimate_pair(estimate_text(query), document, None) for query, document in pairs]

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import math
 import threading
+import time
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
@@ -84,6 +85,7 @@ class Engine:
     Attributes:
         recipe: the optimizations that the model has; none before ``optimize``.
         readings: of the pairs last scored; ``None`` where only ``CrossEncoder.predict`` knows.
+        tokenize_seconds: what their texts took to become tokens; ``None`` as there.
     """
 
     def __init__(
@@ -105,6 +107,7 @@ class Engine:
         self.model, drawn = draws_weights(spec, device) if loaded is None else (loaded, False)
         self.recipe = Recipe()
         self.readings: Readings | None = None
+        self.tokenize_seconds: float | None = None
         self._spec = spec
         self._device = device
         self._on_cpu = device.startswith("cpu")
@@ -178,6 +181,7 @@ class Engine:
                 that is longer than its options allow has a score of nan, and is in ``readings.too_long``.
         """
         clean = [(without_surrogates(query), without_surrogates(document)) for query, document in pairs]
+        self.tokenize_seconds = None
         if options is None:
             scores, self.readings = self._score(clean, None)
             return np.asarray(scores, dtype=np.float32)
@@ -327,7 +331,9 @@ class Engine:
                 for batch in (alone if self.recipe.equal_lengths else self._padded_batches(lengths))
             )
         else:
+            start = time.perf_counter()
             pipeline, tokenized = self._pipeline, self._pipeline.tokenize(pairs, prompt)
+            self.tokenize_seconds = (self.tokenize_seconds or 0.0) + time.perf_counter() - start
             readings = Readings(array("i", tokenized.lengths), tokenized.truncated)
             batches = ((batch, pipeline.score(tokenized, batch)) for batch in self._cut(tokenized))
         for batch, values in batches:

@@ -586,7 +586,7 @@ class Deployment:
                     self._blame_raised(slot, suspect, error)
         began_at = now - scored.seconds
         for request, _ in slice_.parts:
-            request.began(began_at)
+            request.began(began_at, scored.tokenize_seconds)
         for request in self.queue.fill(slice_, scores, scored.readings, refused):
             self._counts.split_requests += request.slices > 1
             request.began(began_at)  # once more, or for the first time: all its pairs went out for other requests

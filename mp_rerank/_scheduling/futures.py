@@ -152,10 +152,13 @@ class RequestTimes(NamedTuple):
     Attributes:
         waited: from its submission until a worker began with it: for room, for its turn, for a worker.
         scored: from then until its last score was there. What several workers did at once counts once.
+        tokenized: what workers took, in that time, to make tokens of the slices that it had a part in, summed; ``None``
+            where they do not tell.
     """
 
     waited: float
     scored: float
+    tokenized: float | None = None
 
 
 class PoolFuture(Future[Any]):

@@ -171,6 +171,7 @@ class Request:
         self.missing = len(self.pairs)
         self.slices = 0
         self._began_at = math.inf  # when a worker began with the first of its slices that were scored
+        self._tokenize_seconds: float | None = None  # of those slices, as far as workers tell
         self.virtual_time = 0.0
         self.queued = False  # whether it stands in the queue's order of service
         self._places: dict[PendingPair, list[int]] = {}  # of ``wanted``, once somebody follows the scores
@@ -190,14 +191,18 @@ class Request:
             [(index, pair.score) for pair in pairs for index in self._places[pair] if pair.score is not None]
         )
 
-    def began(self, at: float) -> None:
-        """Note that a worker began at ``at`` with a slice that gave it scores."""
+    def began(self, at: float, tokenize_seconds: float | None = None) -> None:
+        """Note that a worker began at ``at`` with a slice that gave it scores, and how long that took to tokenize."""
         self._began_at = min(self._began_at, at)
+        if tokenize_seconds is not None:
+            self._tokenize_seconds = (self._tokenize_seconds or 0.0) + tokenize_seconds
 
     def complete(self, now: float) -> None:
         """Give the future its result, and how long all of it took."""
         began_at = max(self._submitted_at, self._began_at)  # an equal pair may have been there before
-        self.future.times = RequestTimes(began_at - self._submitted_at, max(0.0, now - began_at))
+        self.future.times = RequestTimes(
+            began_at - self._submitted_at, max(0.0, now - began_at), self._tokenize_seconds
+        )
         self.resolve()
 
     def resolve(self) -> None:

@@ -128,8 +128,9 @@ class Launch:
 class Scorer(Protocol):
     """What a loaded model must do: scores of shape (n,) or (n, num_labels) for n pairs.
 
-    ``Engine`` does more: it has ``readings``, of the pairs last scored, and ``takes`` and ``prompts`` as `WorkerFacts`
-    has them. It is given the pairs' options, as a second argument, where they are not all plain.
+    ``Engine`` does more: it has ``readings`` and ``tokenize_seconds``, of the pairs last scored, and ``takes`` and
+    ``prompts`` as `WorkerFacts` has them. It is given the pairs' options, as a second argument, where they are not all
+    plain.
 
     One with ``optimize(recipe)`` can be made fast. One with ``set_threads(threads)`` is told, in a fork of a template,
     how many it may compute with.
@@ -165,6 +166,7 @@ class Scored:
     num_labels: int | None  # None: one score a pair, shape (n,)
     seconds: float
     readings: Readings | None = None  # None: the model counts no tokens
+    tokenize_seconds: float | None = None  # of ``seconds``; None: the model does not tell
 
 
 class LoadedModel:
@@ -302,8 +304,9 @@ class LoadedModel:
                 cause=_in_words(error),
                 details=traceback.format_exc(),
             ) from None
+        seconds = time.perf_counter() - start
         readings: Readings | None = getattr(self._scorer, "readings", None)
-        return Scored(scores, num_labels, time.perf_counter() - start, readings)
+        return Scored(scores, num_labels, seconds, readings, getattr(self._scorer, "tokenize_seconds", None))
 
     def _prove_fork_or_leave(self) -> None:
         try:

@@ -218,10 +218,7 @@ async def _disconnected(request: Request) -> None:
 
 
 def _headers(exchange: _Exchange, model: ServedModel, outcome: Outcome) -> dict[str, str]:
-    """TEI's headers, times in milliseconds as there, and the request's id.
-
-    TEI's time of tokenization is missing: workers tokenize as they score.
-    """
+    """TEI's headers, times in milliseconds as there, and the request's id."""
     assert exchange.job is not None
     total = str(round(exchange.seconds() * 1000))
     headers = {
@@ -234,6 +231,8 @@ def _headers(exchange: _Exchange, model: ServedModel, outcome: Outcome) -> dict[
     if outcome.times is not None:
         headers["x-queue-time"] = str(round(outcome.times.waited * 1000))
         headers["x-inference-time"] = str(round(outcome.times.scored * 1000))
+        if outcome.times.tokenized is not None:
+            headers["x-tokenization-time"] = str(round(outcome.times.tokenized * 1000))
     if outcome.tokens is not None:
         headers["x-compute-tokens"] = str(outcome.tokens)
     if outcome.unscored:

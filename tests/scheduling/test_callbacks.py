@@ -14,7 +14,7 @@ import psutil
 import pytest
 from conftest import PATIENCE, Fifo, ranked, until
 
-from mp_rerank import PoolClosedError, RerankerPool, ScoringError, WorkerCrashedError
+from mp_rerank import ModelSpec, PoolClosedError, RerankerPool, ScoringError, WorkerCrashedError
 
 MakePool = Callable[..., RerankerPool]
 
@@ -49,10 +49,18 @@ def test_a_future_knows_how_long_its_request_waited_and_was_scored(make_pool: Ma
     taken = time.monotonic() - begun
     assert first.times.scored >= held
     for future in (second, equal):
-        assert held <= future.times.waited <= sum(future.times) <= taken + 1e-6
+        assert held <= future.times.waited <= sum(future.times[:2]) <= taken + 1e-6
     stats = pool.stats()
     assert stats.slice_sizes == {1: 1, 4: 1}
     assert stats.slices == 2
+    assert second.times.tokenized is None
+
+
+def test_a_future_knows_how_long_its_request_was_tokenized_where_models_tell(make_pool: MakePool) -> None:
+    pool = make_pool(ModelSpec("counting", loader="fakes:load_counting"), slice_tokens=100, workers=1)
+    future: Any = pool.submit("query", [f"{i} " + "word " * 60 for i in range(4)])
+    future.result(PATIENCE)
+    assert future.times.tokenized == 0.125 * pool.stats().slices > 0.125
 
 
 def test_one_that_sleeps_delays_nobody(held: tuple[RerankerPool, Future[Any]], fifo: Fifo) -> None:

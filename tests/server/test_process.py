@@ -194,7 +194,9 @@ def test_the_built_in_model_and_no_torch_in_the_server(tmp_path: Path) -> None:
             texts = ["Bread is baked.", "Birds fly because their wings give lift."]
             for raw in (False, True):
                 said = {"query": "how do birds fly?", "texts": texts, "raw_scores": raw}
-                ranks = httpx.post(f"{server.url}/rerank", json=said, timeout=PATIENCE).json()
+                answer = httpx.post(f"{server.url}/rerank", json=said, timeout=PATIENCE)
+                assert int(answer.headers["x-tokenization-time"]) <= int(answer.headers["x-inference-time"])
+                ranks = answer.json()
                 assert [rank["index"] for rank in ranks] == [1, 0]
                 assert all(0 < rank["score"] < 1 for rank in ranks) is not raw
             _check_options(server.url)
