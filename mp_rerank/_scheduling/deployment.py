@@ -30,7 +30,7 @@ from mp_rerank._workers.dask import SeatLeftError
 from mp_rerank._workers.handle import WorkerHandle, make_templates
 from mp_rerank._workers.launching import LaunchError
 from mp_rerank._workers.logs import POOL_LOGGER, QueuedLogger
-from mp_rerank._workers.slot import Described, Exited, Loaded, Report, SliceEnded, Slot, SlotState
+from mp_rerank._workers.slot import Described, Exited, Loaded, NotBegunError, Report, SliceEnded, Slot, SlotState
 from mp_rerank.config import ModelSpec, PoolConfig
 from mp_rerank.errors import (
     ClusterError,
@@ -536,7 +536,10 @@ class Deployment:
             return  # given up as lost
         slot.outstanding.remove(slice_)
         if isinstance(outcome, BrokenExecutor):
-            slot.lost.append(slice_)
+            if isinstance(outcome, NotBegunError):  # nothing that killed its worker
+                self.queue.put_back(slice_)
+            else:
+                slot.lost.append(slice_)
             self._make_sure_it_ends(slot, now)
             self._settle(slot, now)
             return

@@ -35,7 +35,7 @@ from mp_rerank._workers.handle import Templates, WorkerHandle, make_handle
 from mp_rerank.config import ModelSpec, PoolConfig
 from mp_rerank.results import ExitReason, WorkerExit, WorkerInfo
 
-__all__ = ["Described", "Exited", "Loaded", "Report", "SliceEnded", "Slot", "SlotState"]
+__all__ = ["Described", "Exited", "Loaded", "NotBegunError", "Report", "SliceEnded", "Slot", "SlotState"]
 
 
 class Work(Protocol):
@@ -66,6 +66,10 @@ AHEAD_SHARE = 0.75
 SOON_SECONDS = 0.01
 # Weight of the newest slice in a worker's measured speed.
 SPEED_SMOOTHING = 0.2
+
+
+class NotBegunError(BrokenExecutor):
+    """The worker was not there any more when a slice came: it has not seen it."""
 
 
 class SlotState(enum.Enum):
@@ -265,10 +269,8 @@ class Slot(Generic[_Slice]):
         generation = self.generation
         try:
             future = self.worker.score(slice_.pairs, slice_.options)
-        except RuntimeError as error:  # broken or shut down a moment ago; reported like any other end
-            self.notify(
-                SliceEnded(self, generation, slice_, error if isinstance(error, BrokenExecutor) else BrokenExecutor())
-            )
+        except RuntimeError:  # broken or shut down a moment ago; reported like any other end
+            self.notify(SliceEnded(self, generation, slice_, NotBegunError()))
             return
 
         def ended(future: Future[Scored]) -> None:
@@ -316,8 +318,8 @@ class Slot(Generic[_Slice]):
 
 
 def _outcome(future: Future[_T]) -> _T | BaseException:
-    """What ``future`` holds; a cancelled one was dropped by a shutdown, like a broken one."""
+    """What ``future`` holds; a cancelled one was dropped by a shutdown."""
     if future.cancelled():
-        return BrokenExecutor("the worker was told to leave")
+        return NotBegunError("the worker was told to leave")
     error = future.exception()
     return error if error is not None else future.result()

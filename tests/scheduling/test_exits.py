@@ -7,12 +7,16 @@ import os
 import signal
 import time
 from collections.abc import Callable
+from concurrent.futures import BrokenExecutor
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 from conftest import PATIENCE, ranked, until
+from standing import House
 
 from mp_rerank import ModelSpec, RerankerPool, WorkerExit
+from mp_rerank._workers.slot import Exited
 
 MakePool = Callable[..., RerankerPool]
 MakeOne = Callable[..., tuple[WorkerExit, RerankerPool]]
@@ -102,3 +106,26 @@ def test_each_end_and_each_restart_is_logged(
     said = [record.getMessage() for record in caplog.records if record.name == "mp_rerank.pool"]
     assert "worker 0 on cpu, generation 1, ended: crashed, exit code 5" in said
     assert "worker 0 on cpu: starting generation 2; the one before ended: crashed" in said
+
+
+def test_what_a_worker_was_no_more_there_for_is_not_blamed_for_its_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All workers were killed a moment ago: a request goes to one after the other, and none has seen it."""
+    house = House(monkeypatch, 5, max_attempts=1)
+    for worker in house.made:
+        worker.get_ready()
+        worker.score = broken  # type: ignore[method-assign]
+    request = house.submit(1)
+    assert house.states == "restarting " * 4 + "restarting"
+    for slot in house.deployment.slots:
+        house.deployment.handle(Exited(slot, slot.generation, -9), house.now)
+    house.step()
+    for worker in house.made[5:]:
+        worker.get_ready()
+    house.step()
+    house.finish_all()
+    assert request.future.result(0) == [0.0]
+    assert house.counts.exits == {"crashed": 5}
+
+
+def broken(*_: object) -> NoReturn:
+    raise BrokenExecutor("a process in the pool was terminated abruptly")
