@@ -116,4 +116,4 @@ def test_what_is_off_is_said_with_the_reason(tmp_path: Path, caplog: pytest.LogC
     with caplog.at_level(logging.INFO, "mp_rerank"):
         engine(tmp_path).optimize()
     [said] = [record.getMessage() for record in caplog.records if record.name == "mp_rerank._engine.engine"]
-    assert said.startswith("faster by: pipeline. Left out: unpadded: its attention is 'eager', not 'sdpa'")
+    assert said.startswith("faster by: pipeline. Left out: unpadded: its attention does not go through transformers' ")
