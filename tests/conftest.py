@@ -53,6 +53,20 @@ def pytest_configure() -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+# Scheduling, processes, plans, and what callers see: all that the interpreter makes a difference to.
+CORE = (
+    *("scheduling/", "workers/", "planning/"),
+    *(f"public/test_{name}.py" for name in ("cli", "config", "contract", "imports", "inputs")),
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        where = item.path.relative_to(Path(__file__).parent).as_posix()
+        if where.startswith(CORE) and item.get_closest_marker("real") is None:
+            item.add_marker("core")
+
+
 def pytest_collection_finish() -> None:
     gc.freeze()  # every test collects garbage; what the libraries hold, a quarter of a second's walk, is none
 
