@@ -200,25 +200,13 @@ def _model(family: str, tokenizer: Any, num_labels: int) -> Any:
         config = transformers.MistralConfig(**size, num_key_value_heads=2, sliding_window=16)
     elif family == "gemma":
         config = transformers.GemmaConfig(**size, num_key_value_heads=1, head_dim=8)
-    elif family == "gemma2":  # so low that scores feel it
-        config = transformers.Gemma2Config(
-            **size,
-            num_key_value_heads=2,
-            head_dim=8,
-            query_pre_attn_scalar=8,
-            sliding_window=16,
-            layer_types=["sliding_attention", "full_attention"],
-            attn_logit_softcapping=0.5,
-        )
-    elif family == "gemma3":  # every other layer has a window
-        config = transformers.Gemma3TextConfig(
-            **size,
-            num_key_value_heads=2,
-            head_dim=8,
-            query_pre_attn_scalar=8,
-            sliding_window=16,
-            layer_types=["sliding_attention", "full_attention"],
-        )
+    elif family in ("gemma2", "gemma3"):  # every other layer has a window
+        size |= {"num_key_value_heads": 2, "head_dim": 8, "query_pre_attn_scalar": 8, "sliding_window": 16}
+        size["layer_types"] = ["sliding_attention", "full_attention"]
+        if family == "gemma2":  # a softcap so low that scores feel it
+            config = transformers.Gemma2Config(**size, attn_logit_softcapping=0.5)
+        else:
+            config = transformers.Gemma3TextConfig(**size)
     else:
         raise ValueError(family)
     torch.manual_seed(sum(family.encode()) + num_labels)
