@@ -24,8 +24,10 @@ class Recipe:
         head_only: its last layer computes only the token of each pair that the head reads.
         score_logits: of a vocabulary's logits only those are computed that the score is made of.
         prepacked: the names of its linear layers whose weights are prepacked.
-        pipeline: how texts become tokens without ``CrossEncoder.predict``: by the ``"tokenizer"``, or by the library's
-            ``"preprocess"``; empty: pairs go through ``predict``.
+        pipeline: how texts become tokens without ``CrossEncoder.predict``: by the tokenizer's ``"backend"``, by the
+            ``"tokenizer"``, or by the library's ``"preprocess"``; empty: pairs go through ``predict``.
+        cuda_graphs: a batch on a GPU is one row, computed by a CUDA graph for its size. Its head reads each pair's
+            ``"first"`` or ``"last"`` token; empty: there are none.
         equal_lengths: padding would change its scores, so that a batch is of pairs of one length.
     """
 
@@ -36,6 +38,7 @@ class Recipe:
     score_logits: bool = False
     prepacked: tuple[str, ...] = ()
     pipeline: str = ""
+    cuda_graphs: str = ""
     equal_lengths: bool = False
 
     def names(self) -> tuple[str, ...]:
@@ -44,6 +47,7 @@ class Recipe:
             name
             for name in (
                 "pipeline",
+                "cuda_graphs",
                 "unpadded",
                 "fewer_passes",
                 "shares_beginnings",

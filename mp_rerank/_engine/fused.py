@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from mp_rerank._engine.packed import batch_here
+from mp_rerank._engine.packed import PackedBatch, batch_here
 from mp_rerank._engine.parity import Scores, keep_if_equal
 from mp_rerank._engine.prepack import plus, times
 from mp_rerank._engine.unpad import packing_forward
@@ -77,7 +77,7 @@ class _Rotation:
         self, query: torch.Tensor, key: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *args: Any, **rest: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         batch = batch_here()
-        if batch is None or not batch.rotates:
+        if not isinstance(batch, PackedBatch) or not batch.rotates:
             plain: tuple[torch.Tensor, torch.Tensor] = self._plain(query, key, cos, sin, *args, **rest)
             return plain
         if id(cos) not in batch.rotations:  # kept with what it is of, whose id nothing else then gets

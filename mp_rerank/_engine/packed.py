@@ -23,6 +23,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -293,6 +294,13 @@ class PackedBatch:
         return padded
 
 
+class Unpacks(Protocol):
+    """A batch without padding."""
+
+    def unpack(self, states: torch.Tensor) -> torch.Tensor:
+        """The padded batch that the head reads, of hidden states of shape (1, tokens, width)."""
+
+
 _here = threading.local()  # .batch: the packed batch that this thread's network computes
 
 
@@ -302,14 +310,14 @@ def current_batch() -> PackedBatch:
     return batch
 
 
-def batch_here() -> PackedBatch | None:
-    """The packed batch that this thread's network computes, if it computes one."""
+def batch_here() -> Unpacks | None:
+    """The batch without padding that this thread's network computes, if it computes one."""
     return getattr(_here, "batch", None)
 
 
 @contextmanager
-def attending_by(batch: PackedBatch) -> Iterator[None]:
-    """Within, attention on this thread goes by ``batch``."""
+def attending_by(batch: Unpacks) -> Iterator[None]:
+    """Within, attention on this thread goes by ``batch``: a `PackedBatch`, or on a GPU a row (``varlen``)."""
     _here.batch = batch
     try:
         yield

@@ -23,6 +23,7 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 from mp_rerank._engine.loading import default_prompt
 from mp_rerank._engine.packed import common_beginning
 from mp_rerank._engine.parity import Pairs, Scores, record_calls
+from mp_rerank._engine.varlen import RowForward, RowNetwork
 from mp_rerank._pairs import CANARY, tolerance
 
 __all__ = [
@@ -34,6 +35,7 @@ __all__ = [
     "has_modules",
     "padded_batches",
     "shared_batches",
+    "take_rows",
     "without_surrogates",
 ]
 
@@ -49,6 +51,8 @@ PROBES: list[Pairs] = [
 ]
 
 
+# A tokenizer without a limit has a larger number than this for one.
+UNLIMITED = 10**9
 # What another prompt shows that this one does not is what the tokenizer makes of it, in either way.
 PROMPT = "Judge by this: "
 Predict = Callable[..., Scores]
@@ -68,6 +72,7 @@ class Pipeline:
 
     Attributes:
         takes_prompt: whether it is proved to do what ``predict(prompt=...)`` does.
+        rows: the network, where it takes a batch as one row; else ``None``.
     """
 
     #: its name in a recipe
@@ -83,6 +88,7 @@ class Pipeline:
         self._modular = has_modules(model)
         self._constants: dict[str, Any] = {}
         self.takes_prompt = False
+        self.rows: RowNetwork | None = None
         self._padding = {
             "input_ids": self._tokenizer.pad_token_id,
             "token_type_ids": self._tokenizer.pad_token_type_id,
@@ -93,31 +99,50 @@ class Pipeline:
         """``pairs`` as tokens, truncated, each query with ``prompt`` before it."""
         queries = [query if prompt is None else prompt + query for query, _ in pairs]
         documents = [document for _, document in pairs]
-        encoding = self._tokenizer(queries, documents, truncation=True)
-        inputs = {name: encoding[name] for name in encoding}
+        inputs, encodings = self._encode(queries, documents)
         lengths = [len(tokens) for tokens in inputs["input_ids"]]
         truncated = bytearray(len(lengths))
         limit = self._tokenizer.model_max_length
         for i, length in enumerate(lengths):
             if length >= limit:
-                if encoding.encodings is not None:
-                    truncated[i] = bool(encoding.encodings[i].overflowing)
+                if encodings is not None:
+                    truncated[i] = bool(encodings[i].overflowing)
                 else:  # a tokenizer in Python
                     whole = self._tokenizer(queries[i], documents[i], truncation=False, verbose=False)
                     truncated[i] = len(whole["input_ids"]) > length
         return Tokenized(inputs, lengths, truncated)
 
+    def _encode(self, queries: list[str], documents: list[str]) -> tuple[dict[str, list[list[int]]], Any]:
+        """Truncated pairs, under the names by which the network takes them; and what a tokenizer not in Python says."""
+        encoding = self._tokenizer(queries, documents, truncation=True)
+        return {name: encoding[name] for name in encoding}, encoding.encodings
+
     def score(self, tokenized: Tokenized, batch: Sequence[int]) -> Scores:
         """Scores of the pairs at ``batch``, in one forward pass: shape (n,) or (n, num_labels)."""
-        with torch.inference_mode():
-            tensors = self._collate(tokenized, batch)
-            if self._modular:
-                logits = self._model({**tensors, **self._constants})["scores"]
-            else:
-                logits = self._network(**tensors, **self._constants).logits
-            scores = self._activation(logits.float())
-            found: Scores = (scores[:, 0] if scores.shape[1] == 1 else scores).float().cpu().numpy()
+        found: Scores = self.launch(tokenized, batch).cpu().numpy()
         return found
+
+    def launch(self, tokenized: Tokenized, batch: Sequence[int]) -> torch.Tensor:
+        """The same on the model's device: a GPU computes them later, and whoever reads them waits for it."""
+        with torch.inference_mode():
+            scores = self._activation(self.logits(tokenized, batch).float())
+            return (scores[:, 0] if scores.shape[1] == 1 else scores).float()
+
+    def logits(self, tokenized: Tokenized, batch: Sequence[int]) -> torch.Tensor:
+        """What the activation makes scores of: shape (n, num_labels)."""
+        if self.rows is None:
+            return self.call(self._collate(tokenized, batch))
+        ids, types = (tokenized.inputs.get(name) for name in ("input_ids", "token_type_ids"))
+        assert ids is not None
+        return self.rows([ids[i] for i in batch], None if types is None else [types[i] for i in batch])
+
+    def call(self, tensors: dict[str, torch.Tensor]) -> torch.Tensor:
+        """Logits that the network makes of ``tensors``, each of shape (pairs, longest)."""
+        if self._modular:
+            scores: torch.Tensor = self._model({**tensors, **self._constants})["scores"]
+            return scores
+        logits: torch.Tensor = self._network(**tensors, **self._constants).logits
+        return logits
 
     def prove(self, predict: Predict, max_length: int | None, dtype: str) -> None:
         """Raise ``ValueError`` unless this does what ``predict`` does.
@@ -191,6 +216,36 @@ class Pipeline:
         return {"scores": zeros} if self._modular else SequenceClassifierOutput(logits=zeros)
 
 
+class BackendPipeline(Pipeline):
+    """A pipeline that asks the Rust library below the tokenizer, and for no more than tokens.
+
+    A call of the tokenizer also asks where in its text each token is, and makes lists of that: BERT's then takes a
+    quarter longer.
+    """
+
+    name = "backend"
+
+    def __init__(self, model: Any) -> None:
+        super().__init__(model)
+        self._backend = self._tokenizer.backend_tokenizer
+
+    def _encode(self, queries: list[str], documents: list[str]) -> tuple[dict[str, list[list[int]]], Any]:
+        limit = self._tokenizer.model_max_length
+        if limit < UNLIMITED:  # set anew, for others set it otherwise
+            self._backend.enable_truncation(limit, direction=self._tokenizer.truncation_side)
+        else:
+            self._backend.no_truncation()
+        self._backend.no_padding()
+        encodings = self._backend.encode_batch_fast(list(zip(queries, documents, strict=True)))
+        inputs = {
+            "input_ids": [encoding.ids for encoding in encodings],
+            "attention_mask": [[1] * len(encoding) for encoding in encodings],
+        }
+        if "token_type_ids" in self._tokenizer.model_input_names:
+            inputs["token_type_ids"] = [encoding.type_ids for encoding in encodings]
+        return inputs, encodings
+
+
 class PreprocessingPipeline(Pipeline):
     """A pipeline that leaves it to the library to make tokens of texts: with a prompt, or by a chat template."""
 
@@ -245,7 +300,8 @@ def find_pipeline(
     if any(module._forward_hooks or module._forward_pre_hooks for module in model.modules()):
         return None, "the model has hooks"
     why_not = ""
-    for kind in (Pipeline, PreprocessingPipeline) if has_modules(model) else (Pipeline,):
+    kinds = [BackendPipeline, Pipeline, PreprocessingPipeline]
+    for kind in kinds if has_modules(model) else kinds[:2]:
         if name not in (None, kind.name):
             continue
         try:
@@ -261,6 +317,43 @@ def find_pipeline(
         else:
             return pipeline, ""
     return None, why_not
+
+
+def take_rows(
+    pipeline: Pipeline, forward: RowForward, dtype: str, most_tokens: int, reads: str = ""
+) -> tuple[str, str]:
+    """Let the network of ``pipeline`` take a batch as one row, if logits stay the same.
+
+    Args:
+        forward: what `unpad` has put into its base model.
+        dtype: of its weights.
+        most_tokens: of a row for which a CUDA graph is made.
+        reads: which token of a pair its head is known to read; empty: find it out.
+
+    Returns:
+        Which token that is, or else why it takes no rows.
+    """
+    tokenized = pipeline.tokenize(CANARY)
+    limit = tolerance("optimized", dtype)
+    why_not = ""
+    with torch.inference_mode():
+        logits = pipeline.logits(tokenized, range(len(CANARY)))
+        device, expected = logits.device, logits.float().cpu().numpy()
+        for token in [reads] if reads else ["first", "last"]:
+            pipeline.rows = RowNetwork(pipeline.call, forward, list(tokenized.inputs), token, device, most_tokens)
+            try:
+                found = [
+                    pipeline.logits(tokenized, batch).float().cpu().numpy() for batch in (range(len(CANARY)), range(1))
+                ]
+            except Exception as error:
+                logger.debug("no rows", exc_info=True)
+                why_not = str(error).partition("\n")[0] or type(error).__name__
+                break
+            if all(np.allclose(some, expected[: len(some)], rtol=limit, atol=limit) for some in found):
+                return token, ""
+            why_not = "its head reads more than one token"
+    pipeline.rows = None
+    return "", why_not
 
 
 def without_surrogates(text: str) -> str:

@@ -18,11 +18,20 @@ from typing import Any
 
 import torch
 
-from mp_rerank._engine.attention import NAME, register_attention
+from mp_rerank._engine import attention as buckets
+from mp_rerank._engine import varlen
 from mp_rerank._engine.packed import PackedBatch, attending_by, current_batch
 from mp_rerank._engine.parity import Scores, keep_if_equal
 
-__all__ = ["has_vocabulary_score", "head_only", "packing_forward", "score_logits", "share_beginnings", "unpad"]
+__all__ = [
+    "has_vocabulary_score",
+    "head_only",
+    "packing_forward",
+    "row_forward",
+    "score_logits",
+    "share_beginnings",
+    "unpad",
+]
 
 #: of the part that has the layers, in the base models of transformers; in others the layers are the base model's own
 ENCODER_NAMES = ("encoder", "transformer")
@@ -35,13 +44,14 @@ SHORTEST_BEGINNING = 16
 ATTENTION_NAMES = (("attn_norm", "attn.Wo"), ("input_layernorm", "self_attn.o_proj"), ("self_attn", "self_attn.o_proj"))
 
 
-def unpad(network: torch.nn.Module, dtype: str, predict: Callable[[], Scores] | None) -> str:
+def unpad(network: torch.nn.Module, dtype: str, predict: Callable[[], Scores] | None, *, as_rows: bool = False) -> str:
     """Let ``network`` leave out padding, if scores stay the same.
 
     Args:
-        network: a transformers model on a CPU; changed in place, or not at all.
+        network: a transformers model on a CPU or a CUDA device; changed in place, or not at all.
         dtype: of its weights.
         predict: scores one batch of pairs of unlike lengths with it; ``None``: scores are known to stay the same.
+        as_rows: let it compute a `varlen.Row` in place of a `PackedBatch`: on a GPU.
 
     Returns:
         Why it does not; empty: it does.
@@ -57,12 +67,13 @@ def unpad(network: torch.nn.Module, dtype: str, predict: Callable[[], Scores] | 
     if "position_ids" not in inspect.signature(base.forward).parameters:
         return "it takes no positions"
     encoder = _find_encoder(base)
-    packing = _PackingForward(base, unpacks=encoder is base)
+    packing = (varlen.RowForward if as_rows else _PackingForward)(base, unpacks=encoder is base)
+    rules = varlen if as_rows else buckets
     pooler = getattr(base, "pooler", None) if encoder is base else None
 
     def change() -> None:
-        register_attention()
-        network.set_attn_implementation(NAME)
+        rules.register_attention()
+        network.set_attn_implementation(rules.NAME)
         if encoder is not base:
             encoder.forward = _UnpackingForward(encoder)
         if pooler is not None:
@@ -306,6 +317,12 @@ def _of_chosen(linear: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[torc
         return linear(input[:, current_batch().chosen])
 
     return forward
+
+
+def row_forward(network: torch.nn.Module) -> varlen.RowForward | None:
+    """What `unpad` has put into ``network``, a model on a GPU, if it has."""
+    forward = vars(getattr(network, "base_model", network)).get("forward")
+    return forward if isinstance(forward, varlen.RowForward) else None
 
 
 def packing_forward(network: torch.nn.Module) -> _PackingForward | None:

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -54,7 +56,7 @@ def test_without_a_word_about_devices_every_gpu_gets_a_worker_and_the_parent_nev
     done = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, timeout=PATIENCE, check=True)
     found = json.loads(done.stdout)
     assert found["best"] == 0
-    assert [device for device, _ in found["workers"]] == [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+    assert {device for device, _ in found["workers"]} == {f"cuda:{i}" for i in range(torch.cuda.device_count())}
     assert not found["torch"]
 
 
@@ -75,6 +77,43 @@ def test_half_precision_is_what_the_model_is_in_and_near_float32(
     assert pool.workers()[0].dtype == dtype
     assert np.abs(scores - expected).max() < 0.05
     assert not np.array_equal(scores, expected)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize("family", models.FAMILIES)
+def test_every_architecture_scores_as_its_cross_encoder_does_there(family: str, dtype: str, tmp_path: Path) -> None:
+    from mp_rerank._engine.engine import Engine
+
+    folder = models.build(family, tmp_path)
+    engine = Engine(ModelSpec(folder, dtype=dtype), "cuda", None, 1024).optimize()
+    plain = models.load(folder, "cuda", model_kwargs={"torch_dtype": dtype})
+    limit = 1e-5 if dtype == "float32" else 3e-2
+    for pairs in (PAIRS, PAIRS[:1], PAIRS[::3]):
+        np.testing.assert_allclose(engine.predict(pairs), plain.predict(pairs), rtol=limit, atol=limit)
+    padded = {"deberta-v2", "gemma2"}  # attention of its own, and with a softcap
+    if dtype == "float32":
+        padded |= {"modernbert", "gemma3", "mistral", models.MODULAR}  # attention to a window
+    assert ("cuda_graphs" in engine.recipe.names()) is (family not in padded), engine._off
+
+
+def test_graphs_are_right_for_texts_of_any_length_and_number(make_pool: MakePool) -> None:
+    """Hundreds of slices, of sizes that share their graphs, each computed while the next is tokenized."""
+    pool = make_pool(ModelSpec(BUILTIN, dtype="float16"), devices="cuda", workers=1)
+    plain = models.load(BUILTIN, "cuda", model_kwargs={"torch_dtype": "float16"})
+    chance = random.Random(0)
+    words = " ".join(models.TEXT).split()
+    texts = [" ".join(chance.choices(words, k=chance.randint(1, chance.choice((10, 60, 400))))) for _ in range(600)]
+    expected = plain.predict([("How many people live in Berlin?", text) for text in texts])
+
+    def ask(number: int) -> None:
+        which = random.Random(number).sample(range(len(texts)), 1 + number * 3 % 300)
+        pairs = [("How many people live in Berlin?", texts[i]) for i in which]
+        scores = pool.submit_pairs(pairs).result(PATIENCE)
+        np.testing.assert_allclose(scores, expected[which], atol=0.03)
+
+    with ThreadPoolExecutor(8) as agents:
+        list(agents.map(ask, range(100)))
+    assert "cuda_graphs" in pool.workers()[0].optimizations
 
 
 def test_workers_do_without_cudnn_attention_which_plans_anew_for_every_shape_of_a_batch(make_pool: MakePool) -> None:

@@ -55,11 +55,10 @@ def test_predict_is_not_called(family: str, tmp_path: Path, monkeypatch: pytest.
 
 def test_texts_are_tokenized_once_and_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fast = engine(models.build("bert", tmp_path))
-    tokenizer = fast.model.tokenizer
-    calls = count_calls(tokenizer, "__call__", monkeypatch)
+    calls = count_calls(fast._pipeline, "tokenize", monkeypatch)
     fast.predict(PAIRS)
     assert len(calls) == 1
-    lengths = [len(row) for row in tokenizer(*zip(*PAIRS, strict=True), truncation=True)["input_ids"]]
+    lengths = [len(row) for row in fast.model.tokenizer(*zip(*PAIRS, strict=True), truncation=True)["input_ids"]]
     assert max(lengths) == models.MAX_LENGTH
     assert sum(fast.readings.tokens) == sum(lengths)
 

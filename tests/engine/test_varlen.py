@@ -1,0 +1,173 @@
+"""A batch as one row, as on a GPU; without one, attention within bounds is computed pair by pair."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from mp_rerank import ModelSpec
+
+torch = pytest.importorskip("torch")
+models = pytest.importorskip("models")
+from mp_rerank._engine import varlen  # noqa: E402
+from mp_rerank._engine.engine import Engine  # noqa: E402
+from mp_rerank._engine.pipeline import Pipeline, take_rows  # noqa: E402
+from mp_rerank._engine.unpad import row_forward, unpad  # noqa: E402
+
+pytestmark = pytest.mark.real
+
+PAIRS = [
+    (query, document) for query in models.TEXT[:3] for document in (*models.TEXT, "", "<pad> <pad>", "long " * 300)
+]
+
+
+def within_bounds(
+    query: Any, key: Any, value: Any, bounds: Any, longest: int, window: Any, scaling: float | None
+) -> Any:
+    """What an operator on a GPU computes, pair by pair."""
+    found = torch.full_like(query, torch.nan)  # behind the last pair, nobody writes
+    for start, stop in zip(bounds[:-1].tolist(), bounds[1:].tolist(), strict=True):
+        assert stop - start <= longest
+        if start == stop:
+            continue
+        here = torch.arange(stop - start)
+        distance = here - here[:, None]
+        allowed = torch.ones_like(distance, dtype=torch.bool)
+        if window.before >= 0:
+            allowed &= distance >= -window.before
+        if window.behind >= 0:
+            allowed &= distance <= window.behind
+        of_pair = (tensor[start:stop].transpose(0, 1) for tensor in (query, key, value))
+        attended = torch.nn.functional.scaled_dot_product_attention(*of_pair, attn_mask=allowed, scale=scaling)
+        found[start:stop] = attended.transpose(0, 1)
+    return found
+
+
+@pytest.fixture(autouse=True)
+def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(varlen, "_within_bounds_float32", within_bounds)
+
+
+def with_rows(folder: str) -> tuple[Engine, str, str]:
+    """An engine whose network takes rows; which token of a pair its head reads, or why it takes none."""
+    engine = Engine(ModelSpec(folder, unpad=False, prepack=False), "cpu", None, 256).optimize()
+    why_not = unpad(engine.model.model, "float32", engine.canary, as_rows=True)
+    forward = row_forward(engine.model.model)
+    if forward is None:
+        return engine, "", why_not
+    return engine, *take_rows(engine._pipeline, forward, "float32", 512)
+
+
+@pytest.mark.parametrize("family", models.FAMILIES)
+def test_scores_are_those_of_padded_batches(family: str, tmp_path: Path) -> None:
+    folder = models.build(family, tmp_path)
+    engine, reads, why_not = with_rows(folder)
+    if family in ("deberta-v2", "gemma2"):  # attention of its own, and with a softcap
+        assert why_not
+        assert not reads
+    else:
+        assert not why_not
+        assert reads == ("last" if family in (*models.DECODERS, models.LOGIT_SCORE) else "first")
+    np.testing.assert_allclose(engine.predict(PAIRS), models.load(folder, "cpu").predict(PAIRS), rtol=1e-5, atol=1e-5)
+
+
+def test_a_head_that_reads_all_tokens_is_given_padded_batches(tmp_path: Path) -> None:
+    folder = models.build("modernbert", tmp_path)
+    config = tmp_path / "config.json"
+    config.write_text(config.read_text().replace('"classifier_pooling": "cls"', '"classifier_pooling": "mean"'))
+    engine, reads, why_not = with_rows(folder)
+    assert not reads
+    assert why_not == "its head reads more than one token"
+    assert engine._pipeline.rows is None
+    np.testing.assert_allclose(engine.predict(PAIRS), models.load(folder, "cpu").predict(PAIRS), rtol=1e-5, atol=1e-5)
+
+
+def test_what_fills_a_row_up_changes_no_score(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tokens and pairs are rounded up to the size of a graph, as where there is a GPU."""
+    folder = models.build("roberta", tmp_path)
+    engine, _, _ = with_rows(folder)
+    sizes: list[tuple[int, ...]] = []
+
+    class Replayed:
+        def __init__(self, rows: varlen.RowNetwork, size: tuple[int, int, int]) -> None:
+            self.replay = lambda numbers: rows._compute(numbers, *size)
+
+    def capture(rows: varlen.RowNetwork, numbers: Any, size: tuple[int, int, int]) -> Replayed:
+        sizes.append(size)
+        return Replayed(rows, size)
+
+    monkeypatch.setattr(varlen.RowNetwork, "_capture", capture)
+    monkeypatch.setattr(engine._pipeline.rows, "_most_tokens", 512)
+    expected = models.load(folder, "cpu").predict(PAIRS)
+    for _ in range(2):
+        np.testing.assert_allclose(engine.predict(PAIRS), expected, rtol=1e-5, atol=1e-5)
+    assert sizes
+    assert len(sizes) == len(set(sizes))  # each size is made once
+    for tokens, pairs, longest in sizes:
+        assert (tokens % 256, pairs % 16, longest % 128) == (0, 0, 0)
+
+
+def test_graphs_that_were_not_used_for_long_are_let_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine, _, _ = with_rows(models.build("bert", tmp_path))
+    rows = engine._pipeline.rows
+    monkeypatch.setattr(varlen, "GRAPHS", 1)
+    monkeypatch.setattr(rows, "_most_tokens", 4096)
+    made: list[tuple[int, int, int]] = []
+
+    def capture(numbers: Any, size: tuple[int, int, int]) -> Any:
+        made.append(size)
+        return type("Graph", (), {"replay": partial(lambda self, numbers: rows._compute(numbers, *size), None)})()
+
+    monkeypatch.setattr(rows, "_capture", capture)
+    for pairs in (PAIRS[:1], PAIRS[:30], PAIRS[:1], PAIRS[:1]):
+        tokenized = engine._pipeline.tokenize(pairs)
+        engine._pipeline.score(tokenized, range(len(pairs)))
+    assert [size[1] for size in made] == [16, 32, 16]
+
+
+@pytest.mark.parametrize("tokens", [1, 255, 256, 257, 300, 511, 512, 513, 1000, 14_700, 16_384])
+def test_a_row_is_filled_up_by_an_eighth_at_most(tokens: int) -> None:
+    rounded = varlen.rounded_tokens(tokens)
+    assert rounded >= tokens
+    assert rounded == 256 or rounded - tokens < tokens / 8
+    assert varlen.rounded_tokens(rounded) == rounded
+
+
+def test_a_window_is_found_in_a_mask_and_anything_else_is_refused() -> None:
+    from transformers.masking_utils import bidirectional_mask_function, causal_mask_function
+
+    def window(mask_function: Any, longest: int = 200) -> tuple[int, int]:
+        row = varlen.Row(*[torch.zeros(1)] * 4, longest=longest)
+        with varlen.attending_by(row):
+            found = varlen._find_window(mask_function=mask_function)
+        return found.before, found.behind
+
+    def near(batch: Any, head: Any, asking: Any, keys: Any) -> Any:
+        return (asking - keys).abs() <= 16
+
+    def every_other(batch: Any, head: Any, asking: Any, keys: Any) -> Any:
+        return (asking - keys) % 2 == 0
+
+    assert window(bidirectional_mask_function) == (-1, -1)
+    assert window(causal_mask_function) == (-1, 0)
+    assert window(near) == (16, 16)
+    assert window(near, 16) == (-1, -1)
+    with pytest.raises(ValueError, match="no window"):
+        window(every_other)
+
+
+def test_where_rows_fail_padded_batches_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = models.build("bert", tmp_path)
+
+    def fail(*arguments: Any, **options: Any) -> Any:
+        raise RuntimeError("no such kernel")
+
+    monkeypatch.setattr(varlen.RowNetwork, "__call__", fail)
+    engine, reads, why_not = with_rows(folder)
+    assert (reads, why_not) == ("", "no such kernel")
+    assert isinstance(engine._pipeline, Pipeline)
+    np.testing.assert_allclose(engine.predict(PAIRS), models.load(folder, "cpu").predict(PAIRS), rtol=1e-5, atol=1e-5)
