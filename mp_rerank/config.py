@@ -190,7 +190,8 @@ class PoolConfig:
 
     Attributes:
         devices: ``"auto"`` or ``None`` (every GPU, else the CPU), a device such as ``"cpu"`` or ``"cuda:1"``, or a list
-            of them, with one worker each unless ``workers`` is given. ``"cuda"`` means every visible GPU.
+            of them, with one worker each unless ``workers`` is given; a GPU gets up to four with a small model, whose
+            texts take longer to tokenize than to score. ``"cuda"`` means every visible GPU.
         workers: workers in all; ``None``: one for each GPU, or as many as cores and memory allow on the CPU.
         threads_per_worker: compute threads of each worker; ``None``: the cores, shared among the workers.
         pin: on a machine of several NUMA nodes, keep each worker that computes on the CPU on one node, near its

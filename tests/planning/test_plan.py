@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -77,6 +78,29 @@ def test_every_gpu_gets_a_worker() -> None:
     assert [seat.device for seat in seats(PoolConfig(devices="cuda:1"), on)] == ["cuda:1"]
     assert [seat.device for seat in seats(PoolConfig(workers=4), on)] == ["cuda:0", "cuda:1"] * 2
     assert [seat.device for seat in seats(PoolConfig(devices="cpu", workers=1), on)] == ["cpu"]
+
+
+def test_a_gpu_gets_a_few_workers_for_a_small_model(tmp_path: Path) -> None:
+    """As many as there are cores and memory for, and no more than are any use."""
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(b"")
+    spec = ModelSpec(str(tmp_path))
+
+    def workers(config: PoolConfig | None = None, size: int = 90 * 2**20, **options: Any) -> list[tuple[str, int]]:
+        os.truncate(weights, size)
+        made = make_plan(config or PoolConfig(), spec, machine(**{"cores": 16, "gpus": ("cuda:0",), **options}))
+        return [(seat.device, seat.threads) for seat in made.seats]
+
+    assert workers() == [("cuda:0", 4)] * 4
+    assert workers(cores=64) == [("cuda:0", 16)] * 4
+    assert workers(cores=8) == [("cuda:0", 4)] * 2
+    assert workers(cores=2) == [("cuda:0", 2)]
+    assert workers(memory=8 * GIB) == [("cuda:0", 8)] * 2
+    assert workers(gpus=("cuda:0", "cuda:1")) == [("cuda:0", 4), ("cuda:1", 4)] * 2
+    assert workers(size=GIB) == [("cuda:0", 16)]
+    assert workers(PoolConfig(workers=1)) == [("cuda:0", 16)]
+    assert workers(PoolConfig(devices=["cuda:0", "cuda:0"])) == [("cuda:0", 8)] * 2
+    assert workers(PoolConfig(devices=["cuda:0", "cpu"])) == [("cuda:0", 8), ("cpu", 8)]
 
 
 def test_a_backend_of_the_cpu_is_given_no_gpu() -> None:
