@@ -66,6 +66,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--device", default="cpu", help="where models are; a GPU's report is throughput-DEVICE")
     parser.add_argument("--rounds", type=int, default=3, help="rounds each contender takes (default 3)")
     parser.add_argument("--documents", type=int, help=f"documents a request (default {DOCUMENTS})")
+    parser.add_argument("--tokens", type=int, help=f"tokens a round, about (default {TOKENS})")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="worker processes (default: one a CPU)")
     parser.add_argument("--data", type=Path, help="the folder with scifact/; without it, no real texts")
     add_output(parser)
@@ -113,7 +114,7 @@ def measure(report: Report, shape: str, names: list[str], options: argparse.Name
         best = products(shape, options.workers) if counted else None
         for name in names:
             setting = Setting(folder, options.workers, int(name.split("/")[1]), options.device)
-            requests = requests_of(name, options.documents, options.data)
+            requests = requests_of(name, options.documents, options.tokens, options.data)
             compare(report, name, setting, requests, options)
             if best is not None:
                 arithmetic(report, folder, name, requests, best)
@@ -143,13 +144,13 @@ def loaded(report: Report, name: str, team: Sequence[str], setting: Setting) -> 
         yield runs
 
 
-def requests_of(name: str, documents: int | None, data: Path | None) -> list[Pairs]:
+def requests_of(name: str, documents: int | None, tokens: int | None, data: Path | None) -> list[Pairs]:
     """The requests of a round, equally many for each agent: random words, or SciFact's claims with abstracts."""
     shape, agents, texts = name.split("/")
     if documents is None:
         documents = DOCUMENTS[shape]
     words = TEXTS[texts] + 8
-    count = int(agents) * max(1, round(TOKENS[shape] / (int(agents) * documents * words)))
+    count = int(agents) * max(1, round((tokens or TOKENS[shape]) / (int(agents) * documents * words)))
     if texts != SCIFACT:
         return make_requests(count, documents, TEXTS[texts])
     assert data is not None
