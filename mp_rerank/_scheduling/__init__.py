@@ -6,7 +6,8 @@
     streams.py      what a caller iterates over while its request is scored
     request.py      one request: its pairs, its scores so far, its result
     queue.py        which pairs go next: fair between callers, then between a caller's requests
-    deployment.py   one model: its queue, its slots, deaths and blame
+    outcomes.py     what becomes of requests: scored, failed, expired, cancelled
+    deployment.py   one model: its queue, its slots, and what is done when a worker dies
     dispatcher.py   the thread: inbox, loop, reload, close
 
 Knows no torch and no process: workers are reached through ``_workers.slot``.

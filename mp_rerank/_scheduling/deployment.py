@@ -16,16 +16,16 @@ import time
 from collections import Counter
 from collections.abc import Callable, Hashable, MutableMapping, Sequence
 from concurrent.futures import BrokenExecutor
-from typing import Literal
 
 import numpy as np
 
 from mp_rerank._pairs import Reading, Score, tolerance
 from mp_rerank._planning.plan import Seat, default_batch_tokens
 from mp_rerank._recipe import Recipe
-from mp_rerank._scheduling.queue import RequestQueue, Slice, Suspect
+from mp_rerank._scheduling.outcomes import Outcome, Outcomes
+from mp_rerank._scheduling.queue import RequestQueue, Slice
 from mp_rerank._scheduling.request import Request
-from mp_rerank._workers.child import EXIT_DEVICE_LOST, Scored, WorkerFacts
+from mp_rerank._workers.child import EXIT_DEVICE_LOST, WorkerFacts
 from mp_rerank._workers.dask import SeatLeftError
 from mp_rerank._workers.handle import WorkerHandle, make_templates
 from mp_rerank._workers.launching import LaunchError
@@ -35,17 +35,12 @@ from mp_rerank.config import ModelSpec, PoolConfig
 from mp_rerank.errors import (
     ClusterError,
     ModelLoadError,
-    RequestTimeoutError,
     RerankError,
-    ScoringError,
-    TextTooLongError,
     WorkerCrashedError,
 )
 from mp_rerank.results import ExitReason, PoolStats, WorkerExit, WorkerInfo
 
-__all__ = ["Deployment", "Outcome"]
-
-Outcome = Literal["completed", "failed", "cancelled", "timed_out"]
+__all__ = ["Deployment"]
 
 logger = QueuedLogger(POOL_LOGGER)
 
@@ -53,12 +48,6 @@ logger = QueuedLogger(POOL_LOGGER)
 BATCHES_A_SLICE = 0.9
 # Below this a slice costs more to send than to score sooner on another worker.
 MIN_SLICE_TOKENS = 128
-# Texts differ in characters a token, by language and by vocabulary; slices follow what workers count.
-OVERESTIMATE_SMOOTHING = 0.1
-MAX_OVERESTIMATE = 4.0
-# Of the pairs read: people should know that so many documents are cut off, and hear it once there are enough to tell.
-WARN_OF_TRUNCATED = 0.03
-PAIRS_TO_WARN_AFTER = 100
 # A slice is called hung only far beyond what the worker's speed promises: speed varies with length and with neighbours.
 HANG_MARGIN = 10.0
 MAX_BACKOFF_SECONDS = 30.0
@@ -100,6 +89,7 @@ class Deployment:
         self.config = config
         # The scores kept are this model's, as the queue is: they end with it.
         self.queue = RequestQueue(coalesce=config.coalesce, kept=_kept_scores(config.score_cache), counts=counts)
+        self._outcomes = Outcomes(spec.name, self.queue, config.nan_scores, on_done, counts)
         self.slots: list[Slot[Slice]] = []
         self.failure: RerankError | None = None
         self.facts: WorkerFacts | None = None  # of the first worker that was ready; the others must agree with it
@@ -108,7 +98,6 @@ class Deployment:
         self._recipes: dict[str, Recipe | None] = {}  # by the kind of device; ``None``: nothing can be optimized
         self._provers: dict[str, Slot[Slice]] = {}  # whose workers are finding the recipes now
         self._notify = notify
-        self._on_done = on_done
         self._counts = counts
         self._dispatched_at = 0.0  # when slots were last asked for room
         self._lost: RerankError | None = None  # why no seat will join, if none will
@@ -119,9 +108,6 @@ class Deployment:
         self._started = False
         self._scored = False  # whether the model has ever scored anything but its canary
         self._blamed: set[Hashable] = set()  # pairs that failed their requests since it last did
-        self._read = self._truncated = 0  # pairs, and those of them that were cut off
-        self._warned = False
-        self._overestimate = 1.0  # estimated tokens for each that workers count
         self._seated = 0  # slots there have been
         self._in_turn = False
         for seat in seats:
@@ -179,24 +165,18 @@ class Deployment:
     def submit(self, request: Request) -> None:
         """Take over ``request``."""
         if self.failure is not None:
-            self._fail(request, copy.copy(self.failure))
-        elif not self.queue.add(request):
-            request.resolve()
-            self._on_done(request, "completed")
+            self._outcomes.fail(request, copy.copy(self.failure))
+        else:
+            self._outcomes.add(request)
 
     def cancel(self, request: Request) -> bool:
         """Drop a request whose future was cancelled; whether it was one of this deployment's."""
-        if request.number not in self.queue.live:
-            return False
-        self.queue.drop(request)
-        request.cancel()
-        self._on_done(request, "cancelled")
-        return True
+        return self._outcomes.cancel(request)
 
     def handle(self, report: Report, now: float) -> None:
         """Act on what a slot reported."""
         slot = report.slot
-        self._expire(now)  # what is scored after its deadline comes too late
+        self._outcomes.expire(now)  # what is scored after its deadline comes too late
         if isinstance(report, SliceEnded):
             if report.generation == slot.generation:
                 self._slice_ended(slot, report, now)
@@ -211,7 +191,7 @@ class Deployment:
 
     def tick(self, now: float) -> None:
         """Do what is due: deadlines, starts, workers that hang or do not leave."""
-        self._expire(now)
+        self._outcomes.expire(now)
         self._launch_first(now)
         for slot in self.slots:
             if slot.restart_at is not None and slot.restart_at <= now:
@@ -258,7 +238,7 @@ class Deployment:
             budget = self._slice_tokens(slot)
             if not slot.outstanding:
                 idle = sum(not slot.outstanding for slot in room)
-                least = int(MIN_SLICE_TOKENS * self._overestimate)
+                least = int(MIN_SLICE_TOKENS * self._outcomes.overestimate)
                 budget = min(budget, max(least, math.ceil(self.queue.waiting_tokens / idle)))
             slice_ = self.queue.take(budget)
             if slice_ is None:
@@ -267,10 +247,8 @@ class Deployment:
         self._wake_for_work(now)
 
     def fail_all(self, error: RerankError) -> None:
-        """Fail every request that is left, each with an error of its own: raising one adds to its traceback."""
-        for request in list(self.queue.live.values()):
-            self.queue.drop(request)
-            self._fail(request, copy.copy(error))
+        """Fail every request that is left."""
+        self._outcomes.fail_all(error)
 
     def close(self, now: float, *, kill: bool, successor: Deployment | None = None) -> None:
         """End the workers, at once or after what they run; ``join`` waits for it.
@@ -336,7 +314,7 @@ class Deployment:
     def _slice_tokens(self, slot: Slot[Slice]) -> int:
         """Estimated tokens of a full slice."""
         tokens = self.config.slice_tokens or self._batch_tokens(slot) * BATCHES_A_SLICE
-        return int(tokens * self._overestimate)
+        return int(tokens * self._outcomes.overestimate)
 
     def _batch_tokens(self, slot: Slot[Slice]) -> int:
         return self.config.batch_tokens or default_batch_tokens(self.spec, slot.seat.device)
@@ -546,13 +524,12 @@ class Deployment:
         if isinstance(outcome, BaseException):
             slot.since = now
             slot.crashes = 0
-            for suspect in self.queue.raised(slice_):
-                self._blame_raised(slot, suspect, outcome)
+            self._outcomes.raised(slice_, outcome, slot.seat.device)
         else:
             slot.took(slice_, outcome.seconds, now)
             self._scored = True
             self._blamed.clear()
-            self._take_scores(slot, slice_, outcome, now)
+            self._outcomes.scored(slice_, outcome, slot.seat.device, now)
         if slot.state is SlotState.READY:
             slot.worn_out = self._worn(slot)
             if slot.worn_out is not None:
@@ -564,102 +541,6 @@ class Deployment:
             self._end_worker(slot, now)
             self._launch(slot, now)
         self._settle(slot, now)
-
-    def _take_scores(self, slot: Slot[Slice], slice_: Slice, scored: Scored, now: float) -> None:
-        """Give the scores of ``slice_`` to the requests that want them; what has no score fails them."""
-        scores = np.frombuffer(scored.scores, dtype=np.float32)
-        if scored.num_labels is not None:
-            scores = scores.reshape(-1, scored.num_labels)
-        self._count_slice(slice_, scored)
-        too_long = {} if scored.readings is None else scored.readings.too_long
-        refused = set(too_long)
-        finite = np.isfinite(scores)
-        if not finite.all():
-            whole = np.all(finite.reshape(len(slice_), -1), axis=1)
-            if self.config.nan_scores == "error":
-                refused.update(np.flatnonzero(~whole).tolist())
-            else:
-                scores = np.where(whole if scores.ndim == 1 else whole[:, None], scores, np.float32(np.nan))
-        for place in sorted(refused):
-            for suspect in self.queue.refuse(slice_, [place]):
-                if place in too_long:
-                    self._fail(suspect.request, _too_long(suspect.index, *too_long[place]))
-                else:
-                    error = ScoringError("", cause=f"its score is {scores[place]}")
-                    self._blame_raised(slot, suspect, error)
-        began_at = now - scored.seconds
-        for request, _ in slice_.parts:
-            request.began(began_at, scored.tokenize_seconds)
-        for request in self.queue.fill(slice_, scores, scored.readings, refused):
-            self._counts.split_requests += request.slices > 1
-            request.began(began_at)  # once more, or for the first time: all its pairs went out for other requests
-            request.complete(now)
-            self._on_done(request, "completed")
-
-    def _count_slice(self, slice_: Slice, scored: Scored) -> None:
-        counts, readings = self._counts, scored.readings
-        counts.slices += 1
-        counts.gathered_slices += len(slice_.parts) > 1
-        size = 1 << (len(slice_) - 1).bit_length()
-        counts.slice_sizes[size] = counts.slice_sizes.get(size, 0) + 1
-        counts.scored_pairs += len(slice_)
-        counts.busy_seconds += scored.seconds
-        if readings is not None and (tokens := sum(readings.tokens)):
-            counts.scored_tokens += tokens
-            ratio = min(MAX_OVERESTIMATE, max(1 / MAX_OVERESTIMATE, slice_.tokens / tokens))
-            self._overestimate += OVERESTIMATE_SMOOTHING * (ratio - self._overestimate)
-            counts.truncated_pairs += sum(readings.truncated)
-            self._warn_of_truncation(len(slice_), sum(readings.truncated))
-
-    def _warn_of_truncation(self, pairs: int, truncated: int) -> None:
-        """Say once that many documents are not read whole."""
-        self._read += pairs
-        self._truncated += truncated
-        if self._read < PAIRS_TO_WARN_AFTER or self._truncated <= WARN_OF_TRUNCATED * self._read or self._warned:
-            return
-        self._warned = True
-        logger.warning(
-            "%d of the first %d documents do not fit %s with their queries, and were cut off: "
-            "long_documents='chunk' scores them whole, truncation='error' refuses them "
-            "[mp-rerank explain documents-cut-off]",
-            *(self._truncated, self._read, self.spec.name),
-        )
-
-    def _blame_raised(self, slot: Slot[Slice], suspect: Suspect, error: BaseException) -> None:
-        cause = error.cause if isinstance(error, ScoringError) else repr(error)
-        self._fail(
-            suspect.request,
-            ScoringError(
-                f"document {suspect.index} could not be scored on {slot.seat.device}: {cause}",
-                device=slot.seat.device,
-                document_index=suspect.index,
-                cause=cause,
-                details=error.details if isinstance(error, ScoringError) else "",
-            ),
-        )
-
-    def _expire(self, now: float) -> None:
-        for request in self.queue.expire(now):
-            self._time_out(request)
-
-    def _time_out(self, request: Request) -> None:
-        if request.partial:
-            request.resolve()
-        else:
-            scored = len(request.pairs) - request.missing
-            request.fail(
-                RequestTimeoutError(
-                    f"{scored} of {len(request.pairs)} documents were scored within {request.timeout:g} s",
-                    timeout=request.timeout or 0.0,
-                    scored=scored,
-                    total=len(request.pairs),
-                )
-            )
-        self._on_done(request, "timed_out")
-
-    def _fail(self, request: Request, error: RerankError) -> None:
-        request.fail(error)
-        self._on_done(request, "failed")
 
     # Recycling, hanging, dying.
 
@@ -776,18 +657,9 @@ class Deployment:
         lost, slot.lost = slot.lost, []
         for slice_ in reversed(lost[1:]):
             self.queue.put_back(slice_)
-        suspects = self.queue.crashed(lost[0], self.config.max_attempts) if lost else []
-        for suspect in suspects:
-            self._fail(
-                suspect.request,
-                WorkerCrashedError(
-                    f"document {suspect.index} ended {suspect.attempts} workers; the last, on {device}, {how}",
-                    device=slot.seat.device,
-                    exit_code=slot.exit_code,
-                    attempts=suspect.attempts,
-                    document_index=suspect.index,
-                ),
-            )
+        suspects = []
+        if lost:
+            suspects = self._outcomes.crashed(lost[0], self.config.max_attempts, device, slot.exit_code, how)
         if suspects and self._scored:
             # The deaths are explained, and the model is known to score: they say nothing against the seats. Unless it
             # is one pair after the other, and no score between: then the model has come to die of everything.
@@ -858,15 +730,6 @@ class Deployment:
             slot.worker.retire()
             self._leaving.append((slot.worker, now + GRACE_SECONDS))
             slot.worker = None
-
-
-def _too_long(index: int, tokens: int, limit: int) -> TextTooLongError:
-    return TextTooLongError(
-        f"document {index} is too long: {tokens} tokens, where {limit} are allowed (truncation='error')",
-        document_index=index,
-        tokens=tokens,
-        limit=limit,
-    )
 
 
 def _kept_scores(count: int) -> MutableMapping[Hashable, tuple[Score, Reading | None]] | None:

@@ -36,8 +36,9 @@ from typing import Any
 from mp_rerank._planning.plan import Plan, Seat, make_plan
 from mp_rerank._scheduling.admission import Admission
 from mp_rerank._scheduling.callers import CallerCounts
-from mp_rerank._scheduling.deployment import Deployment, Outcome
+from mp_rerank._scheduling.deployment import Deployment
 from mp_rerank._scheduling.futures import Answer, is_pool_thread
+from mp_rerank._scheduling.outcomes import Outcome
 from mp_rerank._scheduling.request import Request, misfit
 from mp_rerank._workers.child import WorkerFacts
 from mp_rerank._workers.dask import Cluster
