@@ -8,6 +8,7 @@
     queue.py        which pairs go next: fair between callers, then between a caller's requests
     outcomes.py     what becomes of requests: scored, failed, expired, cancelled
     deployment.py   one model: its queue, its slots, and what is done when a worker dies
+    departures.py   workers that were let go, until they have ended
     dispatcher.py   the thread: inbox, loop, reload, close
 
 Knows no torch and no process: workers are reached through ``_workers.slot``.

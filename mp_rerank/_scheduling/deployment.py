@@ -22,12 +22,13 @@ import numpy as np
 from mp_rerank._pairs import Reading, Score, tolerance
 from mp_rerank._planning.plan import Seat, default_batch_tokens
 from mp_rerank._recipe import Recipe
+from mp_rerank._scheduling.departures import Departures
 from mp_rerank._scheduling.outcomes import Outcome, Outcomes
 from mp_rerank._scheduling.queue import RequestQueue, Slice
 from mp_rerank._scheduling.request import Request
 from mp_rerank._workers.child import EXIT_DEVICE_LOST, WorkerFacts
 from mp_rerank._workers.dask import SeatLeftError
-from mp_rerank._workers.handle import WorkerHandle, make_templates
+from mp_rerank._workers.handle import make_templates
 from mp_rerank._workers.launching import LaunchError
 from mp_rerank._workers.logs import POOL_LOGGER, QueuedLogger
 from mp_rerank._workers.slot import Described, Exited, Loaded, NotBegunError, Report, SliceEnded, Slot, SlotState
@@ -51,14 +52,12 @@ MIN_SLICE_TOKENS = 128
 # A slice is called hung only far beyond what the worker's speed promises: speed varies with length and with neighbours.
 HANG_MARGIN = 10.0
 MAX_BACKOFF_SECONDS = 30.0
-# A worker told to leave is killed after so many seconds (it has nothing to lose), and the slices of one that has ended
-# are given up as lost (they have come back by then, unless a fork of this process holds the worker's pipes open).
-GRACE_SECONDS = 5.0
+# The slices of a worker that has ended are given up as lost after so many seconds: they have come back by then, unless
+# a fork of this process holds the worker's pipes open.
+LOST_AFTER_SECONDS = 5.0
 # A worker that has not ended so long after it was killed (a system call that cannot be interrupted, a frozen control
 # group) is not waited for any more. Freeing the memory of a large model takes seconds.
 KILL_GRACE_SECONDS = 20.0
-# How soon a template follows the last of its workers.
-LOOK_SECONDS = 0.1
 
 
 class Deployment:
@@ -101,10 +100,9 @@ class Deployment:
         self._counts = counts
         self._dispatched_at = 0.0  # when slots were last asked for room
         self._lost: RerankError | None = None  # why no seat will join, if none will
-        self._leaving: list[tuple[WorkerHandle, float]] = []  # workers let go, and when to kill them
         self._templates = make_templates(config)
+        self._departures = Departures(self._templates)
         self._closed = False
-        self._look_again: float | None = None  # whether the workers have ended, and their template may
         self._started = False
         self._scored = False  # whether the model has ever scored anything but its canary
         self._blamed: set[Hashable] = set()  # pairs that failed their requests since it last did
@@ -207,19 +205,11 @@ class Deployment:
                 else:
                     self._kill_hung(slot, now)
         self._retire_idle(now)
-        self._leaving = [(leaving, limit) for leaving, limit in self._leaving if leaving.alive]
-        for i, (leaving, limit) in enumerate(self._leaving):
-            if now >= limit:
-                leaving.kill()
-                self._leaving[i] = (leaving, math.inf)
-        if self._closed and self._templates is not None:
-            self._look_again = now + LOOK_SECONDS if self._leaving else None
-            if not self._leaving:
-                self._templates.close()
+        self._departures.tick(now)
 
     def wake_at(self) -> float | None:
         """When ``tick`` has something to do next, if nothing is reported before."""
-        times = [self.queue.next_deadline(), self._look_again, *(limit for _, limit in self._leaving)]
+        times = [self.queue.next_deadline(), *self._departures.wake_at()]
         for slot in self.slots:
             times += [slot.restart_at, self._limit(slot)]
             if self.queue.waiting_tokens and slot.room_at is not None and slot.room_at > self._dispatched_at:
@@ -269,15 +259,12 @@ class Deployment:
                 slot.worker.kill()
             self._end_worker(slot, now)
         self._closed = True
-        if self._templates is not None:
-            self._look_again = now
+        self._departures.close(now)
 
     @property
     def alive(self) -> bool:
         """Whether a worker that was told to leave has not ended yet, or what it was forked from."""
-        if self._templates is not None and self._templates.alive:
-            return True
-        return any(leaving.alive for leaving, _ in self._leaving)
+        return self._departures.alive
 
     def template_pids(self) -> list[int]:
         """The processes that the workers are forked from."""
@@ -285,27 +272,7 @@ class Deployment:
 
     def join(self) -> None:
         """Wait until every worker has ended, killing those that outstay their grace."""
-        for leaving, limit in self._leaving:
-            leaving.join(max(0.0, limit - time.monotonic()) if limit < math.inf else GRACE_SECONDS)
-            if leaving.alive:
-                leaving.kill()
-                leaving.join(GRACE_SECONDS)
-            if leaving.alive:
-                logger.error(
-                    "process %s was killed and has not ended: it is not waited for any more "
-                    "[mp-rerank explain process-not-ended]",
-                    leaving.pid,
-                )
-                leaving.abandon()
-        self._leaving.clear()
-        if self._templates is not None:  # after the workers, whose parent it is
-            self._templates.close()
-            self._templates.join(GRACE_SECONDS)
-            if self._templates.alive:
-                logger.error(
-                    "a template was killed and has not ended: it is not waited for any more "
-                    "[mp-rerank explain process-not-ended]"
-                )
+        self._departures.join()
 
     def workers(self) -> list[WorkerInfo]:
         """Each slot, as callers see it."""
@@ -564,7 +531,7 @@ class Deployment:
         if slot.worker is None:
             return None  # let go, with whatever it was at
         if slot.ended_at is not None:
-            return slot.ended_at + GRACE_SECONDS if slot.outstanding else None
+            return slot.ended_at + LOST_AFTER_SECONDS if slot.outstanding else None
         if not slot.worker.killable:
             return None
         if slot.killed_at is not None:
@@ -727,8 +694,7 @@ class Deployment:
     def _end_worker(self, slot: Slot[Slice], now: float) -> None:
         """Let go of the slot's worker; what it says from here on is stale."""
         if slot.worker is not None:
-            slot.worker.retire()
-            self._leaving.append((slot.worker, now + GRACE_SECONDS))
+            self._departures.let_go(slot.worker, now)
             slot.worker = None
 
 

@@ -15,7 +15,8 @@ from fakes import score_of
 
 from mp_rerank import ModelSpec, RequestTimeoutError, RerankerPool, RerankResult, WorkerCrashedError
 from mp_rerank._planning.plan import Seat
-from mp_rerank._scheduling.deployment import GRACE_SECONDS, HANG_MARGIN, KILL_GRACE_SECONDS, Deployment
+from mp_rerank._scheduling.departures import GRACE_SECONDS
+from mp_rerank._scheduling.deployment import HANG_MARGIN, KILL_GRACE_SECONDS, LOST_AFTER_SECONDS, Deployment
 from mp_rerank._scheduling.queue import Slice
 from mp_rerank._scheduling.request import Request
 from mp_rerank._workers.child import Scored
@@ -206,7 +207,7 @@ def test_a_worker_that_cannot_be_killed_is_given_up_and_its_slices_go_elsewhere_
 
 def test_closing_does_not_wait_for_a_worker_that_cannot_be_killed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nor does the interpreter's exit, for what is abandoned."""
-    monkeypatch.setattr("mp_rerank._scheduling.deployment.GRACE_SECONDS", 0.0)
+    monkeypatch.setattr("mp_rerank._scheduling.departures.GRACE_SECONDS", 0.0)
     deployment, standing, _ = busy_deployment(10, 0.001)
     deployment.close(0.0, kill=True)
     deployment.join()
@@ -233,11 +234,11 @@ def test_slices_of_a_dead_worker_that_never_come_back_are_given_up() -> None:
     deployment, _, slice_ = busy_deployment(10, 0.001, hang_timeout=None)
     [slot] = deployment.slots
     deployment.handle(Exited(slot, 1, -9), 100.0)
-    assert deployment.wake_at() == 100.0 + GRACE_SECONDS
+    assert deployment.wake_at() == 100.0 + LOST_AFTER_SECONDS
     assert slot.state is SlotState.RESTARTING
-    deployment.tick(100.0 + GRACE_SECONDS)
+    deployment.tick(100.0 + LOST_AFTER_SECONDS)
     assert deployment.queue.waiting_tokens == 10
-    assert slot.restart_at == 100.0 + GRACE_SECONDS
+    assert slot.restart_at == 100.0 + LOST_AFTER_SECONDS
     too_late = SliceEnded(slot, 1, slice_, Scored(b"\0\0\0\0", None, 1.0))
     deployment.handle(too_late, 200.0)  # it will be scored again
     assert deployment.queue.waiting_tokens == 10
@@ -270,8 +271,8 @@ def test_a_worker_let_go_in_the_middle_of_a_slice_is_not_hung_as_well() -> None:
     """As by a reload, when nobody waits for the slice any more: the limit of its slice comes before its grace ends."""
     deployment, standing, _ = busy_deployment(10, 0.001, hang_timeout=1.0)
     deployment.close(0.0, kill=False)
-    assert deployment.wake_at() == GRACE_SECONDS
-    deployment.tick(GRACE_SECONDS - 0.1)
+    assert deployment.wake_at() == LOST_AFTER_SECONDS
+    deployment.tick(LOST_AFTER_SECONDS - 0.1)
     assert not standing.killed
 
 
