@@ -17,11 +17,10 @@ from collections import Counter
 from collections.abc import Callable, Hashable, MutableMapping, Sequence
 from concurrent.futures import BrokenExecutor
 
-import numpy as np
-
-from mp_rerank._pairs import Reading, Score, tolerance
+from mp_rerank._pairs import Reading, Score
 from mp_rerank._planning.plan import Seat, default_batch_tokens
-from mp_rerank._recipe import Recipe
+from mp_rerank._scheduling import scaling
+from mp_rerank._scheduling.agreement import Agreement
 from mp_rerank._scheduling.departures import Departures
 from mp_rerank._scheduling.outcomes import Outcome, Outcomes
 from mp_rerank._scheduling.queue import RequestQueue, Slice
@@ -91,11 +90,8 @@ class Deployment:
         self._outcomes = Outcomes(spec.name, self.queue, config.nan_scores, on_done, counts)
         self.slots: list[Slot[Slice]] = []
         self.failure: RerankError | None = None
-        self.facts: WorkerFacts | None = None  # of the first worker that was ready; the others must agree with it
-        self._canary_device = ""
+        self._agreement = Agreement(spec.name)
         self._fetched = False  # whether a worker has ever loaded the model
-        self._recipes: dict[str, Recipe | None] = {}  # by the kind of device; ``None``: nothing can be optimized
-        self._provers: dict[str, Slot[Slice]] = {}  # whose workers are finding the recipes now
         self._notify = notify
         self._counts = counts
         self._dispatched_at = 0.0  # when slots were last asked for room
@@ -117,6 +113,11 @@ class Deployment:
         return f"<Deployment of {self.spec.name}: {shown}; {self.queue}>"
 
     @property
+    def facts(self) -> WorkerFacts | None:
+        """What the first worker that was ready said of the model; the others agree with it."""
+        return self._agreement.facts
+
+    @property
     def ready(self) -> bool:
         """Whether every slot that does not rest has a worker with a proved model, and one has."""
         return self.facts is not None and all(slot.state in (SlotState.READY, SlotState.RESTING) for slot in self.slots)
@@ -134,7 +135,7 @@ class Deployment:
                 not where another is being loaded.
         """
         self._in_turn = in_turn
-        for slot in self.slots[max(1, self._min_workers) :]:
+        for slot in self.slots[max(1, scaling.least_workers(self.slots, self.config)) :]:
             slot.state = SlotState.RESTING
         self._launch_first(now)
 
@@ -214,7 +215,7 @@ class Deployment:
             times += [slot.restart_at, self._limit(slot)]
             if self.queue.waiting_tokens and slot.room_at is not None and slot.room_at > self._dispatched_at:
                 times.append(slot.room_at)
-        times.append(self._next_retirement())
+        times += [scaling.idle_until(slot, self.config) for slot in self._retirable()]
         return min((t for t in times if t is not None), default=None)
 
     def dispatch(self, now: float) -> None:
@@ -286,56 +287,24 @@ class Deployment:
     def _batch_tokens(self, slot: Slot[Slice]) -> int:
         return self.config.batch_tokens or default_batch_tokens(self.spec, slot.seat.device)
 
-    # As many workers as there is work for.
-
-    @property
-    def _min_workers(self) -> int:
-        """How many workers there are at least, but for those that failed."""
-        asked = self.config.min_workers
-        if asked is None:
-            asked = len(self.slots) if self.config.idle_timeout is None else 1
-        return min(asked, len(self.slots))
-
     def _wake_for_work(self, now: float) -> None:
-        """Launch workers of resting slots: for what waits beside all that the others have been given, and no more.
+        resting = next((slot for slot in self.slots if slot.state is SlotState.RESTING), None)
+        if resting is not None:
+            a_slice = self._slice_tokens(resting)
+            for slot in scaling.wanted(self.slots, self.config, self.queue.waiting_tokens, a_slice):
+                self._launch(slot, now)
 
-        Those that are loading, or will soon take their second slice, count as if they had taken it. A worker that is
-        launched stays for ``idle_timeout`` at least: so work that comes and goes starts no more of them than that.
-        """
-        resting = [slot for slot in self.slots if slot.state is SlotState.RESTING]
-        if not resting:
-            return
-        on_their_way = sum(slot.state in (SlotState.STARTING, SlotState.RESTARTING) for slot in self.slots)
-        on_their_way += sum(slot.room_at is not None for slot in self.slots)
-        wanted = math.ceil(self.queue.waiting_tokens / max(1, self._slice_tokens(resting[0])))
-        there = sum(slot.state not in (SlotState.RESTING, SlotState.FAILED) for slot in self.slots)
-        for slot in resting[: max(wanted - on_their_way, self._min_workers - there, 0)]:
-            self._launch(slot, now)
+    def _retirable(self) -> list[Slot[Slice]]:
+        """The slots whose workers may be let go, once they have been idle for long enough."""
+        return [] if self._closed or self.queue.waiting_tokens else scaling.retirable(self.slots, self.config)
 
     def _retire_idle(self, now: float) -> None:
         """Let those workers go that have had nothing to do for ``idle_timeout``, the last first."""
-        for slot in reversed(self._idle()):
-            if now < self._idle_until(slot):
-                continue
-            self._note_exit(slot, "idle_timeout")
-            self._end_worker(slot, now)
-            slot.state = SlotState.RESTING
-
-    def _next_retirement(self) -> float | None:
-        return min(map(self._idle_until, self._idle()), default=None)
-
-    def _idle_until(self, slot: Slot[Slice]) -> float:
-        assert self.config.idle_timeout is not None
-        return slot.since + self.config.idle_timeout
-
-    def _idle(self) -> list[Slot[Slice]]:
-        """Slots whose workers may be let go, if they have had nothing to do for long enough."""
-        if self.config.idle_timeout is None or self._closed or self.queue.waiting_tokens:
-            return []
-        ready = [slot for slot in self.slots if slot.state is SlotState.READY]
-        idle = [slot for slot in ready if not slot.outstanding]
-        spare = max(0, len(ready) - self._min_workers)
-        return idle[max(0, len(idle) - spare) :]
+        for slot in reversed(self._retirable()):
+            if now >= scaling.idle_until(slot, self.config):
+                self._note_exit(slot, "idle_timeout")
+                self._end_worker(slot, now)
+                slot.state = SlotState.RESTING
 
     # Starting.
 
@@ -398,37 +367,21 @@ class Deployment:
         else:
             slot.waiting = self._fetched = True
             self._launch_first(now)
-            self._describe_waiting()
-
-    def _describe_waiting(self) -> None:
-        """Let workers that have loaded the model make it fast: by the recipe, or one of them to find it.
-
-        What pays differs between kinds of devices, so each kind has a recipe.
-        """
-        for slot in self.slots:
-            if slot.waiting:
-                kind = _kind_of(slot)
-                if kind in self._recipes:
-                    slot.describe(self._recipes[kind])
-                elif kind not in self._provers:
-                    self._provers[kind] = slot
-                    slot.describe(None)
+            self._agreement.describe_waiting(self.slots)
 
     def _described(self, slot: Slot[Slice], outcome: WorkerFacts | BaseException, now: float) -> None:
         if isinstance(outcome, BrokenExecutor):
             self._make_sure_it_ends(slot, now)
             return
         if isinstance(outcome, WorkerFacts):
-            self._recipes.setdefault(_kind_of(slot), outcome.recipe)
-            self._describe_waiting()
-            difference = self._differs(slot, outcome)
+            self._agreement.learn_recipe(slot, outcome)
+            self._agreement.describe_waiting(self.slots)
+            difference = self._agreement.check(slot, outcome)
             if difference is None:
                 slot.facts = outcome
                 slot.seconds_per_token = 1.0 / outcome.tokens_per_second
                 slot.state = SlotState.READY
                 slot.since = now
-                if self.facts is None:
-                    self.facts, self._canary_device = outcome, slot.seat.device
                 self._started = self._started or self.ready
                 logger.debug("%r is ready: %s", slot, outcome)
                 return
@@ -450,28 +403,6 @@ class Deployment:
             self._count_crash(slot, str(error), now, error)
         else:
             self._give_up(slot, error)
-
-    def _differs(self, slot: Slot[Slice], facts: WorkerFacts) -> ModelLoadError | None:
-        """The error for a worker whose model is not that of the others."""
-        if self.facts is None:
-            return None
-        apart = "another worker" if slot.seat.device == self._canary_device else "another device"
-        limit = tolerance(apart, facts.dtype)
-        if facts.num_labels == self.facts.num_labels and np.allclose(
-            facts.canary, self.facts.canary, rtol=limit, atol=limit
-        ):
-            return None
-        cause = (
-            f"its canary pairs score {facts.canary}, another worker's {self.facts.canary}: they do not hold the "
-            "same model. Either the checkpoint has no trained head, and each process draws a random one; or the "
-            "model's files have changed since the pool started: reload() loads the new ones in all workers"
-        )
-        return ModelLoadError(
-            f"{self.spec.name} on {slot.seat.device}: {cause}",
-            model=self.spec.name,
-            device=slot.seat.device,
-            cause=cause,
-        )
 
     # Scoring.
 
@@ -589,9 +520,8 @@ class Deployment:
     def _note_exit(self, slot: Slot[Slice], reason: ExitReason) -> None:
         """Keep, count and log how the slot's worker ended."""
         slot.waiting = False
-        if self._provers.get(_kind_of(slot)) is slot:  # another is to find the recipe
-            del self._provers[_kind_of(slot)]
-            self._describe_waiting()
+        if self._agreement.gone(slot):
+            self._agreement.describe_waiting(self.slots)
         name = _signal_name(slot.exit_code)
         slot.last_exit = WorkerExit(reason, slot.exit_code, name, time.time())
         self._counts.exits[reason] = self._counts.exits.get(reason, 0) + 1
@@ -705,11 +635,6 @@ def _kept_scores(count: int) -> MutableMapping[Hashable, tuple[Score, Reading | 
     from cachetools import LRUCache  # not everybody's
 
     return LRUCache(count)
-
-
-def _kind_of(slot: Slot[Slice]) -> str:
-    """The kind of the slot's device: ``"cpu"``, ``"cuda"``, …"""
-    return slot.seat.device.partition(":")[0]
 
 
 def _reason_of_death(slot: Slot[Slice]) -> ExitReason:
