@@ -8,10 +8,7 @@ One thread, the manager, starts and retires pools; it waits for its inbox and fo
                no room: tenants leave; once they have no lease, their pools are closed
     request    dispatcher.submit; the lease ends with the future
 
-A request holds a *lease* on its pool, from before it is submitted until its future is done. On a pool that runs, it is
-taken without the manager, and without a lock: whoever takes one first notes it and then looks whether the tenant is
-``open``; the manager first shuts the tenant and then looks for leases. So one of the two sees the other, always. A
-lease that is dropped, as by an exception between two steps, has ended.
+Who uses a pool, and how without a lock: `_tenants`.
 """
 
 from __future__ import annotations
@@ -22,14 +19,11 @@ import queue
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, fields, replace
-from typing import Any
 
 from mp_rerank._planning.plan import estimate_memory, make_plan
-from mp_rerank._scheduling.dispatcher import Dispatcher
 from mp_rerank._scheduling.futures import Answer, is_pool_thread
-from mp_rerank._scheduling.request import Request
+from mp_rerank._tenants import Acquire, Key, Lease, Tenant
 from mp_rerank._workers.green import make_queue
 from mp_rerank._workers.logs import POOL_LOGGER, QueuedLogger
 from mp_rerank.config import ModelSpec, PoolConfig
@@ -37,7 +31,7 @@ from mp_rerank.errors import ModelLoadError, PoolClosedError
 from mp_rerank.pool import RerankerPool
 from mp_rerank.results import KeptModel, ModelPoolsStats
 
-__all__ = ["Acquire", "Key", "Lease", "Leased", "Manager", "Retire", "key_of"]
+__all__ = ["Manager", "Retire"]
 
 logger = QueuedLogger(POOL_LOGGER)
 
@@ -45,154 +39,6 @@ logger = QueuedLogger(POOL_LOGGER)
 SHARE_OF_ONE = 0.5
 # While a model waits for room, those that run are measured no more often: it takes milliseconds a worker.
 MEASURE_SECONDS = 1.0
-
-# A pool of a model, and who uses it.
-
-# The model with all its settings, and the pool's.
-Key = tuple[Hashable, PoolConfig]
-
-
-def key_of(spec: ModelSpec, config: PoolConfig) -> Key:
-    """Equal for equal ones. (Their ``repr`` is another where it is interrupted by itself, as in a signal handler.)"""
-    return tuple(_frozen(getattr(spec, item.name)) for item in fields(ModelSpec)), config
-
-
-def _frozen(value: object) -> Hashable:
-    """Something with a hash that is equal for equal values of equal types."""
-    if isinstance(value, Mapping):
-        return frozenset((key, _frozen(value[key])) for key in value)
-    if isinstance(value, (list, tuple)):
-        return type(value), tuple(_frozen(item) for item in value)
-    if isinstance(value, (set, frozenset)):
-        return frozenset(value)
-    return (type(value), value) if isinstance(value, Hashable) else repr(value)
-
-
-class _Tenant:
-    """A model while it is kept, from the moment it is asked for until its workers have ended.
-
-    Attributes:
-        state: ``planning``, ``waiting`` (for room), ``starting``, ``ready``, or ``leaving``.
-        open: whether leases may be taken without the manager.
-        leases: the leases on it, by identity.
-        waiters: those who wait for a lease.
-        to_retire: whether it is to be retired once it has started and done what it was started for.
-        workers: how many, once they are planned.
-        size: bytes; estimated, or as last measured, at ``measured_at``.
-        used: when it was used last, on the monotonic clock.
-    """
-
-    def __init__(self, key: Key, spec: ModelSpec, config: PoolConfig, notify: Callable[[_Left], None]) -> None:
-        self.key = key
-        self.spec = spec
-        self.config = config
-        self.state = "planning"
-        self.open = False
-        self.leases: dict[int, None] = {}
-        self.waiters: list[Acquire] = []
-        self.to_retire = False
-        self.workers = 0
-        self.size = 0
-        self.measured_at = -math.inf
-        self.used = time.monotonic()
-        self.closing = False
-        self.pool: RerankerPool | None = None
-        self._notify = notify
-
-    @property
-    def dispatcher(self) -> Dispatcher | None:
-        return None if self.pool is None else self.pool._dispatcher
-
-    @property
-    def broken(self) -> bool:
-        """Whether it has started, and scores nothing any more."""
-        dispatcher = self.dispatcher
-        return self.state == "ready" and (dispatcher is None or dispatcher.broken)
-
-    def enter(self) -> Lease | None:
-        """A lease, unless it is shut."""
-        lease = Lease(self)  # first, and then the look: see the top of this module
-        if self.open and not self.broken:
-            return lease
-        lease.end()
-        return None
-
-    def left(self) -> None:
-        """One lease less."""
-        self.used = time.monotonic()
-        if not self.open:
-            self._notify(_Left(self))
-
-
-class Lease:
-    """Keeps a tenant from being retired until it is ended, or dropped: an exception that ends a call drops it."""
-
-    __slots__ = ("tenant",)
-
-    def __init__(self, tenant: _Tenant) -> None:
-        self.tenant = tenant
-        tenant.leases[id(self)] = None
-
-    def end(self) -> None:
-        """Let go; again: nothing."""
-        tenant = getattr(self, "tenant", None)  # none, if Ctrl-C came as this was made
-        if tenant is not None and tenant.leases.pop(id(self), self) is None:
-            tenant.left()
-
-    __del__ = end
-
-
-class Leased:
-    """What one request sees of its pool's dispatcher. The lease ends with the request's future."""
-
-    def __init__(self, started: Answer[Lease], asked: Acquire | None = None) -> None:
-        self.started = started
-        self._asked = asked
-
-    def __getattr__(self, name: str) -> Any:
-        """Whatever else a dispatcher has, once there is a lease."""
-        return getattr(self._dispatcher, name)
-
-    @property
-    def _dispatcher(self) -> Dispatcher:
-        dispatcher = self.started.get().tenant.dispatcher
-        assert dispatcher is not None
-        return dispatcher
-
-    def submit(self, request: Request, *, wait: bool) -> None:
-        """As a dispatcher's. If it raises, the caller cancels the future, which ends the lease."""
-        lease = self.started.get()
-        request.future.add_internal_callback(lambda future: lease.end())
-        self._dispatcher.submit(request, wait=wait)
-
-    def give_up(self) -> None:
-        """Nobody needs the lease, whether or not it is there by now."""
-        if self._asked is not None:
-            self._asked.abandoned = True
-        if self.started.given and self.started.error is None:
-            self.started.get().end()
-
-    def close(self, *, drain: bool) -> None:
-        """As a dispatcher's, for a start that fails or is interrupted: this caller leaves."""
-        self.give_up()
-
-    def join(self, timeout: float | None = None) -> bool:
-        """As a dispatcher's: there is nothing to wait for."""
-        return True
-
-
-# The manager and its messages.
-
-
-class Acquire:
-    """Somebody needs a model."""
-
-    def __init__(self, key: Key, spec: ModelSpec, config: PoolConfig) -> None:
-        self.key = key
-        self.spec = spec
-        self.config = config
-        self.answer: Answer[Lease] = Answer()
-        self.abandoned = False
 
 
 @dataclass(frozen=True)
@@ -204,23 +50,23 @@ class _Fitted:
 
 @dataclass(frozen=True, eq=False)
 class _Planned:
-    tenant: _Tenant
+    tenant: Tenant
     outcome: _Fitted | BaseException
 
 
 @dataclass(frozen=True, eq=False)
 class _Started:
-    tenant: _Tenant
+    tenant: Tenant
 
 
 @dataclass(frozen=True, eq=False)
 class _Left:
-    tenant: _Tenant
+    tenant: Tenant
 
 
 @dataclass(frozen=True, eq=False)
 class _Ended:
-    tenant: _Tenant
+    tenant: Tenant
 
 
 @dataclass(frozen=True, eq=False)
@@ -266,15 +112,15 @@ class Manager:
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
-        self.table: dict[Key, _Tenant] = {}
-        self.leaving: list[_Tenant] = []
-        self.line: deque[_Tenant] = deque()
+        self.table: dict[Key, Tenant] = {}
+        self.leaving: list[Tenant] = []
+        self.line: deque[Tenant] = deque()
         self.closed = False
         self.ended: Answer[None] = Answer()
         self.begun = False
         self.owner = os.getpid()
         self._started = self._retired = self._failed = 0
-        self._retirements: list[tuple[Answer[None], list[_Tenant]]] = []  # who waits until which are gone
+        self._retirements: list[tuple[Answer[None], list[Tenant]]] = []  # who waits until which are gone
         self._inbox: queue.SimpleQueue[_Message] = make_queue()
         self._running = threading.Lock()  # taken, and never given back, by the thread that runs the loop
         self._finished = False
@@ -407,7 +253,7 @@ class Manager:
             asked.answer.give(Lease(tenant))
             return
         if tenant is None:
-            tenant = _Tenant(asked.key, asked.spec, asked.config, self.put)
+            tenant = Tenant(asked.key, asked.spec, asked.config, lambda tenant: self.put(_Left(tenant)))
             try:
                 threading.Thread(target=self._plan, args=(tenant,), name="mp_rerank-plan", daemon=True).start()
             except RuntimeError as error:  # no thread to be had
@@ -416,14 +262,14 @@ class Manager:
             self.table[asked.key] = tenant
         tenant.waiters.append(asked)
 
-    def _plan(self, tenant: _Tenant) -> None:
+    def _plan(self, tenant: Tenant) -> None:
         """On a thread of its own: looking at the machine may take seconds."""
         try:
             self.put(_Planned(tenant, _fit(tenant.spec, tenant.config, self.limit)))
         except BaseException as error:
             self.put(_Planned(tenant, error))
 
-    def _planned(self, tenant: _Tenant, outcome: _Fitted | BaseException) -> None:
+    def _planned(self, tenant: Tenant, outcome: _Fitted | BaseException) -> None:
         if self.table.get(tenant.key) is not tenant:  # closed meanwhile
             return
         if isinstance(outcome, BaseException):
@@ -474,7 +320,7 @@ class Manager:
             self._leave(tenant)
         return False
 
-    def _start(self, tenant: _Tenant) -> None:
+    def _start(self, tenant: Tenant) -> None:
         tenant.state = "starting"
         try:
             options = {item.name: getattr(tenant.config, item.name) for item in fields(PoolConfig)}
@@ -488,7 +334,7 @@ class Manager:
         dispatcher.ended.on_given(lambda: self.put(_Ended(tenant)))
         dispatcher.started.on_given(lambda: self.put(_Started(tenant)))
 
-    def _ready(self, tenant: _Tenant) -> None:
+    def _ready(self, tenant: Tenant) -> None:
         """Its workers have started, or cannot."""
         dispatcher = tenant.dispatcher
         assert dispatcher is not None
@@ -510,7 +356,7 @@ class Manager:
             self._leave(tenant)
         self._shrink(tenant)
 
-    def _shrink(self, newest: _Tenant) -> None:
+    def _shrink(self, newest: Tenant) -> None:
         """Retire idle ones, if ``newest`` takes more than was estimated."""
         others = [tenant for tenant in self.table.values() if tenant.state == "ready" and tenant is not newest]
         taken = sum(tenant.size for tenant in self.table.values() if tenant.state in ("starting", "ready"))
@@ -526,7 +372,7 @@ class Manager:
 
     # A model goes.
 
-    def _leave(self, tenant: _Tenant) -> None:
+    def _leave(self, tenant: Tenant) -> None:
         """Let no new request find it, and end its workers once those it has are done."""
         tenant.state = "leaving"
         tenant.open = False  # first, and then the look: see the top of this module
@@ -537,7 +383,7 @@ class Manager:
         if not tenant.leases:
             self._close_pool(tenant, drain=True)
 
-    def _fail(self, tenant: _Tenant, error: BaseException) -> None:
+    def _fail(self, tenant: Tenant, error: BaseException) -> None:
         """It cannot be started, and is not kept: who asks next tries again."""
         self._failed += 1
         if self.table.get(tenant.key) is tenant:
@@ -548,17 +394,17 @@ class Manager:
             self.leaving.append(tenant)  # until its workers have ended
             self._close_pool(tenant, drain=False)
 
-    def _fail_waiters(self, tenant: _Tenant, error: BaseException) -> None:
+    def _fail_waiters(self, tenant: Tenant, error: BaseException) -> None:
         waiters, tenant.waiters = tenant.waiters, []
         for asked in waiters:
             asked.answer.fail(error)
 
-    def _close_pool(self, tenant: _Tenant, *, drain: bool) -> None:
+    def _close_pool(self, tenant: Tenant, *, drain: bool) -> None:
         if tenant.dispatcher is not None and not (tenant.closing and drain):
             tenant.closing = True
             tenant.dispatcher.close(drain=drain)
 
-    def _forget(self, tenant: _Tenant) -> None:
+    def _forget(self, tenant: Tenant) -> None:
         """Its workers have ended."""
         if tenant in self.leaving:
             self.leaving.remove(tenant)
@@ -590,7 +436,7 @@ class Manager:
                 self._retirements.remove(retirement)
                 gone.give(None)
 
-    def _cancel(self, tenant: _Tenant, error: BaseException) -> None:
+    def _cancel(self, tenant: Tenant, error: BaseException) -> None:
         """It has not started yet, and is not to."""
         if tenant in self.line:
             self.line.remove(tenant)
@@ -618,7 +464,7 @@ def _fit(spec: ModelSpec, config: PoolConfig, limit: int) -> _Fitted:
     return _Fitted(config, workers, size)
 
 
-def _remeasure(tenant: _Tenant) -> None:
+def _remeasure(tenant: Tenant) -> None:
     """Measure it, unless that was done a moment ago."""
     now = time.monotonic()
     if tenant.pool is not None and now - tenant.measured_at > MEASURE_SECONDS and (size := _measure(tenant.pool)):

@@ -26,23 +26,33 @@ model is taken to be at fault, and the last error is raised.
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import re
 import time
 import zlib
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from datetime import timedelta
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from mp_rerank._arguments import RequestKeywords, RequestOptions
 from mp_rerank._checks import check_flag, check_optional_count, check_text
+from mp_rerank._run_files import (
+    Candidates,
+    Corpus,
+    Output,
+    already_written,
+    columns_of,
+    groups,
+    read_qrels,
+    read_queries,
+    survey,
+)
 from mp_rerank._text import one_line
 from mp_rerank.config import BUILTIN, ModelSpec
 from mp_rerank.errors import RerankError, ScoringError, TextTooLongError, WorkerCrashedError
@@ -150,11 +160,11 @@ def rerank_run(
     from tqdm import tqdm
 
     _check_options(top_n, tag, overwrite, progress, options)
-    counts, wanted = _survey(run)
-    texts = _read_queries(queries, counts, run)
-    found, keep_bytes = _already(output, counts, top_n, tag, overwrite)
+    counts, wanted = survey(run)
+    texts = read_queries(queries, counts, run)
+    found, keep_bytes = already_written(output, counts, top_n, tag, overwrite)
     left = sum(list(counts.values())[found:])
-    with _Corpus(corpus, wanted, run) as documents, _Output(output, keep_bytes, top_n, tag) as out:
+    with Corpus(corpus, wanted, run) as documents, Output(output, keep_bytes, top_n, tag) as out:
         if left:
             pool.start()
         start = time.perf_counter()
@@ -164,7 +174,7 @@ def rerank_run(
             tqdm(total=left, unit="pair", disable=None if progress is None else not progress) as bar,
             _InFlight(pool, out.write, _Told(output, left, bar.update).advance, options) as in_flight,
         ):
-            for candidates in islice(_groups(run), found, None):
+            for candidates in islice(groups(run), found, None):
                 query = texts[candidates.query]
                 in_flight.submit(_Task(candidates, query, [documents[name] for name in candidates.documents]))
         failures = tuple(in_flight.failures)
@@ -199,13 +209,13 @@ def evaluate(
         ValueError: a measure is unknown, or a file is not as it should be.
     """
     parsed = parse_measures(measures)
-    judged = _read_qrels(qrels)
+    judged = read_qrels(qrels)
     import ir_measures
 
     results = []
     for run in runs:
         scores: dict[str, dict[str, float]] = {}
-        for number, columns in _columns(run, 6):
+        for number, columns in columns_of(run, 6):
             try:
                 scores.setdefault(columns[0], {})[columns[2]] = float(columns[4])
             except ValueError:
@@ -246,13 +256,6 @@ def model_tag(spec: ModelSpec) -> str:
 # Scoring.
 
 
-class _Candidates(NamedTuple):
-    """A query and its documents, by their ids."""
-
-    query: str
-    documents: list[str]
-
-
 @dataclass
 class _Task:
     """A query in flight.
@@ -264,7 +267,7 @@ class _Task:
         future: their ranking.
     """
 
-    candidates: _Candidates
+    candidates: Candidates
     query: str
     documents: list[str]
     sent: list[int] = field(default_factory=list)
@@ -317,7 +320,7 @@ class _InFlight:
     def __init__(
         self,
         pool: RerankerPool,
-        write: Callable[[_Candidates, Sequence[float | None]], None],
+        write: Callable[[Candidates, Sequence[float | None]], None],
         advance: Callable[[int], object],
         options: RequestKeywords,
     ) -> None:
@@ -431,230 +434,3 @@ def _raise_if_no_document_is_to_blame(error: RerankError) -> None:
     """Raise ``error`` if no worker is left."""
     if isinstance(error, WorkerCrashedError) and error.document_index is None:
         raise error
-
-
-# Writing, and what is there already.
-
-
-class _Output:
-    """The run that is written: a query at a time, at once.
-
-    Args:
-        path: the file.
-        keep_bytes: how much of it to keep.
-        top_n, tag: as for ``rerank_run``.
-    """
-
-    def __init__(self, path: str | Path, keep_bytes: int, top_n: int | None, tag: str) -> None:
-        self._path = path
-        self._top_n = top_n
-        self._tag = tag
-        self._file = _opened(path, "ab", buffering=0)  # so that no text is left to write when the disk is full
-        self._file.truncate(keep_bytes)
-
-    def write(self, candidates: _Candidates, scores: Sequence[float | None]) -> None:
-        """Write a query's documents, best first; last those without a score, in the order they came."""
-        found = [(score, i) for i, score in enumerate(scores) if score is not None]
-        ranked = sorted(found, key=lambda pair: (-pair[0], pair[1]))
-        lowest = ranked[-1][0] if ranked else 0.0
-        step = max(1.0, abs(lowest) / 1000)
-        failed = [i for i, score in enumerate(scores) if score is None]
-        ranked += [(lowest - step * n, i) for n, i in enumerate(failed, 1)]
-        query, names = candidates
-        rest = memoryview(
-            "".join(
-                f"{query} Q0 {names[i]} {rank} {score:.9g} {self._tag}\n"
-                for rank, (score, i) in enumerate(ranked[: self._top_n], 1)
-            ).encode()
-        )
-        try:
-            while rest:
-                rest = rest[self._file.write(rest) :]
-        except OSError as error:
-            raise OSError(error.errno, error.strerror, os.fspath(self._path)) from error
-
-    def __enter__(self) -> _Output:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._file.close()
-
-
-def _already(
-    output: str | Path, counts: dict[str, int], top_n: int | None, tag: str, overwrite: bool
-) -> tuple[int, int]:
-    """How many whole queries ``output`` begins with, and in how many bytes."""
-    if not os.path.exists(output):
-        return 0, 0
-    if not os.path.isfile(output):  # a device or a pipe could not be gone on with
-        raise ValueError(f"{output}: it is not a regular file")
-    if overwrite:
-        return 0, 0
-    expected = iter(counts.items())
-    found = kept = end = lines = 0
-    query = None
-    due = 0
-    with _opened(output) as file:
-        for number, line in enumerate(file, 1):
-            if not line.endswith(b"\n"):
-                break  # half a line
-            columns = line.decode("utf-8", "replace").split()
-            if len(columns) != 6:
-                raise ValueError(f"{output}, line {number}: not a line of a run; move it away, or overwrite it")
-            if columns[5] != tag:
-                raise ValueError(f"{output}, line {number}: it is tagged {columns[5]!r}, and this would be {tag!r}")
-            if columns[0] != query:
-                if lines != due:
-                    raise ValueError(
-                        f"{output}, line {number}: query {one_line(query)} has {lines} lines, and {due} are due"
-                    )
-                query, count = next(expected, (None, 0))
-                if query != columns[0]:
-                    raise ValueError(
-                        f"{output}, line {number}: query {columns[0]!r} is not the run's next: it is of another run"
-                    )
-                lines, due = 0, count if top_n is None else min(count, top_n)
-            lines += 1
-            end += len(line)
-            if lines == due:
-                found, kept = found + 1, end
-            elif lines > due:
-                raise ValueError(f"{output}, line {number}: query {one_line(query)} has more than {due} lines")
-    return found, kept
-
-
-# Reading.
-
-
-def _opened(path: str | Path, mode: str = "rb", buffering: int = -1) -> BinaryIO:
-    try:
-        return open(path, mode, buffering)  # type: ignore[return-value]
-    except OSError as error:
-        raise ValueError(f"{path}: {error.strerror}") from error
-
-
-def _columns(path: str | Path, count: int) -> Iterator[tuple[int, list[str]]]:
-    """Line numbers and columns of a file with ``count`` columns, separated by white space. Blank lines are skipped."""
-    with _opened(path) as file:
-        for number, line in enumerate(file, 1):
-            columns = _decoded(line, path, number).split()
-            if columns:
-                if len(columns) != count:
-                    raise ValueError(f"{path}, line {number}: {count} columns are needed, not {len(columns)}")
-                yield number, columns
-
-
-def _groups(run: str | Path) -> Iterator[_Candidates]:
-    """The run's queries with their documents, one at a time."""
-    query: str | None = None
-    documents: list[str] = []
-    for _, columns in _columns(run, 6):
-        if columns[0] != query:
-            if query is not None:
-                yield _Candidates(query, documents)
-            query, documents = columns[0], []
-        documents.append(columns[2])
-    if query is not None:
-        yield _Candidates(query, documents)
-
-
-def _survey(run: str | Path) -> tuple[dict[str, int], set[str]]:
-    """How many documents each query of ``run`` has, in its order; and all documents it names."""
-    counts: dict[str, int] = {}
-    wanted: set[str] = set()
-    for candidates in _groups(run):
-        if candidates.query in counts:
-            raise ValueError(f"{run}: the lines of query {one_line(candidates.query)} do not stand together")
-        if len(set(candidates.documents)) != len(candidates.documents):
-            raise ValueError(f"{run}: query {one_line(candidates.query)} has a document twice")
-        counts[candidates.query] = len(candidates.documents)
-        wanted.update(candidates.documents)
-    if not counts:
-        raise ValueError(f"{run}: there is nothing in it")
-    return counts, wanted
-
-
-def _read_queries(path: str | Path, counts: dict[str, int], run: str | Path) -> dict[str, str]:
-    texts = {}
-    with _opened(path) as file:
-        for number, line in enumerate(file, 1):
-            entry = _entry(line, path, number)
-            if entry is not None and entry[0] in counts:
-                texts[entry[0]] = entry[1]
-    for query in counts:
-        if query not in texts:
-            raise ValueError(f"{path}: query {one_line(query)} of {run} is not in it")
-    return texts
-
-
-class _Corpus:
-    """The documents' texts by id, read from the file when they are asked for."""
-
-    def __init__(self, path: str | Path, wanted: set[str], run: str | Path) -> None:
-        self._path = path
-        self._places: dict[str, tuple[int, int]] = {}  # where the line begins, and its number
-        place = 0
-        with _opened(path) as file:
-            for number, line in enumerate(file, 1):
-                entry = _entry(line, path, number)
-                if entry is not None and entry[0] in wanted:
-                    self._places[entry[0]] = (place, number)
-                place += len(line)
-        if len(self._places) < len(wanted):
-            missing = min(wanted - self._places.keys())
-            raise ValueError(f"{path}: document {one_line(missing)} of {run} is not in it")
-        self._file = _opened(path)
-
-    def __getitem__(self, name: str) -> str:
-        place, number = self._places[name]
-        self._file.seek(place)
-        entry = _entry(self._file.readline(), self._path, number)
-        assert entry is not None
-        return entry[1]
-
-    def __enter__(self) -> _Corpus:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._file.close()
-
-
-def _entry(line: bytes, path: str | Path, number: int) -> tuple[str, str] | None:
-    """Id and text of a line of queries or of a corpus; ``None`` for a blank one."""
-    text = _decoded(line, path, number).rstrip("\r\n")
-    if not text.strip():
-        return None
-    if os.fspath(path).endswith((".jsonl", ".ndjson")):
-        try:
-            value = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}, line {number}: not JSON: {error.msg} (column {error.colno})") from error
-        if not isinstance(value, dict) or "_id" not in value or not isinstance(value.get("text"), str):
-            raise ValueError(f"{path}, line {number}: an object with '_id' and 'text' is needed")
-        return str(value["_id"]), f"{value.get('title') or ''} {value['text']}".strip()
-    name, tab, rest = text.partition("\t")
-    if not tab:
-        raise ValueError(f"{path}, line {number}: an id, a tab and a text are needed")
-    return name.strip(), rest.replace("\t", " ").strip()
-
-
-def _read_qrels(path: str | Path) -> dict[str, dict[str, int]]:
-    qrels: dict[str, dict[str, int]] = {}
-    with _opened(path) as file:
-        for number, line in enumerate(file, 1):
-            columns = _decoded(line, path, number).split()
-            if not columns or (number == 1 and columns[0] == "query-id"):
-                continue
-            try:
-                query, document, grade = columns if len(columns) == 3 else (columns[0], columns[2], columns[3])
-                qrels.setdefault(query, {})[document] = int(grade)
-            except (IndexError, ValueError):
-                raise ValueError(f"{path}, line {number}: neither a TREC nor a BEIR judgement") from None
-    return qrels
-
-
-def _decoded(line: bytes, path: str | Path, number: int) -> str:
-    try:
-        return line.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}, line {number}: not UTF-8: {error.reason}") from error

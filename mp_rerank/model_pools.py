@@ -27,11 +27,12 @@ from typing import Any, SupportsIndex
 
 from mp_rerank._calls import Asked
 from mp_rerank._checks import check_flag, check_seconds, memory_size
-from mp_rerank._model_manager import Acquire, Lease, Leased, Manager, Retire, key_of
+from mp_rerank._model_manager import Manager, Retire
 from mp_rerank._scheduling.dispatcher import Dispatcher
 from mp_rerank._scheduling.futures import Answer, PoolFuture, is_pool_thread
 from mp_rerank._scheduling.request import Request
 from mp_rerank._scheduling.streams import Feed
+from mp_rerank._tenants import Acquire, Lease, Leased, key_of
 from mp_rerank._within import within
 from mp_rerank.config import ModelSpec, PoolConfig
 from mp_rerank.errors import PoolClosedError, RequestTimeoutError, RerankError

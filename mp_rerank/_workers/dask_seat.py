@@ -1,8 +1,8 @@
 """What runs in a worker of a Dask cluster: the seats that pools have in it.
 
-A pool's ``DaskHandle`` (``dask.py``) adds `SeatPlugin` to the worker, and that adds an operation to the worker's own
-server. A connection that asks for it becomes a *session*, and stays open for as long as the pool has this seat. What is
-said in it are small dicts:
+A pool's ``DaskHandle`` (``dask_handle.py``) adds `SeatPlugin` to the worker, and that adds an operation to the
+worker's own server. A connection that asks for it becomes a *session*, and stays open for as long as the pool has this
+seat. What is said in it are small dicts:
 
 A pool that reaches the scheduler only has them said by that: see ``dask_relay.py``.
 

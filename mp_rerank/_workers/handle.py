@@ -15,6 +15,7 @@ from typing import Any, Protocol
 from mp_rerank._recipe import Recipe
 from mp_rerank._workers.child import Launch, Options, Pairs, Scored, WorkerFacts
 from mp_rerank._workers.dask import Cluster, Place
+from mp_rerank._workers.dask_handle import DaskHandle
 from mp_rerank._workers.may_start import check_may_spawn, check_may_start_threads, check_may_use_cluster
 from mp_rerank._workers.process import ProcessHandle
 from mp_rerank._workers.thread import ThreadHandle
@@ -109,7 +110,7 @@ def make_handle(
         RuntimeError: the system would start no other thread.
     """
     if place is not None:
-        return place.start_worker(launch, on_exit)
+        return DaskHandle(place, launch, on_exit)
     if config.isolation == "thread":
         # The process is the caller's: its thread settings change only where that is asked for.
         return ThreadHandle(replace(launch, threads=config.threads_per_worker))

@@ -35,6 +35,7 @@ from mp_rerank import (
     RerankError,
     WorkerCrashedError,
     _model_manager,
+    _tenants,
     shared_pool,
 )
 from mp_rerank.results import PoolMemory, WorkerMemory
@@ -117,7 +118,7 @@ def test_settings_make_another_model(make_pools: MakePools) -> None:
 
 def test_equal_specs_are_one_model_whatever_is_in_them() -> None:
     def key(**given: Any) -> object:
-        return _model_manager.key_of(ModelSpec("model", model_kwargs=given), PoolConfig())
+        return _tenants.key_of(ModelSpec("model", model_kwargs=given), PoolConfig())
 
     assert key(a=1, b=[1, {"c": {2}}]) == key(b=[1, {"c": {2}}], a=1)
     assert len({key(a=1), key(a=True), key(a="1"), key(a=[1]), key(b=1), key(a=1, b=1)}) == 6
