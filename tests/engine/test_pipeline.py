@@ -111,10 +111,12 @@ def test_a_loader_s_own_predict_is_called(tmp_path: Path) -> None:
     loaded.predict = lambda pairs, **options: predict(
         [(query, document.replace(" cat ", " dog ")) for query, document in pairs], **options
     )
-    pairs = [("Who sleeps?", f"The {animal} is asleep.") for animal in ("cat", "dog", "cow")]
-    cat, dog, cow = engine(folder, loaded).predict(pairs)
+    animals = ("cat", "dog", "cow", "bee", "hen", "fox")
+    cat, dog, *others = engine(folder, loaded).predict(
+        [("Who sleeps?", f"The {animal} is asleep.") for animal in animals]
+    )
     assert cat == pytest.approx(dog, abs=1e-6)
-    assert cow != pytest.approx(dog, abs=1e-4)
+    assert max(abs(other - dog) for other in others) > 1e-4  # of one alone it may be less, by chance
 
 
 def test_hooks_are_run(tmp_path: Path) -> None:
@@ -128,26 +130,27 @@ def test_hooks_are_run(tmp_path: Path) -> None:
     assert seen or not hasattr(type(hooked), "preprocess")  # older versions' predict passes by the module's forward
 
 
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [
-        ("\ud83d", "\ufffd"),
-        ("half \ude42 an emoji", "half \ufffd an emoji"),
-        ("\ud83d\ude42 whole", "🙂 whole"),
-        ("\ude42\ud83d", "\ufffd\ufffd"),
-        ("\ud83d\ud83d\ude42", "\ufffd🙂"),
-        ("\ufeff🙂 \ud83dend", "\ufeff🙂 \ufffdend"),
-    ],
-)
 @pytest.mark.parametrize("way", ["pipeline", "predict"])
-def test_a_lone_surrogate_is_read_as_u_fffd(way: str, text: str, expected: str, bert: str) -> None:
-    assert without_surrogates(text) == expected
+def test_a_lone_surrogate_is_read_as_u_fffd(way: str, bert: str) -> None:
+    read_as = {
+        "\ud83d": "\ufffd",
+        "half \ude42 an emoji": "half \ufffd an emoji",
+        "\ud83d\ude42 whole": "🙂 whole",
+        "\ude42\ud83d": "\ufffd\ufffd",
+        "\ud83d\ud83d\ude42": "\ufffd🙂",
+        "\ufeff🙂 \ud83dend": "\ufeff🙂 \ufffdend",
+    }
+    assert {text: without_surrogates(text) for text in read_as} == read_as
     surrogates = engine(bert, models.load(bert, "cpu"))
     if way == "predict":
         surrogates._pipeline = None
-    pairs = [("query", expected), (expected, "document")]
-    plain = models.load(bert, "cpu").predict(pairs)
-    np.testing.assert_allclose(surrogates.predict([("query", text), (text, "document")]), plain, rtol=1e-5, atol=1e-5)
+    plain = models.load(bert, "cpu").predict([pair for read in read_as.values() for pair in both_ways(read)])
+    scores = surrogates.predict([pair for text in read_as for pair in both_ways(text)])
+    np.testing.assert_allclose(scores, plain, rtol=1e-5, atol=1e-5)
+
+
+def both_ways(text: str) -> list[tuple[str, str]]:
+    return [("query", text), (text, "document")]
 
 
 def test_text_without_surrogates_is_left_as_it_is() -> None:

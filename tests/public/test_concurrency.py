@@ -50,12 +50,10 @@ def llama(tmp_path_factory: pytest.TempPathFactory, device: str) -> Serial:
 
 
 @pytest.fixture(scope="module", params=[1, 2, 4], ids=lambda count: f"{count} workers")
-def pool(request: pytest.FixtureRequest, bert: Serial, device: str) -> Iterator[RerankerPool]:
+def pool(request: pytest.FixtureRequest, bert: Serial, device: str, fork_server: str) -> Iterator[RerankerPool]:
     # Many agents ask for the same pairs here: with two workers equal ones are scored once, else each for itself.
     coalesce = request.param == 2
-    # One is spawned, as workers are by default. More are forked: they would all import torch.
-    start_method = "spawn" if request.param == 1 else request.getfixturevalue("fork_server")
-    options = {"threads_per_worker": 1, "batch_tokens": 512, "coalesce": coalesce, "start_method": start_method}
+    options = {"threads_per_worker": 1, "batch_tokens": 512, "coalesce": coalesce, "start_method": fork_server}
     with RerankerPool(bert.folder, devices=device, workers=request.param, **options) as pool:
         yield pool
 
@@ -150,10 +148,11 @@ def test_64_threads_20_times(pool: RerankerPool, bert: Serial) -> None:
 
 @pytest.mark.parametrize("pool", [2], indirect=True, ids=["2 workers"])
 def test_two_pools_of_different_models_with_asyncio_and_threads_mixed(
-    pool: RerankerPool, bert: Serial, llama: Serial, device: str
+    pool: RerankerPool, bert: Serial, llama: Serial, device: str, fork_server: str
 ) -> None:
     assert not np.allclose(bert.table, llama.table, atol=0.05)
-    with RerankerPool(llama.folder, devices=device, workers=1, threads_per_worker=1, batch_tokens=512) as other:
+    options = {"threads_per_worker": 1, "batch_tokens": 512, "start_method": fork_server}
+    with RerankerPool(llama.folder, devices=device, workers=1, **options) as other:
         choices = [(pool, bert), (other, llama)]
 
         async def tasks() -> None:

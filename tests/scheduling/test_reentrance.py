@@ -65,10 +65,10 @@ def test_a_handler_may_use_the_pool_at_any_moment_of_a_call(
 
 @pytest.mark.parametrize("call", ["submit", "rerank", "stats"])
 def test_a_handler_may_close_the_pool_at_any_moment_of_a_call(make_pool: MakePool, call: str) -> None:
-    with make_pool(workers=1):
+    with make_pool(isolation="thread"):
         pass  # the modules that a first pool imports are no moments of the call
     for moment in range(1, 400, 7):
-        pool = make_pool(workers=1).start()
+        pool = make_pool(isolation="thread").start()  # a new pool each time: processes would take most of it
 
         def until_closed(pool: RerankerPool = pool) -> None:
             with suppress(PoolClosedError):

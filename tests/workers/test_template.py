@@ -269,11 +269,11 @@ def test_each_numa_node_has_a_template_of_its_own(forking: MakePool, monkeypatch
 
 
 @pytest.mark.real
-def test_a_real_model_s_workers_share_it_and_score_as_spawned_ones_do(make_pool: MakePool) -> None:
+def test_a_real_model_s_workers_share_it_and_score_as_others_do(make_pool: MakePool) -> None:
     pytest.importorskip("torch")
     documents = [" ".join(["Berlin", *DOCUMENTS[: i % 7]]) for i in range(40)]
-    with make_pool("builtin", start_method="spawn", workers=1) as spawned:
-        expected = spawned.submit_pairs([("query", document) for document in documents]).result(PATIENCE)
+    with make_pool("builtin", workers=1) as others:
+        expected = others.submit_pairs([("query", document) for document in documents]).result(PATIENCE)
     with make_pool("builtin", start_method="fork-model", threads_per_worker=2) as pool:
         scores = pool.submit_pairs([("query", document) for document in documents]).result(PATIENCE)
         assert abs(scores - expected).max() < 1e-6
