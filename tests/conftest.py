@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import gc
 import os
+import random
 import signal
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from io import FileIO
 from pathlib import Path
 from typing import Any
@@ -39,8 +40,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--start-method",
         choices=START_METHODS,
-        default="spawn",
-        help="how the fake model's pools start their workers, where a test does not say",
+        help="how the fake model's pools start their workers, where a test does not say: the core's spawn, others fork",
     )
 
 
@@ -69,6 +69,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 def pytest_collection_finish() -> None:
     gc.freeze()  # every test collects garbage; what the libraries hold, a quarter of a second's walk, is none
+    if "torch" in sys.modules:
+        sys.modules["torch"].set_num_threads(1)  # tiny models, which pools are held against: two threads mostly wait
 
 
 @pytest.fixture(scope="session")
@@ -102,13 +104,15 @@ def dask_clusters(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[int
 def make_pool(request: pytest.FixtureRequest) -> Iterator[Callable[..., RerankerPool]]:
     """Makes pools, of the fake model unless another is named, and closes them when the test ends.
 
-    Those of a real model are forked: importing torch anew for every worker of every test would take most of the time.
+    But for the core's they are forked: a new process and its imports for each worker of each test would take most of
+    the time.
     With ``over="http"`` it is a client, of a server of its own.
     """
     pools: list[Any] = []
     servers = ExitStack()
     start_method = request.config.getoption("--start-method")
-    if request.node.get_closest_marker("real"):
+    is_core = request.node.get_closest_marker("core") is not None
+    if request.node.get_closest_marker("real") or not (start_method or is_core):
         start_method = request.getfixturevalue("fork_server")
 
     def make(model: str | ModelSpec = FAKE, **options: Any) -> RerankerPool:
@@ -116,7 +120,7 @@ def make_pool(request: pytest.FixtureRequest) -> Iterator[Callable[..., Reranker
         if options.get("isolation") != "thread" and "cluster" not in options:
             options.setdefault("workers", 2)
         options.setdefault("restart_backoff", 0.01)
-        options.setdefault("start_method", start_method)
+        options.setdefault("start_method", start_method or "spawn")
         if options.pop("over", None) == "http":
             from serving import serving
 
@@ -143,6 +147,20 @@ def own_registry(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         while place is not None:
             place.pool.close(drain=False)
             place = place.follower
+
+
+@contextmanager
+def one_cpu() -> Iterator[None]:
+    """What is started within has one CPU, and so one worker a pool: each of them imports torch, which takes seconds."""
+    if not hasattr(os, "sched_setaffinity"):
+        yield
+        return
+    cpus = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {random.choice(sorted(cpus))})
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, cpus)
 
 
 def until(condition: Callable[[], bool]) -> None:

@@ -8,20 +8,21 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import PATIENCE
+from conftest import PATIENCE, one_cpu
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 pytestmark = pytest.mark.real
 
 
 def run(name: str) -> list[str]:
-    done = subprocess.run(
-        [sys.executable, str(EXAMPLES / name)],
-        env={**os.environ, "PYTHONPATH": str(EXAMPLES.parent), "HF_HUB_OFFLINE": "1"},
-        capture_output=True,
-        text=True,
-        timeout=4 * PATIENCE,
-    )
+    with one_cpu():
+        done = subprocess.run(
+            [sys.executable, str(EXAMPLES / name)],
+            env={**os.environ, "PYTHONPATH": str(EXAMPLES.parent), "HF_HUB_OFFLINE": "1"},
+            capture_output=True,
+            text=True,
+            timeout=4 * PATIENCE,
+        )
     assert (done.returncode, done.stderr) == (0, "")
     return done.stdout.splitlines()
 

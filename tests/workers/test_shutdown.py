@@ -274,7 +274,7 @@ class Script:
 def run(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Callable[..., Script]]:
     scripts: list[Script] = []
 
-    default = str(request.config.getoption("--start-method"))
+    default = request.config.getoption("--start-method") or "spawn"
 
     def make(program: str, state: str, parting: str = "", start_method: str = default) -> Script:
         gate = tmp_path / f"gate{len(scripts)}"
