@@ -10,9 +10,7 @@ from collections.abc import Sequence
 from concurrent.futures import Future
 from typing import Any, SupportsIndex
 
-from mp_rerank._arguments import (
-    check_caller,
-)
+from mp_rerank._arguments import check_caller
 from mp_rerank._calls import Asked, RerankerCalls
 from mp_rerank._checks import check_flag, check_seconds, is_for_ever
 from mp_rerank._pairs import digests
@@ -51,8 +49,8 @@ class RerankerPool(RerankerCalls):
                 print(result.relevance_score, result.document)
 
     Workers start with ``start()``, on entering ``with``, or with the first request. They end with ``close()``, on
-    leaving ``with``, when the pool is garbage-collected, when the interpreter exits, and when this process dies of
-    whatever. Every method may be called from any thread.
+    leaving ``with``, when the pool is garbage-collected, when the interpreter exits, and when this process is killed.
+    Every method may be called from any thread.
 
     Args:
         model: ``"builtin"``, a hub name, the path of a local folder, or a ``ModelSpec``.
@@ -125,6 +123,9 @@ class RerankerPool(RerankerCalls):
         Args:
             drain: finish what is pending first; otherwise it fails with ``PoolClosedError`` and workers are killed.
             timeout: seconds to drain for, after which what is left fails as with ``drain=False``; ``None``: no limit.
+
+        Raises:
+            TypeError, ValueError: naming the argument and its value; nothing is closed then.
         """
         check_flag("drain", drain)
         if timeout is not None:
@@ -159,6 +160,9 @@ class RerankerPool(RerankerCalls):
 
         Returns once new requests go to the new model. A request is scored wholly by one of the two. Until the old
         workers have left, both models are in memory.
+
+        Args:
+            model: as for the pool itself.
 
         Raises:
             ModelLoadError: it could not be loaded; the pool goes on with the old one.
@@ -201,7 +205,7 @@ class RerankerPool(RerankerCalls):
         return [] if dispatcher is None else dispatcher.workers()
 
     def memory(self) -> PoolMemory:
-        """RSS, USS and PSS of the parent and of each worker now alive, and the bytes of each worker's weights.
+        """RSS, USS and PSS of the parent and of each worker now alive, and the size of each worker's weights; in bytes.
 
         Beside them that of the templates, under ``start_method="fork-model"``.
         """

@@ -131,7 +131,7 @@ class WorkerInfo:
         pid: the worker's process (the caller's own under ``isolation="thread"``); ``None`` while there is none, or
             where it is on another machine.
         dtype: the dtype of the weights; two joined by ``+`` where the architecture itself mixes them.
-        load_seconds: imports and loading, in the worker, or in the template it was forked from.
+        load_seconds: seconds for imports and loading, in the worker, or in the template it was forked from.
         weights_bytes: size of parameters and buffers.
         mapped_bytes: the part of ``weights_bytes`` that is in the pages of the checkpoint's file, which all workers
             share. The rest is the worker's own: weights on a GPU, of another dtype than the file's, from another
@@ -216,7 +216,7 @@ class PoolStats:
         slices: slices that workers have scored; a slice is what a worker is given at a time.
         gathered_slices: those of them that held pairs of more than one request.
         split_requests: requests whose pairs went out in more than one slice.
-        busy_seconds: time that workers spent scoring, summed over the workers.
+        busy_seconds: seconds that workers spent scoring, summed over the workers.
         crashes: workers that died or were killed for hanging.
         restarts: workers started to replace another (after a crash, a recycling or a reload).
         recycled: workers replaced on reaching ``max_slices_per_worker`` or ``max_memory_per_worker``.
@@ -302,7 +302,7 @@ class KeptModel:
         workers: how many there are, or are to be; 0 while they are being planned.
         requests: those it has.
         waiting: those that wait for it to be loaded.
-        idle_seconds: since it had a request last; 0 while it has one.
+        idle_seconds: seconds since it had a request last; 0 while it has one.
     """
 
     model: str
