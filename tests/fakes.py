@@ -41,6 +41,16 @@ from mp_rerank._pairs import CANARY, PLAIN, PairOptions, Readings, estimate_pair
 from mp_rerank._recipe import Recipe
 from mp_rerank._workers.child import import_engine
 
+#: makes every model of a program the fake one, if the program begins with it; ``tests`` must be on its path
+EVERY_MODEL = """
+from mp_rerank.config import ModelSpec
+defaults = list(ModelSpec.__init__.__defaults__)
+ModelSpec.__init__.__defaults__ = (*defaults[:-1], "fakes:load")
+assert ModelSpec().loader == "fakes:load"
+"""
+#: ``mp-rerank`` with the fake model in place of each: a real one's workers take five seconds to import
+COMMAND = [sys.executable, "-c", f"{EVERY_MODEL}\nimport mp_rerank.cli\nraise SystemExit(mp_rerank.cli.main())"]
+
 
 def score_of(query: str, document: str) -> float:
     """The fake's score of a pair: anywhere in [0, 1), the same everywhere, different for nearly all pairs."""

@@ -14,6 +14,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from fakes import EVERY_MODEL
+
 ROOT = Path(__file__).parents[2]
 TESTS = ROOT / "tests"
 WHOLE = ("docs/start.md", "docs/howto/", "docs/from/")
@@ -28,12 +30,7 @@ IMPORT = re.compile(r"^\s*(?:from|import) mp_rerank\b", re.MULTILINE)
 NOT_RUN = "# not run: "
 
 # Every model is the fake one: the pages are about calls, and no model is here but the built-in one.
-FAKE = """
-from mp_rerank.config import ModelSpec
-defaults = list(ModelSpec.__init__.__defaults__)
-ModelSpec.__init__.__defaults__ = (*defaults[:-1], "fakes:load")
-assert ModelSpec().loader == "fakes:load"
-"""
+FAKE = EVERY_MODEL
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import fakes
 import numpy as np
 import psutil
 import pytest
@@ -445,8 +446,8 @@ def test_without_ir_measures_the_extra_is_named(tmp_path: Path, monkeypatch: pyt
 def command(files: Files, *options: str) -> subprocess.CompletedProcess[str]:
     named = [f"--{name}={path}" for name, path in files.paths().items()]
     return subprocess.run(
-        [sys.executable, "-m", "mp_rerank.cli", "run", *named, "--devices=cpu", "--workers=1", *options],
-        env={**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"},
+        [*fakes.COMMAND, "run", *named, "--devices=cpu", "--workers=1", *options],
+        env={**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}", "HF_HUB_OFFLINE": "1"},
         capture_output=True,
         text=True,
         timeout=4 * PATIENCE,
@@ -466,7 +467,6 @@ def test_the_command_names_mistakes_in_one_line(files: Files) -> None:
         assert done.stderr.count("\n") == 1
 
 
-@pytest.mark.real
 def test_the_command_reranks_goes_on_and_measures(files: Files, tmp_path: Path) -> None:
     need("ir_measures")
     first = command(files)
