@@ -40,7 +40,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--start-method",
         choices=START_METHODS,
-        help="how the fake model's pools start their workers, where a test does not say: the core's spawn, others fork",
+        help="how the fake model's pools start their workers, where a test does not say (by default: see SPAWNED)",
     )
 
 
@@ -60,10 +60,18 @@ CORE = (
 )
 
 
+# Where it matters how a worker starts and ends: there they are spawned, as they are by default.
+SPAWNED = ("workers/", *(f"scheduling/test_{name}.py" for name in ("crashes", "exits", "hangs_and_deadlines", "idle")))
+
+
+def where(item: pytest.Item) -> str:
+    """The file of a test, as in ``CORE``."""
+    return item.path.relative_to(Path(__file__).parent).as_posix()
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
-        where = item.path.relative_to(Path(__file__).parent).as_posix()
-        if where.startswith(CORE) and item.get_closest_marker("real") is None:
+        if where(item).startswith(CORE) and item.get_closest_marker("real") is None:
             item.add_marker("core")
 
 
@@ -104,15 +112,13 @@ def dask_clusters(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[int
 def make_pool(request: pytest.FixtureRequest) -> Iterator[Callable[..., RerankerPool]]:
     """Makes pools, of the fake model unless another is named, and closes them when the test ends.
 
-    But for the core's they are forked: a new process and its imports for each worker of each test would take most of
-    the time.
+    Most are forked: a new process and its imports for each worker of each test would take most of the time.
     With ``over="http"`` it is a client, of a server of its own.
     """
     pools: list[Any] = []
     servers = ExitStack()
     start_method = request.config.getoption("--start-method")
-    is_core = request.node.get_closest_marker("core") is not None
-    if request.node.get_closest_marker("real") or not (start_method or is_core):
+    if request.node.get_closest_marker("real") or not (start_method or where(request.node).startswith(SPAWNED)):
         start_method = request.getfixturevalue("fork_server")
 
     def make(model: str | ModelSpec = FAKE, **options: Any) -> RerankerPool:
@@ -181,9 +187,8 @@ def ranked(query: str, documents: list[str]) -> list[RerankResult]:
 def kill(pool: RerankerPool, seat: int) -> None:
     """Kill the worker of ``seat``, and the template it was forked by, if one was: the next worker loads the model."""
     worker = psutil.Process(pool.workers()[seat].pid)
-    forked_by = worker.parent()
-    if forked_by is not None and forked_by.pid != os.getpid():
-        forked_by.kill()
+    if worker.ppid() in [template.pid for template in pool.memory().templates]:
+        psutil.Process(worker.ppid()).kill()
     worker.kill()
 
 

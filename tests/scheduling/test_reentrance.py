@@ -55,7 +55,7 @@ HANDLERS: dict[str, Callable[[RerankerPool], object]] = {
 def test_a_handler_may_use_the_pool_at_any_moment_of_a_call(
     make_pool: MakePool, call: str, handler: str, bound: int
 ) -> None:
-    with make_pool(workers=1, max_pending_pairs=bound) as pool:
+    with make_pool(isolation="thread", max_pending_pairs=bound) as pool:  # no moment of the caller's is a worker's
         for moment in range(1, 1000, 1 if bound == 1 else 3):
             if not at_moment(partial(CALLS[call], pool), moment, partial(HANDLERS[handler], pool)):
                 break

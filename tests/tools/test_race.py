@@ -258,7 +258,7 @@ def as_alone(folders: dict[str, str], device: str) -> list[tuple[str, Any]]:
 @pytest.mark.real
 @pytest.mark.timeout(900)
 def test_tasks_that_load_and_score_at_once_20_times(folders: dict[str, str], device: str) -> None:
-    tasks = 4 * len(TASKS)
+    tasks = 2 * len(TASKS)
     alone = as_alone(folders, device)
     cases = pytest.importorskip("mp_rerank.race.cases")
     for _ in range(20):
