@@ -1,7 +1,9 @@
 """The slots that serve one model, and the queue before them: what is sent where, and what is done when a worker dies.
 
 Runs on the dispatcher's thread alone. Time comes in as ``now`` (monotonic seconds); what a slot has to say comes in
-through ``handle``.
+through ``handle``. Every change of a slot's state is made here. What needs none of that is elsewhere: which requests
+get what (``outcomes``), how many workers there should be (``scaling``), whether they hold the same model
+(``agreement``), and those that were let go (``departures``).
 
 A death is acted on once everything about it is known: the process has ended, and each slice it had has come back,
 scored or broken. The first of the broken ones was running and is the suspect; the others merely wait again.

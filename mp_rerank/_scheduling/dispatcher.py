@@ -5,7 +5,7 @@
                 deployment.dispatch: queue.take -> slot.send                             one executor.submit
     worker      child.score(pairs)                                                       -> scores as float32 bytes
     executor    done-callback: inbox.put(Reported(deployment, SliceEnded(slot, generation, ...)))
-    dispatcher  deployment.handle: fill in the scores, resolve what is complete, dispatch again
+    dispatcher  deployment.handle -> outcomes.scored: fill in the scores, resolve what is complete; dispatch again
 
 Every other thread only puts messages into the inbox, so nothing here needs a lock. In particular the executors'
 done-callbacks do no more: submitting from one deadlocks in a broken executor (Python 3.12, 3.13). The inbox is a

@@ -1,4 +1,4 @@
-"""A few seconds of chaos; a minute of it is a tox environment, and ``python -m bench chaos`` takes any time."""
+"""A few seconds of chaos; half a minute of it is a tox environment, and ``python -m bench chaos`` takes any time."""
 
 from __future__ import annotations
 
