@@ -7,6 +7,7 @@
     parity.py     keeps an optimization only if scores stay within tolerance
     packed.py     a batch as one row of real tokens
     attention.py  attention within each pair of a packed batch
+    varlen.py     on a GPU: that row with attention by bounds, and a CUDA graph for each size of it
     unpad.py      networks that leave out padding, common beginnings and what the head does not read
     fused.py      norms, rotations and gates in fewer passes over memory
     prepack.py    linear layers laid out for oneDNN
