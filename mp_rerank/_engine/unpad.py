@@ -20,6 +20,7 @@ import torch
 
 from mp_rerank._engine import attention as buckets
 from mp_rerank._engine import varlen
+from mp_rerank._engine.disentangled import find_disentangled
 from mp_rerank._engine.packed import PackedBatch, attending_by, current_batch
 from mp_rerank._engine.parity import Scores, keep_if_equal
 
@@ -62,18 +63,23 @@ def unpad(network: torch.nn.Module, dtype: str, predict: Callable[[], Scores] | 
         return "this is no plain model of transformers"
     if attention != ("sdpa" if getattr(network, "_supports_sdpa", True) else "eager"):
         return f"its attention is {attention!r}, not transformers' own choice"
-    if not getattr(network, "_can_set_attn_implementation", bool)():  # setting it would do nothing and warn of it
+    disentangled = None if as_rows else find_disentangled(base)
+    # Setting it would do nothing and warn of it.
+    if disentangled is None and not getattr(network, "_can_set_attn_implementation", bool)():
         return "its attention does not go through transformers' interface"
     if "position_ids" not in inspect.signature(base.forward).parameters:
         return "it takes no positions"
-    encoder = _find_encoder(base)
+    encoder = base if disentangled else _find_encoder(base)
     packing = (varlen.RowForward if as_rows else _PackingForward)(base, unpacks=encoder is base)
     rules = varlen if as_rows else buckets
     pooler = getattr(base, "pooler", None) if encoder is base else None
 
     def change() -> None:
-        rules.register_attention()
-        network.set_attn_implementation(rules.NAME)
+        if disentangled:
+            disentangled.apply()
+        else:
+            rules.register_attention()
+            network.set_attn_implementation(rules.NAME)
         if encoder is not base:
             encoder.forward = _UnpackingForward(encoder)
         if pooler is not None:
@@ -83,7 +89,10 @@ def unpad(network: torch.nn.Module, dtype: str, predict: Callable[[], Scores] | 
     def undo() -> None:
         for part in filter(None, (base, encoder, pooler)):
             vars(part).pop("forward", None)
-        network.set_attn_implementation(attention)
+        if disentangled:
+            disentangled.undo()
+        else:
+            network.set_attn_implementation(attention)
 
     def predict_unpadded() -> Scores:
         assert predict is not None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from pathlib import Path
 from typing import Any
@@ -113,6 +114,8 @@ def test_a_model_that_feels_its_padding(kind: str, tmp_path: Path, caplog: pytes
 
 def test_what_is_off_is_said_with_the_reason(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     save("deberta-v2", tmp_path)
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "pos_att_type": ["c2p"]}))  # half of its kind
     with caplog.at_level(logging.INFO, "mp_rerank"):
         engine(tmp_path).optimize()
     [said] = [record.getMessage() for record in caplog.records if record.name == "mp_rerank._engine.engine"]
