@@ -1,18 +1,19 @@
 """The model on its device, and what makes it fast. The only wing that imports torch; only a worker imports it.
 
-    engine.py     the model on its device: loaded, proved, made fast, fed with batches
-    loading.py    loads a ``CrossEncoder``, proves it is whole, and knows what library versions differ in
-    fitting.py    cuts a long document, refuses it, or divides it into chunks
-    pipeline.py   from texts to scores: tokenize once, cut batches, collate, forward
-    parity.py     keeps an optimization only if scores stay within tolerance
-    packed.py     a batch as one row of real tokens
-    attention.py  attention within each pair of a packed batch
-    varlen.py     on a GPU: that row with attention by bounds, and a CUDA graph for each size of it
-    unpad.py      networks that leave out padding, common beginnings and what the head does not read
-    fused.py      norms, rotations and gates in fewer passes over memory
-    prepack.py    linear layers laid out for oneDNN
-    weights.py    weights as pages of the checkpoint's file, shared by all workers
-    backends/     other runtimes: ONNX Runtime and OpenVINO
+    engine.py        the model on its device: loaded, proved, made fast, fed with batches
+    loading.py       loads a ``CrossEncoder``, proves it is whole, and knows what library versions differ in
+    fitting.py       cuts a long document, refuses it, or divides it into chunks
+    pipeline.py      from texts to scores: tokenize once, cut batches, collate, forward
+    parity.py        keeps an optimization only if scores stay within tolerance
+    packed.py        a batch as one row of real tokens
+    attention.py     attention within each pair of a packed batch
+    varlen.py        on a GPU: that row with attention by bounds, and a CUDA graph for each size of it
+    unpad.py         networks that leave out padding, common beginnings and what the head does not read
+    disentangled.py  DeBERTa's attention within each pair of a packed batch
+    fused.py         norms, rotations and gates in fewer passes over memory
+    prepack.py       linear layers laid out for oneDNN
+    weights.py       weights as pages of the checkpoint's file, shared by all workers
+    backends/        other runtimes: ONNX Runtime and OpenVINO
 
 Knows no worker, no slot and no request: it takes pairs of texts and gives scores.
 
