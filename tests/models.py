@@ -30,6 +30,8 @@ Le pain est fait de farine, d'eau, de sel et de levure. Die Vögel fliegen mit i
 كم عدد سكان برلين؟ כמה אנשים גרים בברלין? बर्लिन में कितने लोग रहते हैं?
 """.strip().splitlines()
 
+#: whether attention of every family goes through transformers' interface, or in older versions decoders' alone
+ATTENTION_IS_OPEN = hasattr(transformers.models.bert.modeling_bert, "ALL_ATTENTION_FUNCTIONS")
 #: "gte": the "new" architecture of Alibaba's GTE, as far as the installed transformers has it
 ENCODERS = (
     *("bert", "roberta", "xlm-roberta", "deberta-v2", "electra", "modernbert", "albert", "distilbert"),

@@ -228,12 +228,7 @@ class Deployment:
             if not room:
                 break
             slot = min(room, key=lambda slot: len(slot.outstanding))
-            budget = self._slice_tokens(slot)
-            if not slot.outstanding:
-                idle = sum(not slot.outstanding for slot in room)
-                least = int(MIN_SLICE_TOKENS * self._outcomes.overestimate)
-                budget = min(budget, max(least, math.ceil(self.queue.waiting_tokens / idle)))
-            slice_ = self.queue.take(budget)
+            slice_ = self.queue.take(self._next_tokens(slot, now))
             if slice_ is None:
                 break
             slot.send(slice_, now)
@@ -285,6 +280,29 @@ class Deployment:
         """Estimated tokens of a full slice."""
         tokens = self.config.slice_tokens or self._batch_tokens(slot) * BATCHES_A_SLICE
         return int(tokens * self._outcomes.overestimate)
+
+    def _next_tokens(self, slot: Slot[Slice], now: float) -> int:
+        """Estimated tokens of the next slice for ``slot``: full, or less, so that all workers end at about one time.
+
+        The slot's part of all that is to be scored is cut into equal slices, as few as hold it. Of three full slices
+        for two workers, the last would keep one of them waiting for a third of the time.
+        """
+        full = self._slice_tokens(slot)
+        least = int(MIN_SLICE_TOKENS * self._outcomes.overestimate)
+        ready = [other for other in self.slots if other.state is SlotState.READY]
+        left = {other: other.tokens_left(now) for other in ready}
+        of_each = (self.queue.waiting_tokens + sum(left.values())) / len(ready)
+        part = of_each - left[slot]
+        if not slot.outstanding:  # what those who score leave, for those who have nothing to score
+            theirs = sum(
+                of_each - left[other] for other in ready if other.outstanding and of_each - left[other] > least
+            )
+            part = (self.queue.waiting_tokens - theirs) / sum(not other.outstanding for other in ready)
+        part = max(1.0, part)
+        tokens = max(least, math.ceil(part / math.ceil(part / full)))
+        if self.queue.waiting_tokens - tokens < least:  # nobody is left crumbs
+            tokens = self.queue.waiting_tokens
+        return min(full, tokens)
 
     def _batch_tokens(self, slot: Slot[Slice]) -> int:
         return self.config.batch_tokens or default_batch_tokens(self.spec, slot.seat.device)

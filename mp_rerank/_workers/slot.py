@@ -189,6 +189,13 @@ class Slot(Generic[_Slice]):
         expected = self.outstanding[0].tokens * self.seconds_per_token
         return self.since + AHEAD_SHARE * expected if expected > SOON_SECONDS else self.since
 
+    def tokens_left(self, now: float) -> float:
+        """Estimated tokens that its worker has yet to score."""
+        if not self.outstanding:
+            return 0.0
+        scored = (now - self.since) / self.seconds_per_token if self.seconds_per_token else 0.0
+        return sum(slice_.tokens for slice_ in self.outstanding) - min(scored, self.outstanding[0].tokens)
+
     @property
     def loading(self) -> bool:
         """Whether its worker has been launched and has not described itself yet."""

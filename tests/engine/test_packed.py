@@ -15,7 +15,6 @@ torch = pytest.importorskip("torch")
 models = pytest.importorskip("models")
 from hypothesis import given, settings  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
-from test_unpad import EVERYWHERE  # noqa: E402
 
 from mp_rerank._engine.engine import Engine  # noqa: E402
 from mp_rerank._engine.packed import TOKEN_MULTIPLE, PackedBatch, common_beginning  # noqa: E402
@@ -144,7 +143,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], str]:
     return folder
 
 
-@pytest.mark.skipif(not EVERYWHERE, reason="proved on the versions that it is made for")
+@pytest.mark.skipif(not models.ATTENTION_IS_OPEN, reason="proved on the versions that it is made for")
 @pytest.mark.parametrize("family", SHARING)
 def test_different_beginnings_in_one_batch(family: str, folders: Callable[[str], str]) -> None:
     """Two instructions, under each two queries, under each three documents: one of them twice, and one of no words."""
@@ -179,7 +178,7 @@ def test_different_beginnings_in_one_batch(family: str, folders: Callable[[str],
         np.testing.assert_allclose(shares.predict(few), plain.predict(few), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.skipif(not EVERYWHERE, reason="proved on the versions that it is made for")
+@pytest.mark.skipif(not models.ATTENTION_IS_OPEN, reason="proved on the versions that it is made for")
 def test_an_encoder_shares_nothing(folders: Callable[[str], str]) -> None:
     """Its tokens attend to later ones: those of one query differ from document to document."""
     encoder = engine(folders("modernbert"))

@@ -13,8 +13,6 @@ from mp_rerank import ModelSpec
 
 torch = pytest.importorskip("torch")
 models = pytest.importorskip("models")
-from transformers.models.bert import modeling_bert  # noqa: E402
-
 from mp_rerank._engine import attention as module  # noqa: E402
 from mp_rerank._engine.engine import Engine  # noqa: E402
 from mp_rerank._engine.packed import TOKEN_MULTIPLE  # noqa: E402
@@ -22,12 +20,12 @@ from mp_rerank._engine.packed import TOKEN_MULTIPLE  # noqa: E402
 pytestmark = pytest.mark.real
 
 PAIRS = [(query, document) for query in models.TEXT[:3] for document in (*models.TEXT, "", "long " * 300)]
-#: whether attention of every family goes through transformers' interface, or in older versions decoders' alone
-EVERYWHERE = hasattr(modeling_bert, "ALL_ATTENTION_FUNCTIONS")
 #: older versions' sdpa takes no notice of Gemma 2's softcap, and ours does
-LEFT_ALONE = () if EVERYWHERE else tuple({"gemma2", *models.ENCODERS} - {"deberta-v2"})
+LEFT_ALONE = () if models.ATTENTION_IS_OPEN else tuple({"gemma2", *models.ENCODERS} - {"deberta-v2"})
 UNPADDED = tuple(family for family in models.FAMILIES if family not in LEFT_ALONE)
-needs_interface = pytest.mark.skipif(not EVERYWHERE, reason="this transformers' BERT has an attention of its own")
+needs_interface = pytest.mark.skipif(
+    not models.ATTENTION_IS_OPEN, reason="this transformers' BERT has an attention of its own"
+)
 
 
 def engine(folder: str, **options: Any) -> Engine:
