@@ -52,17 +52,17 @@ from mp_rerank._engine.pipeline import (
     has_modules,
     padded_batches,
     shared_batches,
-    take_rows,
+    take_varlen,
     without_surrogates,
 )
 from mp_rerank._engine.prepack import prepack
 from mp_rerank._engine.unpad import (
     has_vocabulary_score,
     head_only,
-    row_forward,
     score_logits,
     share_beginnings,
     unpad,
+    varlen_forward,
 )
 from mp_rerank._engine.weights import make_private, mapped_bytes
 from mp_rerank._pairs import CANARY, Pair, PairOptions, Readings, estimate_pair, estimate_text, tolerance
@@ -156,7 +156,7 @@ class Engine:
                 name = None if recipe is None else recipe.pipeline
                 self._pipeline, why_not = find_pipeline(self.model, self._predict, self.max_length, self.dtype, name)
                 self._note("pipeline", why_not)
-            self._take_rows(recipe)
+            self._take_varlen(recipe)
         self.recipe = replace(
             self.recipe,
             pipeline=self._pipeline.name if self._pipeline else "",
@@ -278,7 +278,7 @@ class Engine:
         if isinstance(self.model, CrossEncoder) and (self._on_cpu or self._on_gpu):
             network = self.model.model
             if spec.unpad and (recipe is None or recipe.unpadded):
-                self._try("unpadded", unpad(network, self.dtype, proof, as_rows=self._on_gpu))
+                self._try("unpadded", unpad(network, self.dtype, proof, as_varlen=self._on_gpu))
             if spec.unpad and has_vocabulary_score(self.model) and (recipe is None or recipe.score_logits):
                 self._try("score_logits", score_logits(self.model, self.dtype, proof))
         if isinstance(self.model, CrossEncoder) and self._on_cpu:
@@ -294,14 +294,14 @@ class Engine:
             self.recipe = replace(self.recipe, prepacked=tuple(packed))
             self._note("prepacked", why_not)
 
-    def _take_rows(self, recipe: Recipe | None) -> None:
+    def _take_varlen(self, recipe: Recipe | None) -> None:
         """On a GPU, let the network take a batch as one row, with a CUDA graph for its size."""
         if not self._on_gpu or self._pipeline is None or not (recipe is None or recipe.cuda_graphs):
             return
-        forward = row_forward(self.model.model)
+        forward = varlen_forward(self.model.model)
         if forward is None:
             return
-        reads, why_not = take_rows(
+        reads, why_not = take_varlen(
             self._pipeline, forward, self.dtype, 2 * self.batch_tokens, "" if recipe is None else recipe.cuda_graphs
         )
         self.recipe = replace(self.recipe, cuda_graphs=reads)

@@ -23,7 +23,7 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 from mp_rerank._engine.loading import default_prompt
 from mp_rerank._engine.packed import common_beginning
 from mp_rerank._engine.parity import Pairs, Scores, record_calls
-from mp_rerank._engine.varlen import RowForward, RowNetwork
+from mp_rerank._engine.varlen import VarlenForward, VarlenNetwork
 from mp_rerank._pairs import CANARY, tolerance
 
 __all__ = [
@@ -35,7 +35,7 @@ __all__ = [
     "has_modules",
     "padded_batches",
     "shared_batches",
-    "take_rows",
+    "take_varlen",
     "without_surrogates",
 ]
 
@@ -72,7 +72,7 @@ class Pipeline:
 
     Attributes:
         takes_prompt: whether it is proved to do what ``predict(prompt=...)`` does.
-        rows: the network, where it takes a batch as one row; else ``None``.
+        varlen: the network, where it takes a batch as one row; else ``None``.
     """
 
     #: its name in a recipe
@@ -88,7 +88,7 @@ class Pipeline:
         self._modular = has_modules(model)
         self._constants: dict[str, Any] = {}
         self.takes_prompt = False
-        self.rows: RowNetwork | None = None
+        self.varlen: VarlenNetwork | None = None
         self._padding = {
             "input_ids": self._tokenizer.pad_token_id,
             "token_type_ids": self._tokenizer.pad_token_type_id,
@@ -130,11 +130,11 @@ class Pipeline:
 
     def logits(self, tokenized: Tokenized, batch: Sequence[int]) -> torch.Tensor:
         """What the activation makes scores of: shape (n, num_labels)."""
-        if self.rows is None:
+        if self.varlen is None:
             return self.call(self._collate(tokenized, batch))
         ids, types = (tokenized.inputs.get(name) for name in ("input_ids", "token_type_ids"))
         assert ids is not None
-        return self.rows([ids[i] for i in batch], None if types is None else [types[i] for i in batch])
+        return self.varlen([ids[i] for i in batch], None if types is None else [types[i] for i in batch])
 
     def call(self, tensors: dict[str, torch.Tensor]) -> torch.Tensor:
         """Logits that the network makes of ``tensors``, each of shape (pairs, longest)."""
@@ -319,8 +319,8 @@ def find_pipeline(
     return None, why_not
 
 
-def take_rows(
-    pipeline: Pipeline, forward: RowForward, dtype: str, most_tokens: int, reads: str = ""
+def take_varlen(
+    pipeline: Pipeline, forward: VarlenForward, dtype: str, most_tokens: int, reads: str = ""
 ) -> tuple[str, str]:
     """Let the network of ``pipeline`` take a batch as one row, if logits stay the same.
 
@@ -331,7 +331,7 @@ def take_rows(
         reads: which token of a pair its head is known to read; empty: find it out.
 
     Returns:
-        Which token that is, or else why it takes no rows.
+        Which token that is, or else why it takes no such batches.
     """
     tokenized = pipeline.tokenize(CANARY)
     limit = tolerance("optimized", dtype)
@@ -340,19 +340,19 @@ def take_rows(
         logits = pipeline.logits(tokenized, range(len(CANARY)))
         device, expected = logits.device, logits.float().cpu().numpy()
         for token in [reads] if reads else ["first", "last"]:
-            pipeline.rows = RowNetwork(pipeline.call, forward, list(tokenized.inputs), token, device, most_tokens)
+            pipeline.varlen = VarlenNetwork(pipeline.call, forward, list(tokenized.inputs), token, device, most_tokens)
             try:
                 found = [
                     pipeline.logits(tokenized, batch).float().cpu().numpy() for batch in (range(len(CANARY)), range(1))
                 ]
             except Exception as error:
-                logger.debug("no rows", exc_info=True)
+                logger.debug("no batches as rows", exc_info=True)
                 why_not = str(error).partition("\n")[0] or type(error).__name__
                 break
             if all(np.allclose(some, expected[: len(some)], rtol=limit, atol=limit) for some in found):
                 return token, ""
             why_not = "its head reads more than one token"
-    pipeline.rows = None
+    pipeline.varlen = None
     return "", why_not
 
 

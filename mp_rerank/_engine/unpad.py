@@ -28,10 +28,10 @@ __all__ = [
     "has_vocabulary_score",
     "head_only",
     "packing_forward",
-    "row_forward",
     "score_logits",
     "share_beginnings",
     "unpad",
+    "varlen_forward",
 ]
 
 #: of the part that has the layers, in the base models of transformers; in others the layers are the base model's own
@@ -45,14 +45,16 @@ SHORTEST_BEGINNING = 16
 ATTENTION_NAMES = (("attn_norm", "attn.Wo"), ("input_layernorm", "self_attn.o_proj"), ("self_attn", "self_attn.o_proj"))
 
 
-def unpad(network: torch.nn.Module, dtype: str, predict: Callable[[], Scores] | None, *, as_rows: bool = False) -> str:
+def unpad(
+    network: torch.nn.Module, dtype: str, predict: Callable[[], Scores] | None, *, as_varlen: bool = False
+) -> str:
     """Let ``network`` leave out padding, if scores stay the same.
 
     Args:
         network: a transformers model on a CPU or a CUDA device; changed in place, or not at all.
         dtype: of its weights.
         predict: scores one batch of pairs of unlike lengths with it; ``None``: scores are known to stay the same.
-        as_rows: let it compute a `varlen.Row` in place of a `PackedBatch`: on a GPU.
+        as_varlen: let it compute a `varlen.VarlenBatch` in place of a `PackedBatch`: on a GPU.
 
     Returns:
         Why it does not; empty: it does.
@@ -63,15 +65,15 @@ def unpad(network: torch.nn.Module, dtype: str, predict: Callable[[], Scores] | 
         return "this is no plain model of transformers"
     if attention != ("sdpa" if getattr(network, "_supports_sdpa", True) else "eager"):
         return f"its attention is {attention!r}, not transformers' own choice"
-    disentangled = None if as_rows else find_disentangled(base)
+    disentangled = None if as_varlen else find_disentangled(base)
     # Setting it would do nothing and warn of it.
     if disentangled is None and not getattr(network, "_can_set_attn_implementation", bool)():
         return "its attention does not go through transformers' interface"
     if "position_ids" not in inspect.signature(base.forward).parameters:
         return "it takes no positions"
     encoder = base if disentangled else _find_encoder(base)
-    packing = (varlen.RowForward if as_rows else _PackingForward)(base, unpacks=encoder is base)
-    rules = varlen if as_rows else buckets
+    packing = (varlen.VarlenForward if as_varlen else _PackingForward)(base, unpacks=encoder is base)
+    rules = varlen if as_varlen else buckets
     pooler = getattr(base, "pooler", None) if encoder is base else None
 
     def change() -> None:
@@ -328,10 +330,10 @@ def _of_chosen(linear: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[torc
     return forward
 
 
-def row_forward(network: torch.nn.Module) -> varlen.RowForward | None:
+def varlen_forward(network: torch.nn.Module) -> varlen.VarlenForward | None:
     """What `unpad` has put into ``network``, a model on a GPU, if it has."""
     forward = vars(getattr(network, "base_model", network)).get("forward")
-    return forward if isinstance(forward, varlen.RowForward) else None
+    return forward if isinstance(forward, varlen.VarlenForward) else None
 
 
 def packing_forward(network: torch.nn.Module) -> _PackingForward | None:

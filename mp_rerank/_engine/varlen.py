@@ -1,6 +1,6 @@
 """On a GPU: a batch as one row of tokens, attention by the bounds of its pairs, a CUDA graph for each size of a row.
 
-    tokens of a batch  ->  Row  ->  layers, attention within bounds  ->  each pair's token that is read  ->  head
+    tokens of a batch  ->  VarlenBatch  ->  layers, attention within bounds  ->  the token read of each pair  ->  head
 
 An H200 computes MiniLM-L6's layers for 200 pairs in 1.8 ms, and Python takes 2.5 ms to launch their kernels one by one,
 4.5 ms for a padded batch. A CUDA graph is launched at once, in 0.01 ms. It is made for one number of tokens, of pairs,
@@ -27,7 +27,7 @@ import torch
 
 from mp_rerank._engine.packed import attending_by, batch_here
 
-__all__ = ["GRAPHS", "Heads", "Row", "RowForward", "RowNetwork", "register_attention"]
+__all__ = ["GRAPHS", "Heads", "VarlenBatch", "VarlenForward", "VarlenNetwork", "register_attention"]
 
 logger = logging.getLogger(__name__)
 
@@ -46,7 +46,7 @@ Numbers = npt.NDArray[np.int64]
 
 
 @dataclass(eq=False)
-class Row:
+class VarlenBatch:
     """The tokens of all pairs of a batch, end to end; behind them there may be tokens that mean nothing.
 
     Attributes:
@@ -70,7 +70,7 @@ class Row:
     @classmethod
     def of_padded(
         cls, ids: torch.Tensor, mask: torch.Tensor, types: torch.Tensor | None, positions: torch.Tensor | None
-    ) -> Row:
+    ) -> VarlenBatch:
         """The row of a padded batch, all of shape (pairs, longest); ``positions``: ``None`` numbers a pair's tokens."""
         real = mask.bool()
         lengths = real.sum(1)
@@ -96,14 +96,14 @@ class Row:
         return padded.index_copy_(0, self.places, states[0]).unflatten(0, self.shape)
 
 
-def row_here() -> Row | None:
+def varlen_here() -> VarlenBatch | None:
     """The row that this thread's network computes, if it computes one."""
     batch = batch_here()
-    return batch if isinstance(batch, Row) else None
+    return batch if isinstance(batch, VarlenBatch) else None
 
 
-class RowForward:
-    """The ``forward`` of a base model: takes a padded batch, or what goes before a `Row`, and gives its parts that row.
+class VarlenForward:
+    """The ``forward`` of a base model: gives its parts a `VarlenBatch`, the one that is here or one of a padded batch.
 
     Args:
         base: the base model.
@@ -135,18 +135,18 @@ class RowForward:
             raise ValueError("it is called with other things than tokens")
         if "use_cache" in self._parameters:  # nobody asks for a further token
             rest["use_cache"] = False
-        given = row_here()
+        given = varlen_here()
         if given is not None:
             return self._compute(given, rest)
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
         positions = None if self._number is None else self._number(input_ids, self.padding_idx)
-        row = Row.of_padded(input_ids, attention_mask, token_type_ids, positions)
+        row = VarlenBatch.of_padded(input_ids, attention_mask, token_type_ids, positions)
         self.saved += input_ids.numel() - len(row.ids)
         with attending_by(row):
             return self._compute(row, rest)
 
-    def _compute(self, row: Row, rest: dict[str, Any]) -> Any:
+    def _compute(self, row: VarlenBatch, rest: dict[str, Any]) -> Any:
         if row.types is not None:
             rest["token_type_ids"] = row.types[None]
         ids = row.ids[None]
@@ -180,7 +180,7 @@ def register_attention() -> None:
 
 def _find_window(*args: Any, mask_function: Callable[..., Any], **rest: Any) -> _Window:
     """In place of a mask, the window that it is; ``ValueError`` if it is none."""
-    row = row_here()
+    row = varlen_here()
     assert row is not None
     last = row.longest - 1
     keys = torch.arange(last + 1)
@@ -209,7 +209,7 @@ def _attend(
     for name in ("softcap", "s_aux", "position_bias"):
         if rest.get(name) is not None:
             raise ValueError(f"{type(module).__name__} asks for attention with {name}")
-    row = row_here()
+    row = varlen_here()
     assert row is not None
     within = _within_bounds if query.dtype in (torch.float16, torch.bfloat16) else _within_bounds_float32
     queries, keys, values = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
@@ -259,15 +259,15 @@ def _within_bounds_float32(
     return found[0]
 
 
-# A network that takes rows.
+# A network that takes such batches.
 
 
-class RowNetwork:
+class VarlenNetwork:
     """Logits of pairs as one row: by a CUDA graph where it is given a call that can be captured.
 
     Args:
         call: the network. It takes, under the names that the tokenizer gives, tensors of shape (pairs, 1), which are of
-            the token that the head reads; within, the row is `row_here`. Returns logits, shape (pairs, labels).
+            the token that the head reads; within, the row is `varlen_here`. Returns logits, shape (pairs, labels).
         forward: what `unpad` has put into its base model.
         names: under which the network takes its tensors.
         reads: which token of a pair its head reads.
@@ -278,7 +278,7 @@ class RowNetwork:
     def __init__(
         self,
         call: Callable[[dict[str, torch.Tensor]], torch.Tensor],
-        forward: RowForward,
+        forward: VarlenForward,
         names: Sequence[str],
         reads: Heads,
         device: torch.device,
@@ -340,7 +340,7 @@ class RowNetwork:
         """Logits of a row that is in ``numbers``, end to end: ids, types, positions, tokens that are read, bounds."""
         sizes = [tokens] * (3 if self._has_types else 2) + [pairs, pairs + 1]
         ids, *types, positions, read, bounds = numbers.split(sizes)
-        row = Row(ids, types[0] if types else None, positions, bounds.int(), longest, read)
+        row = VarlenBatch(ids, types[0] if types else None, positions, bounds.int(), longest, read)
         tensors = {"input_ids": ids[read][:, None]}
         for name in self._names:
             if name == "token_type_ids":

@@ -15,8 +15,8 @@ torch = pytest.importorskip("torch")
 models = pytest.importorskip("models")
 from mp_rerank._engine import varlen  # noqa: E402
 from mp_rerank._engine.engine import Engine  # noqa: E402
-from mp_rerank._engine.pipeline import Pipeline, take_rows  # noqa: E402
-from mp_rerank._engine.unpad import row_forward, unpad  # noqa: E402
+from mp_rerank._engine.pipeline import Pipeline, take_varlen  # noqa: E402
+from mp_rerank._engine.unpad import unpad, varlen_forward  # noqa: E402
 
 pytestmark = pytest.mark.real
 
@@ -56,13 +56,13 @@ def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def with_rows(folder: str) -> tuple[Engine, str, str]:
-    """An engine whose network takes rows; which token of a pair its head reads, or why it takes none."""
+    """An engine whose network takes such batches; which token of a pair its head reads, or why it takes none."""
     engine = Engine(ModelSpec(folder, unpad=False, prepack=False), "cpu", None, 256).optimize()
-    why_not = unpad(engine.model.model, "float32", engine.canary, as_rows=True)
-    forward = row_forward(engine.model.model)
+    why_not = unpad(engine.model.model, "float32", engine.canary, as_varlen=True)
+    forward = varlen_forward(engine.model.model)
     if forward is None:
         return engine, "", why_not
-    return engine, *take_rows(engine._pipeline, forward, "float32", 512)
+    return engine, *take_varlen(engine._pipeline, forward, "float32", 512)
 
 
 @pytest.mark.parametrize("family", models.FAMILIES)
@@ -87,7 +87,7 @@ def test_a_head_that_reads_all_tokens_is_given_padded_batches(tmp_path: Path) ->
     engine, reads, why_not = with_rows(folder)
     assert not reads
     assert why_not == "its head reads more than one token"
-    assert engine._pipeline.rows is None
+    assert engine._pipeline.varlen is None
     np.testing.assert_allclose(engine.predict(PAIRS), models.load(folder, "cpu").predict(PAIRS), rtol=1e-5, atol=1e-5)
 
 
@@ -99,15 +99,15 @@ def test_what_fills_a_row_up_changes_no_score(tmp_path: Path, monkeypatch: pytes
     sizes: list[tuple[int, ...]] = []
 
     class Replayed:
-        def __init__(self, rows: varlen.RowNetwork, size: tuple[int, int, int]) -> None:
+        def __init__(self, rows: varlen.VarlenNetwork, size: tuple[int, int, int]) -> None:
             self.replay = lambda numbers: rows._compute(numbers, *size)
 
-    def capture(rows: varlen.RowNetwork, numbers: Any, size: tuple[int, int, int]) -> Replayed:
+    def capture(rows: varlen.VarlenNetwork, numbers: Any, size: tuple[int, int, int]) -> Replayed:
         sizes.append(size)
         return Replayed(rows, size)
 
-    monkeypatch.setattr(varlen.RowNetwork, "_capture", capture)
-    monkeypatch.setattr(engine._pipeline.rows, "_most_tokens", 512)
+    monkeypatch.setattr(varlen.VarlenNetwork, "_capture", capture)
+    monkeypatch.setattr(engine._pipeline.varlen, "_most_tokens", 512)
     expected = models.load(folder, "cpu").predict(PAIRS)
     for _ in range(2):
         np.testing.assert_allclose(engine.predict(PAIRS), expected, rtol=1e-5, atol=1e-5)
@@ -119,7 +119,7 @@ def test_what_fills_a_row_up_changes_no_score(tmp_path: Path, monkeypatch: pytes
 
 def test_graphs_that_were_not_used_for_long_are_let_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     engine, _, _ = with_rows(models.build("llama", tmp_path))
-    rows = engine._pipeline.rows
+    rows = engine._pipeline.varlen
     monkeypatch.setattr(varlen, "GRAPHS", 1)
     monkeypatch.setattr(rows, "_most_tokens", 4096)
     made: list[tuple[int, int, int]] = []
@@ -147,7 +147,7 @@ def test_a_window_is_found_in_a_mask_and_anything_else_is_refused() -> None:
     from transformers.masking_utils import causal_mask_function
 
     def window(mask_function: Any, longest: int = 200) -> tuple[int, int]:
-        row = varlen.Row(*[torch.zeros(1)] * 4, longest=longest)
+        row = varlen.VarlenBatch(*[torch.zeros(1)] * 4, longest=longest)
         with varlen.attending_by(row):
             found = varlen._find_window(mask_function=mask_function)
         return found.before, found.behind
@@ -175,7 +175,7 @@ def test_where_rows_fail_padded_batches_go_on(tmp_path: Path, monkeypatch: pytes
     def fail(*arguments: Any, **options: Any) -> Any:
         raise RuntimeError("no such kernel")
 
-    monkeypatch.setattr(varlen.RowNetwork, "__call__", fail)
+    monkeypatch.setattr(varlen.VarlenNetwork, "__call__", fail)
     engine, reads, why_not = with_rows(folder)
     assert (reads, why_not) == ("", "no such kernel")
     assert isinstance(engine._pipeline, Pipeline)
