@@ -261,6 +261,8 @@ def bars(axis: Axes, rows: Sequence[Row], name: Callable[[Row], str]) -> None:
 
 def lines(axis: Axes, rows: Sequence[Row], along: str, label: str = "", color: str = OURS) -> None:
     """A line with its range; on the x axis, which is logarithmic, a label that is a number."""
+    if not rows:  # not asked for
+        return
     counts = [row.of[along] for row in rows]
     axis.fill_between(counts, [row.low for row in rows], [row.high for row in rows], alpha=0.2, color=color, lw=0)
     axis.plot(counts, [row.median for row in rows], marker="o", color=color, label=label)

@@ -3,6 +3,9 @@
 *Slots*: 1 to 64 workers, whose model sleeps for a fixed time a slice. Measured are the share of the workers' time in
 which they are in use, and the parent's CPU time for each slice.
 
+*One request*: its documents are scored by workers whose model takes a fixed time a token. Measured is how long it
+takes, beside what it would if they were divided exactly and nothing were sent.
+
 *Pending*: 1 to 100,000 requests wait while the workers are blocked. Measured is the time of one more `submit`, and,
 once the workers go on, the time of each request until its result is back.
 """
@@ -11,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import random
 import statistics
 import tempfile
 import threading
@@ -27,8 +31,11 @@ from bench.inputs import fakes
 from bench.reports.files import add_output, finish
 from bench.reports.report import Report
 from mp_rerank import ModelSpec, RerankerPool
+from mp_rerank._pairs import estimate_pair, estimate_text
+from mp_rerank._planning.plan import CPU_BATCH_TOKENS_16_BITS
 
 PENDING_A_SLOT = 6  # of them two are with the worker
+SECONDS_A_TOKEN = 1e-4
 
 
 def main(argv: Sequence[str]) -> int:
@@ -38,6 +45,8 @@ def main(argv: Sequence[str]) -> int:
     )
     parser.add_argument("--slots", type=int, nargs="*", default=[1, 2, 4, 8, 16, 32, 64])
     parser.add_argument("--pending", type=int, nargs="*", default=[1, 10, 100, 1_000, 10_000, 100_000])
+    parser.add_argument("--workers", type=int, nargs="*", default=[2, 8], help="of one request (default 2 and 8)")
+    parser.add_argument("--documents", type=int, nargs="*", default=[10, 20, 30, 50, 100, 200], help="of one request")
     parser.add_argument("--milliseconds", type=float, default=50.0, help="that a slice takes (default 50)")
     parser.add_argument("--slices", type=int, default=60, help="slices a slot and round (default 60)")
     parser.add_argument("--rounds", type=int, default=3)
@@ -48,6 +57,9 @@ def main(argv: Sequence[str]) -> int:
     for count in sorted(options.slots, reverse=True):
         slots(report, count, options.milliseconds / 1000, options.slices, options.rounds)
     report.rows.sort(key=lambda row: row.of["slots"])
+    for count in options.workers:
+        for documents in options.documents:
+            one_request(report, count, documents, options.rounds)
     for count in options.pending:
         pending(report, count, options.rounds)
     finish(report, options.out)
@@ -98,6 +110,26 @@ def kept_busy(pool: RerankerPool, count: int, slices: int, document: str = "a do
     while waiting:
         waiting.popleft().result()
     return time.perf_counter() - start
+
+
+def one_request(report: Report, workers: int, documents: int, rounds: int) -> None:
+    """Measure a request of so many documents of about 60 words while nothing else waits."""
+    chance = random.Random(0)
+    query = "how many words has this query"
+    times = []
+    paced = ModelSpec(str(SECONDS_A_TOKEN), loader=fakes.PACED)
+    with RerankerPool(
+        paced, devices="cpu", workers=workers, threads_per_worker=1, batch_tokens=CPU_BATCH_TOKENS_16_BITS
+    ) as pool:
+        pool.start()
+        for number in range(rounds + 1):
+            texts = [f"{number} {i} " + "words " * max(3, round(chance.gauss(60, 20))) for i in range(documents)]
+            exact = sum(estimate_pair(estimate_text(query), text, None) for text in texts) * SECONDS_A_TOKEN / workers
+            start = time.perf_counter()
+            pool.submit(query, texts).result()
+            times.append((time.perf_counter() - start) / exact)
+    report.add({"workers": workers, "documents of one request": documents}, "times an exact division", times[1:])
+    print(f"{workers} workers, {documents} documents: {times[-1]:.2f}", flush=True)
 
 
 def footprint(process: psutil.Process) -> dict[str, float]:
