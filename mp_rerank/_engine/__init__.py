@@ -7,6 +7,7 @@
     parity.py        keeps an optimization only if scores stay within tolerance
     packed.py        a batch as one row of real tokens
     attention.py     attention within each pair of a packed batch
+    forward.py       what takes the place of a base model's ``forward``, for a row of tokens
     varlen.py        on a GPU: that row with attention by bounds, and a CUDA graph for each size of it
     unpad.py         networks that leave out padding, common beginnings and what the head does not read
     disentangled.py  DeBERTa's attention within each pair of a packed batch

@@ -6,7 +6,7 @@ functions below go by the ``PackedBatch`` of their thread: each of its buckets i
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -15,7 +15,7 @@ import torch
 
 from mp_rerank._engine.packed import LengthBucket, current_batch
 
-__all__ = ["NAME", "register_attention"]
+__all__ = ["NAME", "UNKNOWN", "check_call", "register", "register_attention"]
 
 #: the name under which transformers finds this attention
 NAME = "mp_rerank_packed"
@@ -86,11 +86,25 @@ def _additive(allowed: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 def register_attention() -> None:
     """Let models of transformers find this attention, and its masks, under ``NAME``."""
+    register(NAME, _attend, _make_rule)
+
+
+def register(name: str, attend: Callable[..., Any], make_mask: Callable[..., Any]) -> None:
+    """Let models of transformers find ``attend`` under ``name``, and what gives it its masks."""
     from transformers import AttentionInterface
     from transformers.masking_utils import AttentionMaskInterface
 
-    AttentionInterface.register(NAME, _attend)
-    AttentionMaskInterface.register(NAME, _make_rule)
+    AttentionInterface.register(name, attend)
+    AttentionMaskInterface.register(name, make_mask)
+
+
+def check_call(module: torch.nn.Module, mask: object, kind: type, rest: dict[str, Any], unknown: Sequence[str]) -> None:
+    """Raise ``ValueError`` if ``module`` asks for attention with a mask of another kind, or with what is unknown."""
+    if not isinstance(mask, kind):
+        raise ValueError(f"{type(module).__name__} makes masks of its own")
+    for name in unknown:
+        if rest.get(name) is not None:
+            raise ValueError(f"{type(module).__name__} asks for attention with {name}")
 
 
 def _make_rule(*args: Any, mask_function: Callable[..., Any], **rest: Any) -> _Rule:
@@ -109,11 +123,7 @@ def _attend(
     **rest: Any,
 ) -> tuple[torch.Tensor, None]:
     """Attention within each pair: tensors of shape (1, heads, tokens, width) to one of (1, tokens, heads, width)."""
-    if not isinstance(attention_mask, _Rule):
-        raise ValueError(f"{type(module).__name__} makes masks of its own")
-    for name in UNKNOWN:
-        if rest.get(name) is not None:
-            raise ValueError(f"{type(module).__name__} asks for attention with {name}")
+    check_call(module, attention_mask, _Rule, rest, UNKNOWN)
     packed = current_batch()
     if packed.all_states is not None and query.shape[2] != packed.all_states.shape[1]:
         heads, width = query.shape[1], query.shape[3]

@@ -12,8 +12,9 @@ import math
 import threading
 import time
 from array import array
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import closing
 from dataclasses import replace
 from typing import Any
 
@@ -123,7 +124,7 @@ class Engine:
         self._spec = spec
         self._device = device
         self._on_cpu = device.startswith("cpu")
-        self._on_gpu = device.startswith("cuda")
+        self._on_cuda = device.startswith("cuda")
         self._ahead: ThreadPoolExecutor | None = None  # tokenizes the next part of a slice
         # A loader's model, in a process that is not only ours, may be in use elsewhere: it is not changed.
         self._may_change = loaded is None or owns_process
@@ -275,10 +276,10 @@ class Engine:
             make_private(module)
         proof = self._proof(recipe)
         self.recipe = Recipe()
-        if isinstance(self.model, CrossEncoder) and (self._on_cpu or self._on_gpu):
+        if isinstance(self.model, CrossEncoder) and (self._on_cpu or self._on_cuda):
             network = self.model.model
             if spec.unpad and (recipe is None or recipe.unpadded):
-                self._try("unpadded", unpad(network, self.dtype, proof, as_varlen=self._on_gpu))
+                self._try("unpadded", unpad(network, self.dtype, proof, as_varlen=self._on_cuda))
             if spec.unpad and has_vocabulary_score(self.model) and (recipe is None or recipe.score_logits):
                 self._try("score_logits", score_logits(self.model, self.dtype, proof))
         if isinstance(self.model, CrossEncoder) and self._on_cpu:
@@ -296,7 +297,7 @@ class Engine:
 
     def _take_varlen(self, recipe: Recipe | None) -> None:
         """On a GPU, let the network take a batch as one row, with a CUDA graph for its size."""
-        if not self._on_gpu or self._pipeline is None or not (recipe is None or recipe.cuda_graphs):
+        if not self._on_cuda or self._pipeline is None or not (recipe is None or recipe.cuda_graphs):
             return
         forward = varlen_forward(self.model.model)
         if forward is None:
@@ -360,17 +361,18 @@ class Engine:
             return scores, None
         readings = Readings(array("i"), bytearray())
         launched = []
-        for tokenized in self._tokenize(self._pipeline, pairs, prompt):
-            first = len(readings.truncated)
-            readings.tokens.extend(tokenized.lengths)
-            readings.truncated.extend(tokenized.truncated)
-            launched += [(first, batch, self._pipeline.launch(tokenized, batch)) for batch in self._cut(tokenized)]
+        with closing(self._tokenize(self._pipeline, pairs, prompt)) as parts:
+            for tokenized in parts:
+                first = len(readings.truncated)
+                readings.tokens.extend(tokenized.lengths)
+                readings.truncated.extend(tokenized.truncated)
+                launched += [(first, batch, self._pipeline.launch(tokenized, batch)) for batch in self._cut(tokenized)]
         for first, batch, values in launched:
             for i, value in zip(batch, values.cpu().numpy(), strict=True):
                 scores[first + i] = value
         return scores, readings
 
-    def _tokenize(self, pipeline: Pipeline, pairs: list[Pair], prompt: str | None) -> Iterator[Tokenized]:
+    def _tokenize(self, pipeline: Pipeline, pairs: list[Pair], prompt: str | None) -> Generator[Tokenized, None, None]:
         """``pairs`` as tokens: all at once, or for a GPU in parts, each while the GPU computes the one before it."""
 
         def tokenize(part: list[Pair]) -> Tokenized:
@@ -386,11 +388,14 @@ class Engine:
             self._ahead = ThreadPoolExecutor(1, "mp-rerank-tokenizer")
         parts = [pairs[i : i + PART_PAIRS] for i in range(0, len(pairs), PART_PAIRS)]
         following = self._ahead.submit(tokenize, parts[0])
-        for part in [*parts[1:], None]:
-            tokenized = following.result()
-            if part is not None:
+        try:
+            for part in parts[1:]:
+                tokenized = following.result()
                 following = self._ahead.submit(tokenize, part)
-            yield tokenized
+                yield tokenized
+            yield following.result()
+        finally:
+            wait([following])  # the tokenizer is one thread's at a time, if a part before it cannot be scored, too
 
     def _cut(self, tokenized: Tokenized) -> Iterable[list[int]]:
         """Which pairs go into one batch."""

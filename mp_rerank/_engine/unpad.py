@@ -21,6 +21,7 @@ import torch
 from mp_rerank._engine import attention as buckets
 from mp_rerank._engine import varlen
 from mp_rerank._engine.disentangled import find_disentangled
+from mp_rerank._engine.forward import UnpaddedForward
 from mp_rerank._engine.packed import PackedBatch, attending_by, current_batch
 from mp_rerank._engine.parity import Scores, keep_if_equal
 
@@ -231,65 +232,35 @@ def score_logits(model: Any, dtype: str, predict: Callable[[], Scores] | None) -
     return keep_if_equal("the score's logits only", change, undo, predict, dtype)
 
 
-class _PackingForward:
-    """The ``forward`` of a base model: takes a padded batch, and gives its parts a packed one.
-
-    Args:
-        base: the base model.
-        unpacks: whether its result is of the packed batch, or else a part of it has seen to that.
+class _PackingForward(UnpaddedForward):
+    """Gives a base model's parts the `PackedBatch` of a padded batch.
 
     Attributes:
         shortest: the shortest common beginning that is computed once; 0: none.
         rotates: whether rotary positions are computed in fewer passes (``fused``).
         looks_ahead: whether some of its tokens attend to later ones.
-        saved, shared: tokens left out so far; and those of them that were common.
+        shared: tokens left out so far since they were common.
     """
 
     def __init__(self, base: torch.nn.Module, *, unpacks: bool) -> None:
-        self._forward = base.forward
-        self._unpacks = unpacks
-        self._parameters = inspect.signature(base.forward).parameters
-        # RoBERTa numbers positions by what is padding to it: a <pad> that a text has in it is not counted.
-        embeddings = getattr(base, "embeddings", None)
-        self._number = getattr(embeddings, "create_position_ids_from_input_ids", None)
-        self._padding_idx = getattr(embeddings, "padding_idx", None)
+        super().__init__(base, unpacks=unpacks)
         self.shortest = 0
         self.rotates = False
         self.looks_ahead = True
-        self.saved = 0
         self.shared = 0
 
-    def __call__(
-        self,
-        input_ids: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        token_type_ids: torch.Tensor | None = None,
-        **rest: Any,
-    ) -> Any:
-        if input_ids is None or rest.get("inputs_embeds") is not None or rest.pop("position_ids", None) is not None:
-            raise ValueError("it is called with other things than tokens")
-        if attention_mask is None:
-            attention_mask = torch.ones_like(input_ids)
+    def _unpadded(self, ids: torch.Tensor, mask: torch.Tensor, types: torch.Tensor | None, rest: dict[str, Any]) -> Any:
         shares = self.shortest and "token_type_ids" not in self._parameters
-        packed = PackedBatch(attention_mask, input_ids if shares else None, self.shortest)
+        packed = PackedBatch(mask, ids if shares else None, self.shortest)
         packed.rotates = self.rotates
         self.saved += packed.saved
         self.shared += packed.shared
-        positions = packed.positions
-        if self._number is not None:
-            positions = self._number(input_ids, self._padding_idx).flatten()[packed.sources]
-        if token_type_ids is not None:
-            rest["token_type_ids"] = token_type_ids.flatten()[packed.sources][None]
-        if "use_cache" in self._parameters:  # nobody asks for a further token
-            rest["use_cache"] = False
-        ids = input_ids.flatten()[packed.sources][None]
+        numbered = self._positions(ids)
+        positions = packed.positions if numbered is None else numbered.flatten()[packed.sources]
+        of_row = None if types is None else types.flatten()[packed.sources]
         with attending_by(packed):
-            output = self._forward(
-                input_ids=ids, attention_mask=torch.ones_like(ids), position_ids=positions[None], **rest
-            )
+            output = self._compute(packed, ids.flatten()[packed.sources], of_row, positions, rest)
         self.looks_ahead = packed.looks_ahead
-        if self._unpacks:
-            output.last_hidden_state = packed.unpack(output.last_hidden_state)
         return output
 
 

@@ -13,9 +13,7 @@ below torch's memory-efficient attention), so that one graph is right for pairs 
 
 from __future__ import annotations
 
-import inspect
 import logging
-from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import chain
@@ -24,7 +22,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+from cachetools import LRUCache
 
+from mp_rerank._engine.attention import UNKNOWN, check_call, register
+from mp_rerank._engine.forward import UnpaddedForward
 from mp_rerank._engine.packed import attending_by, batch_here
 
 __all__ = ["GRAPHS", "Heads", "VarlenBatch", "VarlenForward", "VarlenNetwork", "register_attention"]
@@ -102,60 +103,17 @@ def varlen_here() -> VarlenBatch | None:
     return batch if isinstance(batch, VarlenBatch) else None
 
 
-class VarlenForward:
-    """The ``forward`` of a base model: gives its parts a `VarlenBatch`, the one that is here or one of a padded batch.
+class VarlenForward(UnpaddedForward):
+    """Gives a base model's parts the `VarlenBatch` that is here, or one of a padded batch."""
 
-    Args:
-        base: the base model.
-        unpacks: whether its result is of the row, or else a part of it has seen to that.
-
-    Attributes:
-        saved: tokens of padding left out so far.
-        padding_idx: where positions are numbered by what is no such token; else ``None``.
-    """
-
-    def __init__(self, base: torch.nn.Module, *, unpacks: bool) -> None:
-        self._forward = base.forward
-        self._unpacks = unpacks
-        self._parameters = inspect.signature(base.forward).parameters
-        # RoBERTa numbers positions by what is padding to it: a <pad> that a text has in it is not counted.
-        embeddings = getattr(base, "embeddings", None)
-        self._number = getattr(embeddings, "create_position_ids_from_input_ids", None)
-        self.padding_idx: int | None = getattr(embeddings, "padding_idx", None) if self._number else None
-        self.saved = 0
-
-    def __call__(
-        self,
-        input_ids: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        token_type_ids: torch.Tensor | None = None,
-        **rest: Any,
-    ) -> Any:
-        if input_ids is None or rest.get("inputs_embeds") is not None or rest.pop("position_ids", None) is not None:
-            raise ValueError("it is called with other things than tokens")
-        if "use_cache" in self._parameters:  # nobody asks for a further token
-            rest["use_cache"] = False
+    def _unpadded(self, ids: torch.Tensor, mask: torch.Tensor, types: torch.Tensor | None, rest: dict[str, Any]) -> Any:
         given = varlen_here()
         if given is not None:
-            return self._compute(given, rest)
-        if attention_mask is None:
-            attention_mask = torch.ones_like(input_ids)
-        positions = None if self._number is None else self._number(input_ids, self.padding_idx)
-        row = VarlenBatch.of_padded(input_ids, attention_mask, token_type_ids, positions)
-        self.saved += input_ids.numel() - len(row.ids)
-        with attending_by(row):
-            return self._compute(row, rest)
-
-    def _compute(self, row: VarlenBatch, rest: dict[str, Any]) -> Any:
-        if row.types is not None:
-            rest["token_type_ids"] = row.types[None]
-        ids = row.ids[None]
-        output = self._forward(
-            input_ids=ids, attention_mask=torch.ones_like(ids), position_ids=row.positions[None], **rest
-        )
-        if self._unpacks:
-            output.last_hidden_state = row.unpack(output.last_hidden_state)
-        return output
+            return self._compute(given, given.ids, given.types, given.positions, rest)
+        batch = VarlenBatch.of_padded(ids, mask, types, self._positions(ids))
+        self.saved += ids.numel() - len(batch.ids)
+        with attending_by(batch):
+            return self._compute(batch, batch.ids, batch.types, batch.positions, rest)
 
 
 # Attention.
@@ -171,11 +129,7 @@ class _Window:
 
 def register_attention() -> None:
     """Let models of transformers find this attention, and its masks, under ``NAME``."""
-    from transformers import AttentionInterface
-    from transformers.masking_utils import AttentionMaskInterface
-
-    AttentionInterface.register(NAME, _attend)
-    AttentionMaskInterface.register(NAME, _find_window)
+    register(NAME, _attend, _find_window)
 
 
 def _find_window(*args: Any, mask_function: Callable[..., Any], **rest: Any) -> _Window:
@@ -204,55 +158,36 @@ def _attend(
     **rest: Any,
 ) -> tuple[torch.Tensor, None]:
     """Attention within each pair: tensors of shape (1, heads, tokens, width) to one of (1, tokens, heads, width)."""
-    if not isinstance(attention_mask, _Window):
-        raise ValueError(f"{type(module).__name__} makes masks of its own")
-    for name in ("softcap", "s_aux", "position_bias"):
-        if rest.get(name) is not None:
-            raise ValueError(f"{type(module).__name__} asks for attention with {name}")
+    check_call(module, attention_mask, _Window, rest, ("softcap", *UNKNOWN))
     row = varlen_here()
     assert row is not None
-    within = _within_bounds if query.dtype in (torch.float16, torch.bfloat16) else _within_bounds_float32
     queries, keys, values = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
     if queries.shape[1] != keys.shape[1]:
         group = queries.shape[1] // keys.shape[1]
         keys, values = (tensor.repeat_interleave(group, dim=1) for tensor in (keys, values))
-    return within(queries, keys, values, row.bounds, row.longest, attention_mask, scaling)[None], None
+    return _within_bounds(queries, keys, values, row, attention_mask, scaling)[None], None
 
 
 def _within_bounds(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    bounds: torch.Tensor,
-    longest: int,
+    row: VarlenBatch,
     window: _Window,
     scaling: float | None,
 ) -> torch.Tensor:
-    """Attention within bounds, in 16 bits: tensors of shape (tokens, heads, width)."""
-    from torch.nn.attention.varlen import varlen_attn  # since torch 2.10
+    """Attention within the bounds of a row's pairs: tensors of shape (tokens, heads, width)."""
+    bounds = row.bounds, row.bounds, row.longest, row.longest
+    found: torch.Tensor
+    if query.dtype in (torch.float16, torch.bfloat16):
+        from torch.nn.attention.varlen import varlen_attn  # since torch 2.10
 
-    found: torch.Tensor = varlen_attn(
-        *(query, key, value, bounds, bounds, longest, longest),
-        scale=scaling,
-        window_size=(window.before, window.behind),
-    )
-    return found
-
-
-def _within_bounds_float32(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    bounds: torch.Tensor,
-    longest: int,
-    window: _Window,
-    scaling: float | None,
-) -> torch.Tensor:
-    """The same in float32, by the operator below torch's own memory-efficient attention."""
+        found = varlen_attn(*(query, key, value, *bounds), scale=scaling, window_size=(window.before, window.behind))
+        return found
     if window.before != -1 or window.behind not in (-1, 0):
         raise ValueError("in float32, attention to a window has no operator")
-    found: torch.Tensor = torch.ops.aten._efficient_attention_forward(
-        *(query[None], key[None], value[None], None, bounds, bounds, longest, longest, 0.0),
+    found = torch.ops.aten._efficient_attention_forward(
+        *(query[None], key[None], value[None], None, *bounds, 0.0),
         custom_mask_type=0 if window.behind else 1,
         scale=scaling,
     )[0]
@@ -291,7 +226,7 @@ class VarlenNetwork:
         self._reads = reads
         self._device = device
         self._most_tokens = most_tokens if device.type == "cuda" else 0
-        self._captured: OrderedDict[tuple[int, int, int], _Captured] = OrderedDict()
+        self._captured: LRUCache[tuple[int, int, int], _Captured] = LRUCache(GRAPHS)
         self._memory: Any = None  # what lies between two layers is in the same memory for all graphs
 
     def __call__(self, ids: Sequence[list[int]], types: Sequence[list[int]] | None) -> torch.Tensor:
@@ -315,9 +250,6 @@ class VarlenNetwork:
         graph = self._captured.get(size)
         if graph is None:
             graph = self._captured[size] = self._capture(numbers, size)
-            if len(self._captured) > GRAPHS:
-                self._captured.popitem(last=False)
-        self._captured.move_to_end(size)
         return graph.replay(numbers)[: len(ids)]
 
     def _fill(self, ids: Numbers, lengths: Numbers, positions: Numbers, read: Numbers, bounds: Numbers) -> None:

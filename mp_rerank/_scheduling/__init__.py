@@ -8,6 +8,7 @@
     queue.py        which pairs go next: fair between callers, then between a caller's requests
     outcomes.py     what becomes of requests: scored, failed, expired, cancelled
     deployment.py   one model: its queue, its slots, and what is done when a worker dies
+    portions.py     how much a worker is given at a time
     scaling.py      how many workers: as many as there is work for
     agreement.py    what the workers of one model must agree on: the canary's scores, the recipe
     departures.py   workers that were let go, until they have ended

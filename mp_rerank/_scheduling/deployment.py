@@ -2,8 +2,8 @@
 
 Runs on the dispatcher's thread alone. Time comes in as ``now`` (monotonic seconds); what a slot has to say comes in
 through ``handle``. Every change of a slot's state is made here. What needs none of that is elsewhere: which requests
-get what (``outcomes``), how many workers there should be (``scaling``), whether they hold the same model
-(``agreement``), and those that were let go (``departures``).
+get what (``outcomes``), how much a worker is given (``portions``), how many workers there should be (``scaling``),
+whether they hold the same model (``agreement``), and those that were let go (``departures``).
 
 A death is acted on once everything about it is known: the process has ended, and each slice it had has come back,
 scored or broken. The first of the broken ones was running and is the suspect; the others merely wait again.
@@ -12,7 +12,6 @@ scored or broken. The first of the broken ones was running and is the suspect; t
 from __future__ import annotations
 
 import copy
-import math
 import signal
 import time
 from collections import Counter
@@ -25,6 +24,7 @@ from mp_rerank._scheduling import scaling
 from mp_rerank._scheduling.agreement import Agreement
 from mp_rerank._scheduling.departures import Departures
 from mp_rerank._scheduling.outcomes import Outcome, Outcomes
+from mp_rerank._scheduling.portions import next_tokens
 from mp_rerank._scheduling.queue import RequestQueue, Slice
 from mp_rerank._scheduling.request import Request
 from mp_rerank._workers.child import EXIT_DEVICE_LOST, WorkerFacts
@@ -282,27 +282,11 @@ class Deployment:
         return int(tokens * self._outcomes.overestimate)
 
     def _next_tokens(self, slot: Slot[Slice], now: float) -> int:
-        """Estimated tokens of the next slice for ``slot``: full, or less, so that all workers end at about one time.
-
-        The slot's part of all that is to be scored is cut into equal slices, as few as hold it. Of three full slices
-        for two workers, the last would keep one of them waiting for a third of the time.
-        """
-        full = self._slice_tokens(slot)
+        """Estimated tokens of the next slice for ``slot``."""
         least = int(MIN_SLICE_TOKENS * self._outcomes.overestimate)
-        ready = [other for other in self.slots if other.state is SlotState.READY]
-        left = {other: other.tokens_left(now) for other in ready}
-        of_each = (self.queue.waiting_tokens + sum(left.values())) / len(ready)
-        part = of_each - left[slot]
-        if not slot.outstanding:  # what those who score leave, for those who have nothing to score
-            theirs = sum(
-                of_each - left[other] for other in ready if other.outstanding and of_each - left[other] > least
-            )
-            part = (self.queue.waiting_tokens - theirs) / sum(not other.outstanding for other in ready)
-        part = max(1.0, part)
-        tokens = max(least, math.ceil(part / math.ceil(part / full)))
-        if self.queue.waiting_tokens - tokens < least:  # nobody is left crumbs
-            tokens = self.queue.waiting_tokens
-        return min(full, tokens)
+        others = [other for other in self.slots if other is not slot and other.state is SlotState.READY]
+        own, *left = (other.tokens_left(now) if other.outstanding else None for other in (slot, *others))
+        return next_tokens(self.queue.waiting_tokens, own, left, self._slice_tokens(slot), least)
 
     def _batch_tokens(self, slot: Slot[Slice]) -> int:
         return self.config.batch_tokens or default_batch_tokens(self.spec, slot.seat.device)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from mp_rerank import ModelSpec
 
 torch = pytest.importorskip("torch")
 models = pytest.importorskip("models")
+from mp_rerank._engine import engine as module  # noqa: E402
 from mp_rerank._engine.engine import Engine  # noqa: E402
 from mp_rerank._engine.pipeline import even_batches, padded_batches, without_surrogates  # noqa: E402
 
@@ -61,6 +63,47 @@ def test_texts_are_tokenized_once_and_counted(tmp_path: Path, monkeypatch: pytes
     lengths = [len(row) for row in fast.model.tokenizer(*zip(*PAIRS, strict=True), truncation=True)["input_ids"]]
     assert max(lengths) == models.MAX_LENGTH
     assert sum(fast.readings.tokens) == sum(lengths)
+
+
+def ahead(folder: str, monkeypatch: pytest.MonkeyPatch) -> Engine:
+    """An engine that tokenizes ahead, as for a GPU, four pairs at a time."""
+    fast = engine(folder)
+    monkeypatch.setattr(module, "PART_PAIRS", 4)
+    monkeypatch.setattr(fast, "_on_cpu", False)
+    return fast
+
+
+def test_parts_that_are_tokenized_ahead_score_as_the_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = models.build("bert", tmp_path)
+    whole, parts = engine(folder), ahead(folder, monkeypatch)
+    np.testing.assert_allclose(parts.predict(PAIRS), whole.predict(PAIRS), rtol=1e-5, atol=1e-5)
+    assert parts.readings == whole.readings
+    assert sum(parts.readings.truncated)
+
+
+def test_no_part_is_tokenized_after_another_has_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A tokenizer is one thread's at a time: of two, one is told that it is borrowed already."""
+    fast = ahead(models.build("bert", tmp_path), monkeypatch)
+    tokenize, began, failed = fast._pipeline.tokenize, threading.Event(), threading.Event()
+    ended: list[str] = []
+
+    def slow(pairs: Any, prompt: Any = None) -> Any:
+        second = began.is_set()
+        began.set()
+        assert not second or failed.wait(60)
+        tokenized = tokenize(pairs, prompt)
+        ended.append("second" if second else "first")
+        return tokenized
+
+    def fail(*arguments: Any) -> None:
+        failed.set()
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(fast._pipeline, "tokenize", slow)
+    monkeypatch.setattr(fast._pipeline, "launch", fail)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        fast.predict(PAIRS)
+    assert ended == ["first", "second"]
 
 
 @pytest.mark.skipif(not models.has_logit_score(), reason="this sentence-transformers knows no chat templates")

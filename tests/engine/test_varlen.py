@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -28,13 +28,11 @@ PAIRS = [
 ]
 
 
-def within_bounds(
-    query: Any, key: Any, value: Any, bounds: Any, longest: int, window: Any, scaling: float | None
-) -> Any:
+def within_bounds(query: Any, key: Any, value: Any, row: varlen.VarlenBatch, window: Any, scaling: float | None) -> Any:
     """What an operator on a GPU computes, pair by pair."""
     found = torch.full_like(query, torch.nan)  # behind the last pair, nobody writes
-    for start, stop in zip(bounds[:-1].tolist(), bounds[1:].tolist(), strict=True):
-        assert stop - start <= longest
+    for start, stop in pairwise(row.bounds.tolist()):
+        assert stop - start <= row.longest
         if start == stop:
             continue
         here = torch.arange(stop - start)
@@ -52,7 +50,7 @@ def within_bounds(
 
 @pytest.fixture(autouse=True)
 def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(varlen, "_within_bounds_float32", within_bounds)
+    monkeypatch.setattr(varlen, "_within_bounds", within_bounds)
 
 
 def with_rows(folder: str) -> tuple[Engine, str, str]:
@@ -91,48 +89,51 @@ def test_a_head_that_reads_all_tokens_is_given_padded_batches(tmp_path: Path) ->
     np.testing.assert_allclose(engine.predict(PAIRS), models.load(folder, "cpu").predict(PAIRS), rtol=1e-5, atol=1e-5)
 
 
-@needs_interface
-def test_what_fills_a_row_up_changes_no_score(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tokens and pairs are rounded up to the size of a graph, as where there is a GPU."""
-    folder = models.build("roberta", tmp_path)
-    engine, _, _ = with_rows(folder)
-    sizes: list[tuple[int, ...]] = []
+class Graph:
+    """What computes a row of one size, kernel by kernel."""
 
-    class Replayed:
-        def __init__(self, rows: varlen.VarlenNetwork, size: tuple[int, int, int]) -> None:
-            self.replay = lambda numbers: rows._compute(numbers, *size)
+    def __init__(self, network: varlen.VarlenNetwork, size: tuple[int, int, int]) -> None:
+        self._network = network
+        self._size = size
 
-    def capture(rows: varlen.VarlenNetwork, numbers: Any, size: tuple[int, int, int]) -> Replayed:
+    def replay(self, numbers: Any) -> Any:
+        return self._network._compute(numbers, *self._size)
+
+
+def with_graphs(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int, int]]:
+    """Let rows be filled up to the size of a graph, as where there is a GPU; the sizes that graphs are made for."""
+    sizes: list[tuple[int, int, int]] = []
+
+    def capture(network: varlen.VarlenNetwork, numbers: Any, size: tuple[int, int, int]) -> Graph:
         sizes.append(size)
-        return Replayed(rows, size)
+        return Graph(network, size)
 
     monkeypatch.setattr(varlen.VarlenNetwork, "_capture", capture)
-    monkeypatch.setattr(engine._pipeline.varlen, "_most_tokens", 512)
+    monkeypatch.setattr(engine._pipeline.varlen, "_most_tokens", 4096)
+    return sizes
+
+
+@needs_interface
+def test_what_fills_a_row_up_changes_no_score(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = models.build("roberta", tmp_path)
+    engine, _, _ = with_rows(folder)
+    sizes = with_graphs(engine, monkeypatch)
     expected = models.load(folder, "cpu").predict(PAIRS)
     for _ in range(2):
         np.testing.assert_allclose(engine.predict(PAIRS), expected, rtol=1e-5, atol=1e-5)
     assert sizes
-    assert len(sizes) == len(set(sizes))  # each size is made once
+    assert len(sizes) == len(set(sizes))  # each is made once
     for tokens, pairs, longest in sizes:
-        assert (tokens % 256, pairs % 16, longest % 128) == (0, 0, 0)
+        assert (tokens % 32, pairs % 16, longest % 128) == (0, 0, 0)
 
 
 def test_graphs_that_were_not_used_for_long_are_let_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    engine, _, _ = with_rows(models.build("llama", tmp_path))
-    rows = engine._pipeline.varlen
     monkeypatch.setattr(varlen, "GRAPHS", 1)
-    monkeypatch.setattr(rows, "_most_tokens", 4096)
-    made: list[tuple[int, int, int]] = []
-
-    def capture(numbers: Any, size: tuple[int, int, int]) -> Any:
-        made.append(size)
-        return type("Graph", (), {"replay": partial(lambda self, numbers: rows._compute(numbers, *size), None)})()
-
-    monkeypatch.setattr(rows, "_capture", capture)
+    engine, _, _ = with_rows(models.build("llama", tmp_path))
+    sizes = with_graphs(engine, monkeypatch)
     for pairs in (PAIRS[:1], PAIRS[:30], PAIRS[:1], PAIRS[:1]):
-        tokenized = engine._pipeline.tokenize(pairs)
-        engine._pipeline.score(tokenized, range(len(pairs)))
-    assert [size[1] for size in made] == [16, 32, 16]
+        engine._pipeline.score(engine._pipeline.tokenize(pairs), range(len(pairs)))
+    assert [pairs for _, pairs, _ in sizes] == [16, 32, 16]
 
 
 @pytest.mark.parametrize("tokens", [1, 255, 256, 257, 300, 511, 512, 513, 1000, 14_700, 16_384])
