@@ -1,0 +1,137 @@
+"""Products in AMX tiles, beside the same ones in float64."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+torch = pytest.importorskip("torch")
+from mp_rerank._engine.amx.library import find_library, why_not  # noqa: E402
+from mp_rerank._engine.amx.linear import TiledProduct  # noqa: E402
+
+pytestmark = [pytest.mark.real, pytest.mark.skipif(find_library() is None, reason=why_not() or "-")]
+
+F = torch.nn.functional
+ACTIVATIONS = {
+    "": lambda x: x,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "silu": F.silu,
+}
+#: rows, depth, columns: one, fewer and more than a tile, a block, a chunk of rows or of depth has
+SHAPES = [(1, 384, 384), (33, 100, 70), (70, 31, 33), (600, 384, 96), (257, 2100, 64), (64, 4096, 1), (31, 1, 200)]
+
+
+@pytest.fixture(params=[1, 2])
+def threads(request: pytest.FixtureRequest) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield
+    torch.set_num_threads(before)
+
+
+def numbers(*shape: int, dtype: torch.dtype) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape)), dtype=torch.float64).to(dtype)
+
+
+@pytest.mark.usefixtures("threads")
+@pytest.mark.parametrize(
+    ("dtype", "limit"), [(torch.float32, 4e-6), (torch.bfloat16, 8e-3)], ids=["float32", "bfloat16"]
+)
+@pytest.mark.parametrize(("rows", "depth", "columns"), SHAPES)
+def test_products_are_those_of_float64(rows: int, depth: int, columns: int, dtype: torch.dtype, limit: float) -> None:
+    input = numbers(rows, depth, dtype=dtype)
+    weight = numbers(columns, depth, dtype=torch.float64).div(depth**0.5).to(dtype)
+    other = numbers(rows, columns, dtype=dtype)
+    for bias in (None, numbers(columns, dtype=dtype)):
+        exact = F.linear(input.double(), weight.double(), None if bias is None else bias.double())
+        for name, activation in ACTIVATIONS.items():
+            found = TiledProduct(weight, bias, name)(input)
+            torch.testing.assert_close(found.double(), activation(exact), rtol=limit, atol=limit)
+        product = TiledProduct(weight, bias, "")
+        for operation, wanted in (("add", exact + other.double()), ("mul", exact * other.double())):
+            torch.testing.assert_close(product(input, other, operation).double(), wanted, rtol=limit, atol=4 * limit)
+
+
+@pytest.mark.usefixtures("threads")
+@pytest.mark.parametrize(
+    ("dtype", "limit"), [(torch.float32, 4e-6), (torch.bfloat16, 8e-3)], ids=["float32", "bfloat16"]
+)
+@pytest.mark.parametrize(("rows", "depth", "columns"), [(1, 256, 384), (300, 100, 16), (70, 1500, 48)])
+def test_a_gate_is_computed_with_what_it_opens(
+    rows: int, depth: int, columns: int, dtype: torch.dtype, limit: float
+) -> None:
+    input = numbers(rows, depth, dtype=dtype)
+    first, gate = (
+        numbers(columns, depth + more, dtype=torch.float64)[:, :depth].div(depth**0.5).to(dtype) for more in (0, 1)
+    )
+    for biases in ((None, None), (numbers(columns, dtype=dtype), numbers(columns + 1, dtype=dtype)[1:])):
+        one, two = (
+            F.linear(input.double(), weight.double(), None if bias is None else bias.double())
+            for weight, bias in zip((first, gate), biases, strict=True)
+        )
+        for name in ("gelu", "gelu_tanh", "silu"):
+            found = TiledProduct(first, biases[0], name, (gate, biases[1]))(input)
+            torch.testing.assert_close(found.double(), ACTIVATIONS[name](one) * two, rtol=limit, atol=4 * limit)
+
+
+def test_float32_products_are_as_exact_as_float32_arithmetic() -> None:
+    """Six products of bfloat16 parts err no more than torch's own float32 product does: by its last bits."""
+    input, weight = numbers(500, 1024, dtype=torch.float32), numbers(300, 1024, dtype=torch.float32)
+    exact = input.double() @ weight.double().T
+    ours, torchs = (
+        (found.double() - exact).square().mean().sqrt()
+        for found in (TiledProduct(weight, None, "")(input), input @ weight.T)
+    )
+    assert ours < 1.5 * torchs
+
+
+def test_numbers_of_all_sizes_keep_their_digits() -> None:
+    """A part is never rounded away: from 1e-25 to 1e25, products have float32's relative error."""
+    scale = torch.logspace(-25, 25, 64)
+    input, weight = torch.diag(scale), numbers(48, 64, dtype=torch.float32)
+    found = TiledProduct(weight, None, "")(input)
+    torch.testing.assert_close(found.double(), scale.double()[:, None] * weight.double().T, rtol=2e-7, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_what_is_no_number_stays_none(dtype: torch.dtype) -> None:
+    """A fault in a text's numbers must be seen, and in that text's row alone."""
+    input, weight = numbers(40, 64, dtype=dtype), numbers(64, 64, dtype=dtype)
+    input[7, 3] = torch.nan
+    for activation in ACTIVATIONS:
+        found = TiledProduct(weight, None, activation)(input)
+        assert found[7].isnan().all()
+        assert not found[[*range(7), *range(8, 40)]].isnan().any()
+
+
+def test_extreme_numbers_go_through_activations() -> None:
+    input = torch.tensor([-1e30, -200.0, -90.0, -10.0, 0.0, 10.0, 90.0, 200.0, 1e30])[:, None]
+    for dtype in (torch.float32, torch.bfloat16):
+        rows = input.to(dtype)
+        for name, activation in ACTIVATIONS.items():
+            if name != "gelu_tanh":  # torch's overflows at 1e30
+                found = TiledProduct(torch.ones(1, 1, dtype=dtype), None, name)(rows)
+                torch.testing.assert_close(found.double(), activation(rows.double()), rtol=1e-2, atol=1e-2)
+
+
+def test_views_are_read_as_what_they_show() -> None:
+    wide, weight = numbers(3, 20, 64, dtype=torch.float32), numbers(16, 32, dtype=torch.float32)
+    view = wide[:, ::2, 32:]
+    found = TiledProduct(weight, None, "")(view)
+    assert found.shape == (3, 10, 16)
+    torch.testing.assert_close(found, view @ weight.T, rtol=1e-5, atol=1e-5)
+
+
+def test_nothing_gives_nothing_and_unlike_shapes_are_refused() -> None:
+    product = TiledProduct(numbers(16, 32, dtype=torch.float32), None, "")
+    assert product(torch.empty(0, 32)).shape == (0, 16)
+    with pytest.raises(ValueError, match=r"\(4, 16\) of torch.float32 and \(1, 16\)"):
+        product(torch.empty(4, 32), torch.empty(1, 16), "add")
+    with pytest.raises(ValueError, match=r"of torch.bfloat16 for a layer of 32 of torch.float32"):
+        product(torch.empty(4, 32, dtype=torch.bfloat16))  # as under autocast: its memory would be read as float32
+    with pytest.raises(ValueError, match=r"\(4, 31\)"):
+        product(torch.empty(4, 31))
+    with pytest.raises(ValueError, match="multiplies nothing else"):
+        TiledProduct(numbers(16, 32, dtype=torch.float32), None, "gelu")(torch.empty(4, 32), torch.empty(4, 16), "mul")
