@@ -19,11 +19,13 @@ class Recipe:
 
     Attributes:
         unpadded: it computes no padding.
+        attends_in_tiles: its attention is computed by the kernel for CPUs with AMX.
         fewer_passes: its norms, rotations and gates are computed in fewer passes over memory.
         shares_beginnings: what pairs of a batch have in common at their beginnings is computed once.
         head_only: its last layer computes only the token of each pair that the head reads.
         score_logits: of a vocabulary's logits only those are computed that the score is made of.
         prepacked: the names of its linear layers whose weights are prepacked.
+        amx: those are computed in AMX tiles, by kernels of this package. Informs only: each worker sees for itself.
         pipeline: how texts become tokens without ``CrossEncoder.predict``: by the tokenizer's ``"backend"``, by the
             ``"tokenizer"``, or by the library's ``"preprocess"``; empty: pairs go through ``predict``.
         cuda_graphs: a batch on a GPU is one row, computed by a CUDA graph for its size. Its head reads each pair's
@@ -32,11 +34,13 @@ class Recipe:
     """
 
     unpadded: bool = False
+    attends_in_tiles: bool = False
     fewer_passes: bool = False
     shares_beginnings: bool = False
     head_only: bool = False
     score_logits: bool = False
     prepacked: tuple[str, ...] = ()
+    amx: bool = False
     pipeline: str = ""
     cuda_graphs: str = ""
     equal_lengths: bool = False
@@ -49,11 +53,13 @@ class Recipe:
                 "pipeline",
                 "cuda_graphs",
                 "unpadded",
+                "attends_in_tiles",
                 "fewer_passes",
                 "shares_beginnings",
                 "head_only",
                 "score_logits",
                 "prepacked",
+                "amx",
             )
             if getattr(self, name)
         )

@@ -145,8 +145,10 @@ class WorkerInfo:
             and batches cut by their true lengths; ``"cuda_graphs"``: a batch on a GPU is one row, launched at once;
             ``"unpadded"``: no padding is computed; ``"shares_beginnings"``: what pairs of a batch begin with alike is
             computed once; ``"head_only"``: the last layer computes only what the head reads; ``"score_logits"``: only
-            those of a vocabulary's logits that the score is made of; ``"prepacked"``: weights are laid out for oneDNN.
-            What is missing, and why, is logged as a worker starts.
+            those of a vocabulary's logits that the score is made of; ``"attends_in_tiles"``: attention is computed by
+            a kernel of this package in the CPU's AMX tiles; ``"prepacked"``: weights are laid out for the CPU;
+            ``"amx"``: kernels of this package multiply by them in its AMX tiles. What is missing, and why, is logged
+            as a worker starts.
         canary: the scores of the canary pairs; equal on every worker of a pool.
         tokens_per_second: estimated tokens scored per second, as last measured in this worker.
         last_exit: how the worker before it on this seat ended; ``None`` while it is the first.

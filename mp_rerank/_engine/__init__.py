@@ -12,8 +12,9 @@
     unpad.py         networks that leave out padding, common beginnings and what the head does not read
     disentangled.py  DeBERTa's attention within each pair of a packed batch
     fused.py         norms, rotations and gates in fewer passes over memory
-    prepack.py       linear layers laid out for oneDNN
+    prepack.py       linear layers laid out for the CPU: in AMX tiles, or by oneDNN
     weights.py       weights as pages of the checkpoint's file, shared by all workers
+    amx/             kernels in C++ for CPUs with AMX; built with the wheel, and done without
     backends/        other runtimes: ONNX Runtime and OpenVINO
 
 Knows no worker, no slot and no request: it takes pairs of texts and gives scores.

@@ -1,7 +1,8 @@
 """Attention within each pair of a packed batch, in the place of a model's own.
 
 transformers calls attention, and what makes its masks, through interfaces. Registered there under ``NAME``, the
-functions below go by the ``PackedBatch`` of their thread: each of its buckets is a padded batch to torch's attention.
+functions below go by the ``PackedBatch`` of their thread. On a CPU with AMX a kernel takes it as it is (``amx``), where
+the model's own mask is a band. Else each of its buckets is a padded batch to torch's attention.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ from typing import Any
 
 import torch
 
+from mp_rerank._engine.amx import attention as tiles
+from mp_rerank._engine.amx.attention import ANY, Band
 from mp_rerank._engine.packed import LengthBucket, current_batch
 
 __all__ = ["NAME", "UNKNOWN", "check_call", "register", "register_attention"]
@@ -34,6 +37,24 @@ class _Rule:
 
     allows: Callable[..., Any]
     _masks: dict[LengthBucket, tuple[torch.Tensor | None, bool]] = field(default_factory=dict)
+    _bands: list[Band | None] = field(default_factory=list)
+
+    def band(self) -> Band | None:
+        """The band of positions that a token attends to, if that is all there is to the rule."""
+        if not self._bands:
+            packed = current_batch()
+            band = self._find_band(max(bucket.before + bucket.padded_length for bucket in packed.buckets))
+            packed.looks_ahead |= band is not None and band.after > 0
+            self._bands.append(band)
+        return self._bands[0]
+
+    def _find_band(self, longest: int) -> Band | None:
+        places = torch.arange(longest)
+        allowed = self._allowed(places[:, None], places)
+        after, before = int(allowed[0].sum()) - 1, int(allowed[-1].sum()) - 1
+        if not torch.equal(allowed, torch.ones_like(allowed).tril_(after).triu_(-before)):
+            return None
+        return Band(*(ANY if distance == longest - 1 else distance for distance in (before, after)))
 
     def mask(self, bucket: LengthBucket, dtype: torch.dtype) -> tuple[torch.Tensor | None, bool]:
         """The mask for a bucket, of a shape that expands to (segments, 1, asking, keys), and whether it is a triangle.
@@ -132,6 +153,17 @@ def _attend(
             for project in _key_value_layers(module)
         )
     queries, keys, values = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
+    if packed.in_tiles and softcap is None and tiles.takes(queries, keys, values) and (band := attention_mask.band()):
+        packed.used_tiles = True
+        if packed.all_states is None:
+            segments = packed.segments
+        else:
+            segments = packed.segments_of_chosen if len(queries) == len(keys) else packed.segments_of_pairs
+        found = tiles.attend(queries, keys, values, segments, band, scaling)
+        found[packed.count :] = 0  # what fills the row up
+        if packed.empty and len(queries) != len(keys):
+            found[packed.empty] = 0
+        return found[None], None
     grouped = queries.shape[1] != keys.shape[1]
     attend = torch.nn.functional.scaled_dot_product_attention if softcap is None else partial(_softcapped, softcap)
     found = queries.new_empty(queries.shape)

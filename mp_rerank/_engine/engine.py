@@ -25,6 +25,8 @@ from sentence_transformers import CrossEncoder
 from tqdm import tqdm
 from transformers.utils import logging as transformers_logging
 
+from mp_rerank._engine.amx.library import find_library
+from mp_rerank._engine.amx.library import why_not as why_no_library
 from mp_rerank._engine.backends.base import find_backend, replace_network
 from mp_rerank._engine.fitting import Fitter, fit_all, place_before, without_tails
 from mp_rerank._engine.fused import fewer_passes
@@ -58,6 +60,7 @@ from mp_rerank._engine.pipeline import (
 )
 from mp_rerank._engine.prepack import prepack
 from mp_rerank._engine.unpad import (
+    attend_in_tiles,
     has_vocabulary_score,
     head_only,
     score_logits,
@@ -283,6 +286,8 @@ class Engine:
             if spec.unpad and has_vocabulary_score(self.model) and (recipe is None or recipe.score_logits):
                 self._try("score_logits", score_logits(self.model, self.dtype, proof))
         if isinstance(self.model, CrossEncoder) and self._on_cpu:
+            if self.recipe.unpadded and (recipe is None or recipe.attends_in_tiles):
+                self._try("attends_in_tiles", attend_in_tiles(network, self.dtype, proof))
             if self.recipe.unpadded and (recipe is None or recipe.fewer_passes):
                 self._try("fewer_passes", fewer_passes(network, self.dtype, proof))
             if self.recipe.unpadded and (recipe is None or recipe.shares_beginnings):
@@ -292,8 +297,9 @@ class Engine:
         if spec.prepack and self._on_cpu:
             names = None if recipe is None else recipe.prepacked
             packed, why_not = prepack(module, self.dtype, proof, names)
-            self.recipe = replace(self.recipe, prepacked=tuple(packed))
+            self.recipe = replace(self.recipe, prepacked=tuple(packed), amx=bool(packed and find_library()))
             self._note("prepacked", why_not)
+            self._note("amx", why_no_library())
 
     def _take_varlen(self, recipe: Recipe | None) -> None:
         """On a GPU, let the network take a batch as one row, with a CUDA graph for its size."""

@@ -10,16 +10,21 @@ of matrices are fast, that is half of a small network's time. Here the same is c
 
 Numbers that are rotated as complex ones are then in another order, the same in queries and keys, of which attention's
 products know nothing.
+
+On a CPU with AMX, rotary positions, RMS norms and layer norms are one pass each, in kernels of our own (``amx.rows``),
+and so is a norm with the sum before it.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
+from mp_rerank._engine.amx.library import find_library
+from mp_rerank._engine.amx.rows import NORM_DTYPES, Norm, rotate
 from mp_rerank._engine.packed import PackedBatch, batch_here
 from mp_rerank._engine.parity import Scores, keep_if_equal
 from mp_rerank._engine.prepack import plus, times
@@ -28,6 +33,11 @@ from mp_rerank._engine.unpad import packing_forward
 __all__ = ["fewer_passes"]
 
 ROTATION = "apply_rotary_pos_emb"  # a function's name, in transformers' modules of models
+#: the parts of a layer that adds to its states what attention gives of their norm, and then what a gated network does
+LAYER_PARTS = (
+    ("attn_norm", "attn", "mlp_norm", "mlp"),
+    ("input_layernorm", "self_attn", "post_attention_layernorm", "mlp"),
+)
 
 
 def fewer_passes(network: torch.nn.Module, dtype: str, predict: Callable[[], Scores] | None) -> str:
@@ -46,9 +56,10 @@ def fewer_passes(network: torch.nn.Module, dtype: str, predict: Callable[[], Sco
         return "it computes padding"
     homes = {type(part).__module__ for part in network.modules()}
     rotating = [sys.modules[home] for home in homes if hasattr(sys.modules.get(home), ROTATION)]
-    changes = [found for part in list(network.modules()) if (found := _change_of(part))]
+    of_parts = {part: found for part in list(network.modules()) if (found := _change_of(part))}
+    changes = [*of_parts.values(), *_layer_changes(network, of_parts)]
     if not rotating and not changes:
-        return "it has no rotary positions, no RMS norms, no gates and no residuals of a kind known here"
+        return "it has no rotary positions, no norms, no gates and no residuals of a kind known here"
 
     def change() -> None:
         for module in rotating:
@@ -80,6 +91,9 @@ class _Rotation:
         if not isinstance(batch, PackedBatch) or not batch.rotates:
             plain: tuple[torch.Tensor, torch.Tensor] = self._plain(query, key, cos, sin, *args, **rest)
             return plain
+        # In place: both were made for this alone, of hidden states.
+        if rotate(query, key, cos, sin):
+            return query, key
         if id(cos) not in batch.rotations:  # kept with what it is of, whose id nothing else then gets
             half = cos.shape[-1] // 2
             if cos.dtype is torch.float32:
@@ -109,11 +123,11 @@ class _Change:
 
     def __init__(self, part: Any, forward: Callable[..., torch.Tensor], *widths: int) -> None:
         self._part = part
-        self._forward = forward
+        self.forward = forward
         self._widths = widths  # of what it is called with
 
     def apply(self) -> None:
-        self._part.forward = self._forward
+        self._part.forward = self.forward
 
     def undo(self) -> None:
         vars(self._part).pop("forward", None)
@@ -144,7 +158,9 @@ class _HalvedChange(_Change):
         self._first, self._gate = (_linear(weight, bias) for weight, bias in zip(halves, biases, strict=True))
         super().__init__(
             part,
-            lambda states: part.Wo(times(part.gate, states, part.act(part.first(states)))),
+            lambda states, residual=None: _plus(
+                part.Wo, times(part.gate, states, part.act(part.first(states))), residual
+            ),
             whole.in_features,
         )
 
@@ -158,6 +174,51 @@ class _HalvedChange(_Change):
         if "first" in self._part._modules:
             del self._part.first, self._part.gate
             self._part.Wi = self._whole
+
+
+class _LayerChange(_Change):
+    """A layer's first sum in the pass of the norm behind it, and its second one in the product before it."""
+
+    def __init__(self, part: Any, names: Sequence[str], within: Sequence[_Change]) -> None:
+        before, attention, after, gated = (getattr(part, name) for name in names)
+        self._attention = attention
+        self._within = within  # of the norm and of the gated network: with a residual to add
+
+        def forward(hidden_states: torch.Tensor, **rest: Any) -> torch.Tensor:
+            states = attention(before(hidden_states), **rest)[0]
+            normal = after(states, hidden_states)  # states are the sum from here on
+            return gated(normal, states)
+
+        super().__init__(part, forward, len(after.weight))
+
+    def is_alike(self) -> bool:
+        # Attention computes a batch, which there is none of here. What it gives is made of what it is given.
+        self._attention.forward = lambda hidden_states, **rest: (0.5 * hidden_states, None)
+        for change in self._within:
+            change.apply()
+        try:
+            return super().is_alike()
+        finally:
+            for change in self._within:
+                change.undo()
+            del self._attention.forward
+
+
+def _layer_changes(network: torch.nn.Module, of_parts: dict[torch.nn.Module, _Change]) -> list[_LayerChange]:
+    """Changes of layers in ``network`` whose norms have kernels; not of the last layer, which is for `head_only`."""
+    changes = []
+    for part in network.modules():
+        children = dict(part.named_children())
+        names = next((names for names in LAYER_PARTS if set(names) == children.keys()), None)
+        within = [of_parts[children[name]] for name in names[2:] if children[name] in of_parts] if names else []
+        if names and len(within) == 2 and isinstance(within[0].forward, Norm):
+            changes.append(_LayerChange(part, names, within))
+    return [change for change in changes[:-1] if change.is_alike()]
+
+
+def _plus(linear: torch.nn.Module, input: torch.Tensor, residual: torch.Tensor | None) -> torch.Tensor:
+    output: torch.Tensor = linear(input) if residual is None else plus(linear, input, residual)
+    return output
 
 
 def _linear(weight: torch.Tensor, bias: torch.Tensor | None) -> torch.nn.Linear:
@@ -179,12 +240,21 @@ def _change_of(part: torch.nn.Module) -> _Change | None:
 
 def _guess(part: Any) -> _Change | None:
     names = {name for name, _ in part.named_children()}
-    if hasattr(part, "variance_epsilon") and isinstance(getattr(part, "weight", None), torch.nn.Parameter):
-        return _Change(part, _rms_norm(part), part.weight.shape[0])
+    has_weight = isinstance(getattr(part, "weight", None), torch.nn.Parameter)
+    has_kernel = has_weight and part.weight.dtype in NORM_DTYPES and find_library() is not None
+    if has_kernel and type(part) is torch.nn.LayerNorm and part.weight.dim() == 1:
+        return _Change(part, Norm(part.weight, part.bias, part.eps, centred=True), len(part.weight))
+    if has_weight and hasattr(part, "variance_epsilon"):
+        norm = Norm(part.weight, None, part.variance_epsilon, centred=False) if has_kernel else _rms_norm(part)
+        return _Change(part, norm, len(part.weight))
+    if has_kernel and hasattr(part, "_norm") and hasattr(part, "eps"):  # Gemma's, whose weight is what 1 is added to
+        return _Change(part, Norm(1 + part.weight.float(), None, part.eps, centred=False), len(part.weight))
     if {"gate_proj", "up_proj", "down_proj", "act_fn"} <= names:
         return _Change(
             part,
-            lambda states: part.down_proj(times(part.up_proj, states, part.act_fn(part.gate_proj(states)))),
+            lambda states, residual=None: _plus(
+                part.down_proj, times(part.up_proj, states, part.act_fn(part.gate_proj(states))), residual
+            ),
             part.gate_proj.in_features,
         )
     if {"Wi", "Wo", "act"} <= names:

@@ -22,12 +22,15 @@ from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 import torch
+
+from mp_rerank._engine.amx.attention import Segments
 
 __all__ = [
     "LENGTH_MULTIPLE",
@@ -181,6 +184,8 @@ class PackedBatch:
         looks_ahead: whether some token may attend to a later one; known once attention was computed.
         all_states: hidden states of all tokens, shape (1, tokens, width), while a layer is given only ``chosen`` ones.
         chosen: for each pair the token of the row whose state alone the head reads; ``None``: all of them.
+        in_tiles: whether attention may use the kernel for CPUs with AMX.
+        used_tiles: whether it did.
         rotates: whether rotary positions are computed in fewer passes (``fused``).
         rotations: the id of a cosine -> that cosine, and what states are multiplied with.
     """
@@ -216,6 +221,7 @@ class PackedBatch:
         self.sources = torch.from_numpy(np.pad(positions + np.repeat(offsets, sizes), filling))
         self.positions = torch.from_numpy(np.pad(positions, filling))
         self.buckets = [self._bucket(before, length, bucket) for (before, length), bucket in grouped.items()]
+        self._segments = laid_out
         self._real = real
         self._lengths = lengths
         self._firsts = firsts
@@ -223,6 +229,8 @@ class PackedBatch:
         self.looks_ahead = False
         self.all_states: torch.Tensor | None = None
         self.chosen: torch.Tensor | None = None
+        self.in_tiles = False
+        self.used_tiles = False
         self.rotates = False
         self.rotations: dict[int, tuple[torch.Tensor, tuple[torch.Tensor, ...]]] = {}
 
@@ -253,6 +261,52 @@ class PackedBatch:
             real=torch.from_numpy(real.ravel().nonzero()[0]),
             ends=(torch.from_numpy(which.copy()), torch.from_numpy(pairs.copy())),
         )
+
+    @cached_property
+    def _spans(self) -> tuple[Numbers, dict[int, tuple[int, int]]]:
+        """Where in the row keys are, as (begin, tokens); of each segment, by its id, its first span and how many."""
+        spans: list[tuple[int, int]] = []
+        which: dict[int, tuple[int, int]] = {}
+        for segment in self._segments:
+            chain = [(segment.start, segment.length)]
+            parent = segment.parent
+            while parent is not None:
+                chain.append((parent.start, parent.length))
+                parent = parent.parent
+            which[id(segment)] = len(spans), len(chain)
+            spans += chain[::-1]
+        return np.array(spans), which
+
+    @cached_property
+    def segments(self) -> Segments:
+        """What attends to what, where all tokens do."""
+        spans, which = self._spans
+        return Segments(
+            np.array([(one.start, one.length, one.begin, *which[id(one)]) for one in self._segments]), spans
+        )
+
+    @cached_property
+    def segments_of_chosen(self) -> Segments:
+        """The same where each pair's ``chosen`` token does, and queries are of all tokens."""
+        assert self.chosen is not None
+        spans, which = self._spans
+        # A pair may have no token: in its place `chosen` names another pair's.
+        columns = [self.chosen.numpy(), (self._lengths > 0).astype(np.int64), self.positions[self.chosen].numpy()]
+        ends = np.array([which[id(one)] for one in self._last])
+        return Segments(np.column_stack([*np.broadcast_arrays(*columns), ends]), spans)
+
+    @cached_property
+    def segments_of_pairs(self) -> Segments:
+        """The same where queries are of the ``chosen`` tokens alone."""
+        whole = self.segments_of_chosen
+        segments = whole.segments.copy()
+        segments[:, 0] = np.arange(len(segments))
+        return Segments(segments, whole.spans)
+
+    @cached_property
+    def empty(self) -> list[int]:
+        """The pairs that have no token."""
+        return [int(pair) for pair in np.flatnonzero(self._lengths == 0)]
 
     @property
     def saved(self) -> int:

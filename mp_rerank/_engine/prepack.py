@@ -1,8 +1,9 @@
-"""Linear layers with their weights prepacked for oneDNN: the same products, in about half the time on many CPUs.
+"""Linear layers with their weights prepacked: the same products, in half the time or less on many CPUs.
 
-``nn.Linear`` gives its weight to the BLAS library as it lies in memory, in every call. oneDNN can lay a weight out
-once, for this CPU's registers and caches, and apply an activation to products that are still in them, or add or
-multiply other numbers. ``torch.compile`` with freezing uses the same operators.
+``nn.Linear`` gives its weight to the BLAS library as it lies in memory, in every call. Here a weight is laid out once,
+for this CPU's registers and caches, and an activation is applied to products that are still in them, or other numbers
+are added or multiplied. On a CPU with AMX that is done by kernels of our own (``amx``), elsewhere by oneDNN, with the
+operators that ``torch.compile`` with freezing uses.
 
 In float32, a few layers of each shape are timed as the worker starts, which takes a fraction of a second, and only
 shapes that are faster prepacked are prepacked. If scores would differ, none is. In bfloat16, where oneDNN computes in
@@ -20,6 +21,8 @@ from typing import Any
 
 import torch
 
+from mp_rerank._engine.amx.library import find_library
+from mp_rerank._engine.amx.linear import TiledProduct
 from mp_rerank._engine.packed import TOKEN_MULTIPLE
 from mp_rerank._engine.parity import Scores, keep_if_equal
 
@@ -37,13 +40,22 @@ FEW_TOKENS = 64
 WORTHWHILE = 0.97
 # The names under which models keep a layer and the activation that follows it; the last is ``fused``'s own.
 ACTIVATION_AFTER = {"dense": "intermediate_act_fn", "lin1": "activation", "gate_proj": "act_fn", "first": "act"}
-Applied = tuple[str, list[Any], str]  # how oneDNN is asked for an activation
-NOTHING: Applied = ("none", [], "")
-ACTIVATIONS: list[tuple[Callable[[torch.Tensor], torch.Tensor], Applied]] = [
-    (torch.nn.functional.gelu, ("gelu", [], "none")),
-    (partial(torch.nn.functional.gelu, approximate="tanh"), ("gelu", [], "tanh")),
-    (torch.nn.functional.silu, ("swish", [], "")),
-]
+# Those of two layers with one input, where ``fused`` multiplies the second one's output with the first one's.
+GATES = (("gate_proj", "up_proj"), ("first", "gate"))
+# Two such layers are computed as one if their columns are a multiple of this.
+GATE_MULTIPLE = 16
+ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "gelu": torch.nn.functional.gelu,
+    "gelu_tanh": partial(torch.nn.functional.gelu, approximate="tanh"),
+    "silu": torch.nn.functional.silu,
+}
+#: how oneDNN is asked for them
+ONEDNN_NAMES: dict[str, tuple[str, list[Any], str]] = {
+    "": ("none", [], ""),
+    "gelu": ("gelu", [], "none"),
+    "gelu_tanh": ("gelu", [], "tanh"),
+    "silu": ("swish", [], ""),
+}
 
 
 def prepack(
@@ -74,6 +86,7 @@ def prepack(
                 packed.extend(_worthwhile(_candidates(model), activations))
             else:
                 packed.extend(_Packed(linear, activations.get(linear)) for linear in map(model.get_submodule, names))
+            _join_gates(model, packed)
         for layer in packed:
             layer.replace()
 
@@ -93,7 +106,9 @@ def prepack(
 def times(linear: torch.nn.Module, input: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
     """``linear(input) * factor``, without a pass over memory of its own where ``linear`` is prepacked."""
     packed = vars(linear).get("forward")
-    return packed(input, factor, "mul") if isinstance(packed, _Packed) else linear(input).mul_(factor)
+    if isinstance(packed, _Packed):
+        return factor if packed.is_joined else packed(input, factor, "mul")
+    return linear(input).mul_(factor)
 
 
 def plus(linear: torch.nn.Module, input: torch.Tensor, summand: torch.Tensor) -> torch.Tensor:
@@ -102,23 +117,15 @@ def plus(linear: torch.nn.Module, input: torch.Tensor, summand: torch.Tensor) ->
     return packed(input, summand, "add") if isinstance(packed, _Packed) else linear(input).add_(summand)
 
 
-class _Packed:
-    """A linear layer with its weight packed, and the activation that follows it, if one does that oneDNN can apply.
+class _OneDnnProduct:
+    """Products with one weight, laid out for oneDNN. Its arguments are `TiledProduct`'s, in its stead."""
 
-    ``replace`` puts it in the layer's place, and lets the activation's module return what it is given. Then comes
-    ``restore`` or ``free_plain_weight``.
-    """
-
-    def __init__(self, linear: torch.nn.Linear, activation: torch.nn.Module | None = None) -> None:
-        self.linear = linear
-        self._activation = activation
-        self._plain_weight: torch.Tensor | None = linear.weight.data
-        self._weight = torch.ops.mkldnn._reorder_linear_weight(self._plain_weight, TIMED_TOKENS)
-        self._bias = None if linear.bias is None else linear.bias.detach()
-        self._applied = (None if activation is None else _as_onednn(activation)) or NOTHING
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, activation: str) -> None:
+        self._weight = torch.ops.mkldnn._reorder_linear_weight(weight, TIMED_TOKENS)
+        self._bias = bias
+        self._applied = ONEDNN_NAMES[activation]
 
     def __call__(self, input: torch.Tensor, other: torch.Tensor | None = None, operation: str = "") -> torch.Tensor:
-        """The layer's output; with ``other``, that output and ``other`` added (``"add"``) or multiplied (``"mul"``)."""
         tokens = input.shape[:-1].numel()
         if tokens <= FEW_TOKENS or tokens % TOKEN_MULTIPLE == 0:
             if other is None:
@@ -133,6 +140,46 @@ class _Packed:
     def _product(self, input: torch.Tensor) -> torch.Tensor:
         product: torch.Tensor = torch.ops.mkldnn._linear_pointwise(input, self._weight, self._bias, *self._applied)
         return product
+
+
+class _Packed:
+    """A linear layer with its weight packed, and the activation that follows it, if one does that is known here.
+
+    ``replace`` puts it in the layer's place, and lets the activation's module return what it is given. Then comes
+    ``restore`` or ``free_plain_weight``.
+
+    Attributes:
+        is_joined: whether what it would be multiplied with is multiplied already: see ``join``.
+    """
+
+    def __init__(self, linear: torch.nn.Linear, activation: torch.nn.Module | None = None) -> None:
+        self.linear = linear
+        self._activation = activation
+        self._plain_weight: torch.Tensor | None = linear.weight.data
+        bias = None if linear.bias is None else linear.bias.detach()
+        name = "" if activation is None else _known_activation(activation)
+        self._name = name
+        self.is_joined = False
+        self._product = (TiledProduct if find_library() else _OneDnnProduct)(linear.weight.detach(), bias, name)
+
+    def __call__(self, input: torch.Tensor, other: torch.Tensor | None = None, operation: str = "") -> torch.Tensor:
+        """The layer's output; with ``other``, that output and ``other`` added (``"add"``) or multiplied (``"mul"``)."""
+        return self._product(input, other, operation)
+
+    def join(self, gate: _Packed) -> None:
+        """Multiply this layer's output, after its activation, with that of ``gate``, in one product of both weights."""
+        first, second = self.linear, gate.linear
+        alike = (
+            not gate.is_joined
+            and first.weight.shape == second.weight.shape
+            and (first.bias is None) == (second.bias is None)
+        )
+        if alike and self._name and not gate._name and len(first.weight) % GATE_MULTIPLE == 0:
+            weights = second.weight.detach(), None if second.bias is None else second.bias.detach()
+            bias = None if first.bias is None else first.bias.detach()
+            self._product = TiledProduct(first.weight.detach(), bias, self._name, weights)
+            del gate._product  # nobody asks for it
+            gate.is_joined = True
 
     def replace(self) -> None:
         weight = self.linear.weight.data
@@ -151,6 +198,18 @@ class _Packed:
         for module in (self.linear, self._activation):
             if module is not None:
                 vars(module).pop("forward", None)
+
+
+def _join_gates(model: torch.nn.Module, packed: Sequence[_Packed]) -> None:
+    """Let a gate be computed with the layer that it opens, where both are packed into tiles and joined by `times`."""
+    if find_library() is None:
+        return
+    of = {layer.linear: layer for layer in packed}
+    for module in model.modules():
+        for names in GATES:
+            first, gate = (of.get(vars(module)["_modules"].get(name)) for name in names)
+            if first and gate and "forward" in vars(module):
+                first.join(gate)
 
 
 def _worthwhile(linears: list[torch.nn.Linear], activations: dict[torch.nn.Linear, torch.nn.Module]) -> list[_Packed]:
@@ -185,7 +244,7 @@ def _share_of_time(
 
 
 def _activations(model: torch.nn.Module) -> dict[torch.nn.Linear, torch.nn.Module]:
-    """Linear layers and the activation that follows each, of those that oneDNN can apply."""
+    """Linear layers and the activation that follows each, of those that a product can end with."""
     found = {}
     for module in model.modules():
         for layer_name, activation_name in ACTIVATION_AFTER.items():
@@ -194,17 +253,17 @@ def _activations(model: torch.nn.Module) -> dict[torch.nn.Linear, torch.nn.Modul
                 isinstance(layer, torch.nn.Linear)
                 and isinstance(activation, torch.nn.Module)
                 and "forward" not in vars(activation)
-                and _as_onednn(activation)
+                and _known_activation(activation)
             ):
                 found[layer] = activation
     return found
 
 
-def _as_onednn(activation: torch.nn.Module) -> Applied | None:
-    """How oneDNN is asked for ``activation``, if it has it."""
+def _known_activation(activation: torch.nn.Module) -> str:
+    """The name that ``activation`` has here; empty: none."""
     probe = torch.linspace(-3, 3, 61)  # float32 tells the exact GELU from its approximation
     found = activation(probe)
-    return next((name for function, name in ACTIVATIONS if torch.equal(found, function(probe))), None)
+    return next((name for name, function in ACTIVATIONS.items() if torch.equal(found, function(probe))), "")
 
 
 def _identity(input: torch.Tensor) -> torch.Tensor:

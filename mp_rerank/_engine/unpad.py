@@ -2,8 +2,8 @@
 
 ``unpad`` lets a network compute a `PackedBatch`: at its input a padded batch becomes one row of tokens with their own
 positions, and past its layers the row becomes a padded batch again, which is what the head reads. After it,
-``share_beginnings`` lets pairs that begin alike be computed from where they differ, and ``head_only`` leaves out of the
-last layer what the head does not read.
+``attend_in_tiles`` lets the kernel for AMX compute attention, ``share_beginnings`` lets pairs that begin alike be
+computed from where they differ, and ``head_only`` leaves out of the last layer what the head does not read.
 
 All work for networks that take positions and whose attention and masks go through transformers' interfaces: in
 transformers 5 BERT, RoBERTa, XLM-RoBERTa, ELECTRA, ALBERT, DistilBERT, ModernBERT, and decoders such as Llama, Qwen2,
@@ -20,12 +20,14 @@ import torch
 
 from mp_rerank._engine import attention as buckets
 from mp_rerank._engine import varlen
+from mp_rerank._engine.amx.attention import why_not_here
 from mp_rerank._engine.disentangled import find_disentangled
 from mp_rerank._engine.forward import UnpaddedForward
 from mp_rerank._engine.packed import PackedBatch, attending_by, current_batch
 from mp_rerank._engine.parity import Scores, keep_if_equal
 
 __all__ = [
+    "attend_in_tiles",
     "has_vocabulary_score",
     "head_only",
     "packing_forward",
@@ -105,6 +107,42 @@ def unpad(
         return scores
 
     return keep_if_equal("no padding", change, undo, predict and predict_unpadded, dtype)
+
+
+def attend_in_tiles(network: torch.nn.Module, dtype: str, predict: Callable[[], Scores] | None) -> str:
+    """Let attention of ``network`` be computed by the kernel for CPUs with AMX, if scores stay the same.
+
+    That has a proof of its own, after `unpad`'s: where the kernel's scores differ, padding is still left out.
+
+    Args:
+        network: one that `unpad` let leave out padding; changed in place, or not at all.
+        dtype: of its weights.
+        predict: scores some fixed pairs with it; ``None``: scores are known to stay the same.
+
+    Returns:
+        Why it does not; empty: it does.
+    """
+    packing = packing_forward(network)
+    if packing is None:
+        return "it computes padding"
+    why_not = why_not_here(getattr(torch, dtype))
+    if why_not:
+        return why_not
+
+    def change() -> None:
+        packing.in_tiles = True
+
+    def undo() -> None:
+        packing.in_tiles = False
+
+    def predict_in_tiles() -> Scores:
+        assert predict is not None
+        scores = predict()
+        if packing.in_tiles and not packing.used_tiles:
+            raise ValueError("its attention is of a kind that there is no kernel for")
+        return scores
+
+    return keep_if_equal("attention in tiles", change, undo, predict and predict_in_tiles, dtype)
 
 
 def share_beginnings(network: torch.nn.Module, dtype: str, predict: Callable[[], Scores] | None) -> str:
@@ -237,6 +275,8 @@ class _PackingForward(UnpaddedForward):
 
     Attributes:
         shortest: the shortest common beginning that is computed once; 0: none.
+        in_tiles: whether attention may use the kernel for CPUs with AMX.
+        used_tiles: whether it did.
         rotates: whether rotary positions are computed in fewer passes (``fused``).
         looks_ahead: whether some of its tokens attend to later ones.
         shared: tokens left out so far since they were common.
@@ -245,6 +285,8 @@ class _PackingForward(UnpaddedForward):
     def __init__(self, base: torch.nn.Module, *, unpacks: bool) -> None:
         super().__init__(base, unpacks=unpacks)
         self.shortest = 0
+        self.in_tiles = False
+        self.used_tiles = False
         self.rotates = False
         self.looks_ahead = True
         self.shared = 0
@@ -252,6 +294,7 @@ class _PackingForward(UnpaddedForward):
     def _unpadded(self, ids: torch.Tensor, mask: torch.Tensor, types: torch.Tensor | None, rest: dict[str, Any]) -> Any:
         shares = self.shortest and "token_type_ids" not in self._parameters
         packed = PackedBatch(mask, ids if shares else None, self.shortest)
+        packed.in_tiles = self.in_tiles
         packed.rotates = self.rotates
         self.saved += packed.saved
         self.shared += packed.shared
@@ -261,6 +304,7 @@ class _PackingForward(UnpaddedForward):
         with attending_by(packed):
             output = self._compute(packed, ids.flatten()[packed.sources], of_row, positions, rest)
         self.looks_ahead = packed.looks_ahead
+        self.used_tiles = packed.used_tiles
         return output
 
 

@@ -16,8 +16,10 @@ models = pytest.importorskip("models")
 from test_unpad import PAIRS, needs_interface  # noqa: E402
 
 from mp_rerank._engine import fused, prepack  # noqa: E402
+from mp_rerank._engine.amx.library import find_library, why_not  # noqa: E402
 from mp_rerank._engine.engine import Engine  # noqa: E402
 
+needs_kernels = pytest.mark.skipif(find_library() is None, reason=why_not() or "there are kernels")
 pytestmark = [
     pytest.mark.real,
     pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch is built without oneDNN"),
@@ -81,3 +83,55 @@ def test_parts_that_would_compute_something_else_are_put_back(tmp_path: Path, mo
     assert part.Wi.out_features == 2 * part.Wo.in_features
     assert "forward" not in vars(part)
     np.testing.assert_allclose(engine.predict(PAIRS), models.load(folder, "cpu").predict(PAIRS), rtol=1e-5, atol=1e-5)
+
+
+def changed(network: Any) -> set[str]:
+    """The parts of a network that have another ``forward``."""
+    return {name for name, part in network.named_modules() if "forward" in vars(part)}
+
+
+@needs_interface
+@needs_kernels
+@pytest.mark.parametrize(
+    ("family", "parts"),
+    [
+        ("bert", {"bert.embeddings.LayerNorm", "bert.encoder.layer.0.output.LayerNorm"}),
+        ("modernbert", {"model.layers.0", "model.layers.0.mlp_norm", "model.final_norm"}),
+        ("qwen3", {"model.layers.0", "model.layers.0.self_attn.q_norm", "model.layers.0.input_layernorm"}),
+        ("gemma2", {"model.layers.0.pre_feedforward_layernorm"}),
+    ],
+)
+def test_what_has_a_kernel(family: str, parts: set[str], tmp_path: Path) -> None:
+    if family not in models.FAMILIES:
+        pytest.skip("this transformers has no such model")
+    folder = models.build(family, tmp_path)
+    engine = Engine(ModelSpec(folder, prepack=False), "cpu", None, 256).optimize()
+    assert parts <= changed(engine.model.model)
+    np.testing.assert_allclose(engine.predict(PAIRS), models.load(folder, "cpu").predict(PAIRS), rtol=1e-5, atol=1e-5)
+
+
+@needs_interface
+@pytest.mark.parametrize("family", ["bert", "modernbert", "qwen3"])
+def test_without_kernels_torch_computes(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fused, "find_library", lambda: None)
+    monkeypatch.setattr(fused, "rotate", lambda *given: False)
+    folder = models.build(family, tmp_path)
+    engine = Engine(ModelSpec(folder, prepack=False), "cpu", None, 256).optimize()
+    assert engine.recipe.fewer_passes
+    assert not {"model.layers.0", "bert.embeddings.LayerNorm"} & changed(engine.model.model)
+    np.testing.assert_allclose(engine.predict(PAIRS), models.load(folder, "cpu").predict(PAIRS), rtol=1e-5, atol=1e-5)
+
+
+@needs_interface
+@needs_kernels
+def test_a_layer_that_adds_otherwise_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As Granite's, which have a factor before each sum."""
+    folder = models.build("qwen3", tmp_path)
+    engine = Engine(ModelSpec(folder, prepack=False), "cpu", None, 256)
+    layer: Any = engine.model.model.model.layers[0]
+    plain = type(layer).forward
+    monkeypatch.setattr(type(layer), "forward", lambda *given, **rest: 0.9 * plain(*given, **rest))
+    engine.optimize()
+    assert engine.recipe.fewer_passes
+    assert "model.layers.0.mlp" in changed(engine.model.model)
+    assert "model.layers.0" not in changed(engine.model.model)

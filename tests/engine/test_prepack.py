@@ -13,7 +13,10 @@ from mp_rerank import ModelSpec
 
 torch = pytest.importorskip("torch")
 models = pytest.importorskip("models")
+from test_unpad import needs_interface  # noqa: E402
+
 from mp_rerank._engine import prepack as module  # noqa: E402
+from mp_rerank._engine.amx.library import find_library, why_not  # noqa: E402
 from mp_rerank._engine.engine import Engine  # noqa: E402
 
 pytestmark = [
@@ -32,6 +35,16 @@ def always(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_share_of_time", lambda *times: 0.0)
 
 
+@pytest.fixture(params=["oneDNN", "amx"])
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """What computes the products: both are to be right on a CPU that has both."""
+    if request.param == "oneDNN":
+        monkeypatch.setattr(module, "find_library", lambda: None)
+    elif not find_library():
+        pytest.skip(why_not())
+    return str(request.param)
+
+
 def engine(folder: str, dtype: str | None = None) -> Engine:
     return Engine(ModelSpec(folder, dtype=dtype, unpad=False), "cpu", None, 256).optimize()
 
@@ -47,7 +60,7 @@ def plain_linears(network: Any) -> Iterator[Any]:
 def test_products_of_many_tokens_are_of_a_multiple_of_32(monkeypatch: pytest.MonkeyPatch) -> None:
     """Since oneDNN keeps a kernel for each number of tokens: there must not be any number of them."""
     linear = torch.nn.Linear(8, 4)
-    packed = module._Packed(linear)
+    packed = module._OneDnnProduct(linear.weight.detach(), linear.bias.detach(), "")
     product, seen = packed._product, []
     monkeypatch.setattr(packed, "_product", lambda input: seen.append(input.shape[:-1].numel()) or product(input))
     with torch.inference_mode():
@@ -74,7 +87,7 @@ def test_a_layer_is_timed_with_the_activation_that_it_would_apply(
     assert sorted(set(shapes)) == [1, 2]
 
 
-@pytest.mark.usefixtures("always")
+@pytest.mark.usefixtures("always", "way")
 @pytest.mark.parametrize("family", [*models.ENCODERS, *models.DECODERS])
 def test_scores_are_the_plain_model_s(family: str, tmp_path: Path) -> None:
     folder = models.build(family, tmp_path)
@@ -82,6 +95,18 @@ def test_scores_are_the_plain_model_s(family: str, tmp_path: Path) -> None:
     assert len(packed.recipe.prepacked) > 6
     assert not list(plain_linears(packed.model.model))
     assert len(replaced(packed.model.model)) == len(packed.recipe.prepacked) + (0 if family in NOT_FUSED else 2)
+    np.testing.assert_allclose(packed.predict(PAIRS), plain.predict(PAIRS), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.usefixtures("always")
+@pytest.mark.parametrize(
+    ("family", "gates"), [pytest.param("modernbert", "gate", marks=needs_interface), ("qwen3", "up_proj")]
+)
+def test_a_gate_is_computed_with_what_it_opens(way: str, family: str, gates: str, tmp_path: Path) -> None:
+    folder = models.build(family, tmp_path)
+    packed, plain = Engine(ModelSpec(folder), "cpu", None, 256).optimize(), models.load(folder, "cpu")
+    joined = [getattr(part, gates).forward.is_joined for part in packed.model.modules() if hasattr(part, gates)]
+    assert joined == [way == "amx"] * len(joined) != []
     np.testing.assert_allclose(packed.predict(PAIRS), plain.predict(PAIRS), rtol=1e-5, atol=1e-5)
 
 
@@ -102,15 +127,16 @@ def test_in_bfloat16_it_is_all_or_none(supported: bool, tmp_path: Path, monkeypa
 
 
 @pytest.mark.usefixtures("always")
-def test_a_packed_weight_takes_no_memory_twice(tmp_path: Path) -> None:
+def test_a_packed_weight_takes_no_memory_twice(way: str, tmp_path: Path) -> None:
     packed = engine(models.build("bert", tmp_path)).model.model
     layer = packed.bert.encoder.layer[0].intermediate.dense
     weight = layer.weight
     assert weight.shape == (64, 32)
     assert weight.untyped_storage().nbytes() == weight.element_size()
     assert weight.isnan().all(), "whoever reads it should not mistake it for the weight"
-    held = [part for part in vars(layer.forward).values() if isinstance(part, torch.Tensor)]
-    assert sum(part.numel() == weight.numel() for part in held) == 1, "the packed one, and not the plain one as well"
+    owners = layer.forward, layer.forward._product
+    held = [part for owner in owners for part in vars(owner).values() if isinstance(part, torch.Tensor)]
+    assert sum(part.numel() >= weight.numel() for part in held) == 1, "the packed one, and not the plain one as well"
 
 
 def test_layers_that_are_not_faster_are_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -124,7 +150,7 @@ def test_layers_that_are_not_faster_are_left_alone(tmp_path: Path, monkeypatch: 
 def test_layers_that_compute_something_else_are_put_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = models.build("bert", tmp_path)
     multiply = module._Packed.__call__
-    monkeypatch.setattr(module._Packed, "__call__", lambda self, input: 1.01 * multiply(self, input))
+    monkeypatch.setattr(module._Packed, "__call__", lambda self, input, *rest: 1.01 * multiply(self, input, *rest))
     plain = engine(folder)
     assert len(plain.recipe.prepacked) == 0
     assert not replaced(plain.model.model)
