@@ -238,6 +238,12 @@ def fifo(tmp_path: Path) -> Iterator[Fifo]:
 
 
 @pytest.fixture(autouse=True)
+def _plans_are_of_any_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Plans made in this process are those for a CPU without AMX, whichever the tests run on."""
+    monkeypatch.setattr("mp_rerank._planning.plan.has_amx", lambda: False)
+
+
+@pytest.fixture(autouse=True)
 def _nothing_left_behind() -> Iterator[None]:
     """No worker process and no thread of a pool outlives the test that started it; a module's own pool may."""
     before = set(psutil.Process().children(recursive=True))

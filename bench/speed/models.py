@@ -6,8 +6,9 @@ its beginning and end, when some cores have nothing to compute, hardly count. On
 shapes take gigabytes. Weights are random: speed does not depend on them.
 
 The share says how much of the cores' possible rate the linear layers of the pool reach: its rate times the operations
-of their products, for all tokens of a pair, beside that of cores that do nothing but multiply matrices of these shapes.
-Where pairs have a beginning in common, which is computed once, it can be more than 100 %.
+of their products, for all tokens of a pair, beside that of cores that do nothing but multiply matrices of these shapes
+with torch. It can be more than 100 %: where pairs have a beginning in common, which is computed once, and in float32 on
+CPUs with AMX, where this package has products of its own.
 """
 
 from __future__ import annotations

@@ -32,7 +32,7 @@ from bench.reports.files import add_output, finish
 from bench.reports.report import Report
 from mp_rerank import ModelSpec, RerankerPool
 from mp_rerank._pairs import estimate_pair, estimate_text
-from mp_rerank._planning.plan import CPU_BATCH_TOKENS_16_BITS
+from mp_rerank._planning.plan import CPU_BATCH_TOKENS_FAST
 
 PENDING_A_SLOT = 6  # of them two are with the worker
 SECONDS_A_TOKEN = 1e-4
@@ -119,7 +119,7 @@ def one_request(report: Report, workers: int, documents: int, rounds: int) -> No
     times = []
     paced = ModelSpec(str(SECONDS_A_TOKEN), loader=fakes.PACED)
     with RerankerPool(
-        paced, devices="cpu", workers=workers, threads_per_worker=1, batch_tokens=CPU_BATCH_TOKENS_16_BITS
+        paced, devices="cpu", workers=workers, threads_per_worker=1, batch_tokens=CPU_BATCH_TOKENS_FAST
     ) as pool:
         pool.start()
         for number in range(rounds + 1):

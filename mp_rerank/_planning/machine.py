@@ -23,6 +23,7 @@ import psutil
 __all__ = ["Machine", "Node", "read_machine"]
 
 ROOT = Path("/")
+KERNELS = Path(__file__).parents[1] / "_engine" / "amx" / "libmp_rerank_amx.so"
 
 
 @dataclass(frozen=True)
@@ -161,6 +162,11 @@ def _cpu_quota(root: Path) -> float | None:
 def _cpu_model(root: Path) -> str:
     found = re.search(r"^model name\s*:\s*(.+)$", _text(root / "proc/cpuinfo"), re.MULTILINE)
     return found[1].strip() if found else platform.processor() or platform.machine()
+
+
+def has_amx(root: Path = ROOT) -> bool:
+    """Whether the CPU multiplies matrices in tiles, as far as Linux says, and this package has kernels that do so."""
+    return KERNELS.exists() and bool(re.search(r"^flags\s*:.*\bamx_bf16\b", _text(root / "proc/cpuinfo"), re.MULTILINE))
 
 
 # Memory.

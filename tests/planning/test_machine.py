@@ -31,7 +31,7 @@ class Laid:
         self.write("sys/devices/system/node/node1/cpulist", "2-3,6-7\n")
         self.write("sys/devices/system/node/node2/cpulist", "\n")  # memory without CPUs
         self.write("proc/meminfo", f"MemTotal: {16 * 2**20} kB\nMemFree: 1 kB\nMemAvailable: {10 * 2**20} kB\n")
-        self.write("proc/cpuinfo", "processor\t: 0\nmodel name\t: Some CPU @ 3 GHz\n")
+        self.write("proc/cpuinfo", "processor\t: 0\nmodel name\t: Some CPU @ 3 GHz\nflags\t\t: fpu amx_bf16 amx_tile\n")
         self.allow("0-7")
 
     def write(self, path: str, text: str) -> None:
@@ -50,11 +50,15 @@ def laid(tmp_path: Path) -> Laid:
     return Laid(tmp_path)
 
 
-def test_a_machine_is_read_whole(laid: Laid) -> None:
+def test_a_machine_is_read_whole(laid: Laid, monkeypatch: pytest.MonkeyPatch) -> None:
     found = laid.read()
     assert (found.logical, found.affinity, found.physical, found.quota) == (8, 8, 4, None)
     assert (found.memory_available, found.memory_total, found.cpu_model) == (10 * GIB, 16 * GIB, "Some CPU @ 3 GHz")
     assert found.nodes == (Node((0, 1, 4, 5), 2), Node((2, 3, 6, 7), 2))
+    monkeypatch.setattr(machine, "KERNELS", laid.root)
+    assert machine.has_amx(laid.root)
+    monkeypatch.setattr(machine, "KERNELS", laid.root / "not built")
+    assert not machine.has_amx(laid.root), "what has no kernels here is not counted on"
     assert "8 logical CPUs, 8 allowed to this process, 4 physical cores on 2 NUMA nodes, no CPU quota" in str(found)
 
 

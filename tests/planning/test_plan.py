@@ -21,6 +21,7 @@ from mp_rerank._planning.plan import (
     WORKER_BYTES,
     Plan,
     Seat,
+    default_batch_tokens,
     estimate_memory,
     fitting_workers,
     make_plan,
@@ -237,6 +238,24 @@ def test_memory_is_estimated_with_shared_weights_once(tmp_path: Path) -> None:
         assert two - one == WORKER_BYTES + more * GIB
         assert one - (two - one) == (0 if "weights" in fields else 2 * GIB)
     assert estimate_memory(ModelSpec("org/not-here"), 3) == 3 * WORKER_BYTES, "nobody knows its size"
+
+
+def test_batches_are_larger_where_products_are_fast(monkeypatch: pytest.MonkeyPatch) -> None:
+    plain, half = ModelSpec("org/model"), ModelSpec("org/model", dtype="bfloat16")
+    assert [default_batch_tokens(spec, "cpu") for spec in (plain, half)] == [1024, 2048]
+    monkeypatch.setattr("mp_rerank._planning.plan.has_amx", lambda: True)
+    assert [default_batch_tokens(spec, "cpu") for spec in (plain, half)] == [2048, 2048]
+    assert default_batch_tokens(ModelSpec("org/model", backend="onnx"), "cpu") == 1024, "it has no kernels of ours"
+
+
+def test_with_amx_prepacked_float32_weights_are_half_as_large_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    safetensors(tmp_path / "model.safetensors", ["F32"], 2 * GIB)
+    monkeypatch.setattr("mp_rerank._planning.plan.has_amx", lambda: True)
+    for fields, each in (({}, 3), ({"prepack": False}, 0), ({"dtype": "bfloat16"}, 4), ({"weights": "private"}, 5)):
+        one, two = (estimate_memory(ModelSpec(str(tmp_path), **fields), workers) for workers in (1, 2))  # type: ignore[arg-type]
+        assert two - one == WORKER_BYTES + each * GIB
 
 
 def test_workers_that_are_forked_are_counted_by_what_is_their_own(tmp_path: Path) -> None:
