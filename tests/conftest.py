@@ -237,6 +237,16 @@ def fifo(tmp_path: Path) -> Iterator[Fifo]:
     fifo.close()
 
 
+@pytest.fixture(params=[1, 2], ids=["one thread", "two threads"])
+def threads(request: pytest.FixtureRequest) -> Iterator[None]:
+    """torch, and the kernels with it, compute with so many threads."""
+    torch = pytest.importorskip("torch")
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(autouse=True)
 def _plans_are_of_any_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """Plans made in this process are those for a CPU without AMX, whichever the tests run on."""

@@ -23,8 +23,8 @@ from typing import Any
 
 import torch
 
-from mp_rerank._engine.amx.library import find_library
-from mp_rerank._engine.amx.rows import NORM_DTYPES, Norm, rotate
+from mp_rerank._engine.amx.library import DTYPES, find_library
+from mp_rerank._engine.amx.rows import Norm, rotate
 from mp_rerank._engine.packed import PackedBatch, batch_here
 from mp_rerank._engine.parity import Scores, keep_if_equal
 from mp_rerank._engine.prepack import plus, times
@@ -241,7 +241,7 @@ def _change_of(part: torch.nn.Module) -> _Change | None:
 def _guess(part: Any) -> _Change | None:
     names = {name for name, _ in part.named_children()}
     has_weight = isinstance(getattr(part, "weight", None), torch.nn.Parameter)
-    has_kernel = has_weight and part.weight.dtype in NORM_DTYPES and find_library() is not None
+    has_kernel = has_weight and part.weight.dtype in DTYPES and find_library() is not None
     if has_kernel and type(part) is torch.nn.LayerNorm and part.weight.dim() == 1:
         return _Change(part, Norm(part.weight, part.bias, part.eps, centred=True), len(part.weight))
     if has_weight and hasattr(part, "variance_epsilon"):

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import psutil
 
-__all__ = ["Machine", "Node", "read_machine"]
+__all__ = ["Machine", "Node", "has_amx", "read_machine"]
 
 ROOT = Path("/")
 KERNELS = Path(__file__).parents[1] / "_engine" / "amx" / "libmp_rerank_amx.so"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -36,14 +35,6 @@ BANDS = {
 LENGTHS = [1, 15, 16, 0, 17, 31, 32, 33, 80, 300, 512]
 #: Numbers are around 1. torch's own attention in float32 is up to 4e-6 from that in float64.
 LIMITS = {torch.float32: 1e-5, torch.bfloat16: 3e-2}
-
-
-@pytest.fixture(params=[1, 2], ids=["one thread", "two threads"])
-def threads(request: pytest.FixtureRequest) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield
-    torch.set_num_threads(before)
 
 
 def in_float64(query: Any, key: Any, value: Any, segments: Segments, band: Band) -> Any:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 
 torch = pytest.importorskip("torch")
@@ -21,14 +19,6 @@ ACTIVATIONS = {
 }
 #: rows, depth, columns: one, fewer and more than a tile, a block, a chunk of rows or of depth has
 SHAPES = [(1, 384, 384), (33, 100, 70), (70, 31, 33), (600, 384, 96), (257, 2100, 64), (64, 4096, 1), (31, 1, 200)]
-
-
-@pytest.fixture(params=[1, 2])
-def threads(request: pytest.FixtureRequest) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield
-    torch.set_num_threads(before)
 
 
 def numbers(*shape: int, dtype: torch.dtype) -> torch.Tensor:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 
 import pytest
 
@@ -16,13 +15,9 @@ pytestmark = [pytest.mark.real, pytest.mark.skipif(find_library() is None, reaso
 DTYPES = (torch.float32, torch.bfloat16)
 
 
-@pytest.fixture(params=[1, 2], autouse=True)
-def threads(request: pytest.FixtureRequest) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
+@pytest.fixture(autouse=True)
+def _seeded(threads: None) -> None:
     torch.manual_seed(0)
-    yield
-    torch.set_num_threads(before)
 
 
 def assert_rounded(found: torch.Tensor, expected: torch.Tensor) -> None:

@@ -1,8 +1,6 @@
 // Attention within each pair of a row of tokens: products, softmax and products again while all of it is in the cache.
 #include "tiles.h"
 
-#include <omp.h>
-
 #include <algorithm>
 
 namespace {
@@ -14,7 +12,7 @@ enum SpanField { BEGIN, COUNT, SPAN_FIELDS };
 // 2^x on [0, 1] by a polynomial, from its highest power on.
 constexpr float POWER_FIT[] = {0.07802452f, 0.22606716f, 0.69583354f, 0.99992522f};
 
-long blocks_of(long count) { return (count + BLOCK - 1) / BLOCK; }
+long blocks_of(long count) { return tiles_of(count, BLOCK); }
 
 // 2^x of 16 numbers, relative error below 8e-5: for what is rounded to bfloat16 then.
 __m512 rough_power(__m512 x) {

@@ -9,13 +9,12 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from mp_rerank._engine.amx.library import find_library, is_wide, why_not
+from mp_rerank._engine.amx.library import DTYPES, find_library, is_wide, why_not
 
 __all__ = ["ANY", "Band", "Segments", "attend", "takes", "why_not_here"]
 
 #: of a `Band`: however far
 ANY = 1 << 30
-DTYPES = (torch.float32, torch.bfloat16)
 _Strides = ctypes.c_long * 8
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 # has loaded for the whole process. So there is one set of threads. Without torch it cannot be loaded.
 import torch
 
-__all__ = ["find_library", "why_not"]
+__all__ = ["DTYPES", "find_library", "is_wide", "why_not"]
 
 PATH = Path(__file__).with_name("libmp_rerank_amx.so")
 ADDRESS, COUNT, FLAG, NUMBER = ctypes.c_void_p, ctypes.c_long, ctypes.c_int, ctypes.c_float
@@ -27,6 +27,8 @@ SIGNATURES = {
     "mp_rotate": (None, ([ADDRESS] + [COUNT] * 3) * 2 + [ADDRESS] * 2 + [COUNT] * 2 + [FLAG] * 2),
     "mp_attention": (None, [ADDRESS] * 6 + [COUNT, ADDRESS] + [COUNT] * 3 + [NUMBER] + [COUNT] * 2 + [FLAG] * 2),
 }
+#: the numbers that the kernels know
+DTYPES = (torch.float32, torch.bfloat16)
 UNSUPPORTED = {1: "this CPU has no AMX", 2: "this system gives this process no AMX"}
 #: what torch's own kernels can be held back to; other values it ignores
 ATEN_CAPABILITIES = ("default", "avx2", "avx512")
@@ -91,5 +93,5 @@ def _digest(folder: Path) -> int:
 
 
 def is_wide(tensor: torch.Tensor) -> bool:
-    """Whether its numbers are of float32, not bfloat16: the two that the kernels know."""
+    """Whether its numbers are of float32, not bfloat16."""
     return tensor.dtype is torch.float32

@@ -1,8 +1,6 @@
 // Linear layers: products of hidden states and a weight that was packed into tiles once, and what follows them.
 #include "tiles.h"
 
-#include <omp.h>
-
 #include <algorithm>
 
 namespace {
@@ -15,8 +13,6 @@ constexpr long CHUNK_ROWS = 256;   // that are packed at a time: they and their 
 constexpr long ROW_BYTES = 4096;   // of a row that are packed at a time
 constexpr long COLUMN_DEPTH = 384; // numbers of 32 columns that stay in the L1 cache
 constexpr long FAR_OUTPUT = 768;   // from this depth on, the output's memory is asked for while sums are computed
-
-long tiles_of(long count, long size) { return (count + size - 1) / size; }
 
 constexpr float GELU_FIT[] = {4.19733623e-11f,  -4.24891589e-09f, 1.90221471e-07f,  -5.00612759e-06f, 8.71172742e-05f,
                               -1.07138429e-03f, 9.69514251e-03f,  -6.61555827e-02f, 3.98802072e-01f};

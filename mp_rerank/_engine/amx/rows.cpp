@@ -1,8 +1,6 @@
 // What stands between linear layers and attention: norms of rows, and rotary positions, in one pass over memory each.
 #include "tiles.h"
 
-#include <omp.h>
-
 namespace {
 
 constexpr long NUMBERS_FOR_THREADS = 65536;  // fewer are computed sooner than other threads are woken

@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from mp_rerank._engine.amx.library import find_library, is_wide
+from mp_rerank._engine.amx.library import DTYPES, find_library, is_wide
 
-__all__ = ["NORM_DTYPES", "Norm", "rotate"]
-
-#: the numbers that the kernels know
-NORM_DTYPES = (torch.float32, torch.bfloat16)
+__all__ = ["Norm", "rotate"]
 
 
 class Norm:
@@ -40,7 +37,7 @@ class Norm:
         """
         if residual is None:
             states = states.contiguous()
-        if states.shape[-1] != self._width or states.dtype not in NORM_DTYPES:
+        if states.shape[-1] != self._width or states.dtype not in DTYPES:
             raise ValueError(f"a norm over {self._width} numbers of states of {states.dtype}, {tuple(states.shape)}")
         if residual is not None and not (
             residual.shape == states.shape
@@ -81,7 +78,7 @@ def rotate(query: torch.Tensor, key: torch.Tensor, cos: torch.Tensor, sin: torch
     turns = (1, *query.shape[2:])
     if (
         library is None
-        or query.dtype not in NORM_DTYPES
+        or query.dtype not in DTYPES
         or not query.dtype is key.dtype is cos.dtype is sin.dtype
         or not turns == cos.shape == sin.shape == (1, *key.shape[2:])
         or query.shape[-1] % 2

@@ -31,6 +31,9 @@ constexpr int TILE = TILE_ROWS * TILE_DEPTH;    // bfloat16 numbers in a tile
 constexpr int BLOCK = 2 * TILE_ROWS;            // rows, and columns, that are computed together: 2 x 2 tiles
 constexpr int FLOAT_PARTS = 3;                  // bfloat16 numbers that make up a float32 number
 
+// How many of `size` numbers hold `count`, the last one not always full.
+static inline long tiles_of(long count, long size) { return (count + size - 1) / size; }
+
 // Tiles 0 to 3 hold sums, 4 and 5 rows, 6 and 7 columns.
 static inline void begin_tiles() {
     alignas(64) static const uint8_t shape[64] = {
