@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import psutil
+from processes import command_line
 
 ROOT = Path(__file__).parent.parent
 PATIENCE = 60.0
@@ -25,6 +26,11 @@ def need_dask() -> None:
         import pytest
 
         pytest.importorskip("distributed")
+
+
+def workers_of(nanny: psutil.Process) -> list[psutil.Process]:
+    """The workers that a nanny watches: one, or none while the next is being started."""
+    return [child for child in nanny.children() if "spawn_main" in command_line(child)]
 
 
 class Processes:

@@ -20,6 +20,7 @@ import psutil
 import pytest
 from clusters import CLUSTER_MARK, Processes, need_dask
 from fakes import scores_of
+from processes import command_line
 
 from mp_rerank import ModelSpec, RerankerPool, RerankResult, connect, shared
 
@@ -272,7 +273,7 @@ def _nothing_left_behind() -> Iterator[None]:
     assert not stuck(), f"threads left behind: {stuck()}"
     left = [child for child in psutil.Process().children(recursive=True) if child not in before and not stays(child)]
     _, alive = psutil.wait_procs(left, timeout=PATIENCE)
-    assert not alive, f"processes left behind: {[(process, process.cmdline()) for process in alive]}"
+    assert not alive, f"processes left behind: {[(process, command_line(process)) for process in alive]}"
 
 
 def stays(process: psutil.Process) -> bool:
@@ -280,7 +281,7 @@ def stays(process: psutil.Process) -> bool:
     try:
         if CLUSTER_MARK in process.environ():
             return True
-        line = " ".join(process.cmdline())
+        line = command_line(process)
         return "resource_tracker" in line or ("forkserver" in line and process.ppid() == os.getpid())
     except psutil.Error:
         return False

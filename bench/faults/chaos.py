@@ -33,7 +33,7 @@ from typing import Any
 
 import psutil
 
-from bench.inputs.fakes import CLUSTER_MARK, PACED, Processes, score_of
+from bench.inputs.fakes import CLUSTER_MARK, PACED, Processes, score_of, workers_of
 from mp_rerank import ClusterError, ModelSpec, RequestTimeoutError, RerankerPool, RerankResult, WorkerCrashedError
 
 FORK_MODEL = "fork-model"
@@ -400,10 +400,13 @@ class Chaos:
             nanny.send_signal(getattr(signal, name.split()[1]))  # SIGTERM: the worker finishes what it has
             self.nannies[number] = cluster.worker()
         else:
-            workers = [child for child in nanny.children() if "spawn_main" in " ".join(child.cmdline())]
+            workers = workers_of(nanny)
             if not workers:
                 return
-            workers[0].send_signal(getattr(signal, name))
+            try:
+                workers[0].send_signal(getattr(signal, name))
+            except psutil.NoSuchProcess:  # it has died of a document
+                return
             if name == "SIGSTOP":
                 threading.Timer(chance.random() * 2 * CLUSTER_TIMEOUT, _resume, workers).start()
         self.kills[name] += 1

@@ -8,13 +8,13 @@ import sys
 
 from bench import ROOT
 
-__all__ = ["CLUSTER_MARK", "EMPTY", "GATED", "IMPORTS", "PACED", "SLEEPING", "Processes", "score_of"]
+__all__ = ["CLUSTER_MARK", "EMPTY", "GATED", "IMPORTS", "PACED", "SLEEPING", "Processes", "score_of", "workers_of"]
 
 TESTS = str(ROOT / "tests")
 if TESTS not in sys.path:
     sys.path.append(TESTS)
 
-from clusters import CLUSTER_MARK, Processes  # noqa: E402
+from clusters import CLUSTER_MARK, Processes, workers_of  # noqa: E402
 from fakes import score_of  # noqa: E402
 
 #: scores of 0, at once

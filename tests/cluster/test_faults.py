@@ -13,7 +13,7 @@ from typing import Any
 
 import psutil
 import pytest
-from clusters import PATIENCE, Processes, need_dask
+from clusters import PATIENCE, Processes, need_dask, workers_of
 from conftest import Fifo, ranked, until
 from fakes import score_of
 
@@ -53,13 +53,9 @@ def check(pool: RerankerPool, query: str = "query") -> None:
 
 
 def nanny_child(nanny: psutil.Popen) -> psutil.Process:
-    """The worker that a nanny watches."""
-
-    def children() -> list[psutil.Process]:
-        return [child for child in nanny.children() if "spawn_main" in " ".join(child.cmdline())]
-
-    until(lambda: len(children()) == 1)
-    return children()[0]
+    """The worker that a nanny watches, once it has one."""
+    until(lambda: len(workers_of(nanny)) == 1)
+    return workers_of(nanny)[0]
 
 
 def test_a_worker_that_joins_later_has_a_seat(make_cluster_pool: MakePool, cluster: Processes) -> None:

@@ -7,7 +7,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
+from clusters import workers_of
 from conftest import START_METHODS
 
 
@@ -25,3 +27,14 @@ def test_agents_lose_nothing_while_workers_die(start_method: str) -> None:
     assert report["pairs_cached"] > 0
     for fault in ("lost", "wrong", "unexplained", "leaked_processes", "leaked_threads", "leaked_files", "unreleased"):
         assert report[fault] == 0
+
+
+def test_a_worker_that_ends_while_it_is_looked_at_is_none() -> None:
+    ended = psutil.Popen([sys.executable, "-c", "pass"])
+    ended.wait()
+
+    class Nanny:
+        def children(self) -> list[psutil.Process]:
+            return [ended]
+
+    assert workers_of(Nanny()) == []  # type: ignore[arg-type]

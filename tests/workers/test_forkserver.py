@@ -17,6 +17,7 @@ from pathlib import Path
 import psutil
 import pytest
 from conftest import PATIENCE, ranked, until
+from processes import command_line
 
 from mp_rerank import RerankerPool
 
@@ -154,7 +155,7 @@ class Program:
 
         def look() -> bool:
             children = psutil.Process(self.process.pid).children()
-            found[:] = [child for child in children if "forkserver" in " ".join(child.cmdline())]
+            found[:] = [child for child in children if "forkserver" in command_line(child)]
             return bool(found) and (found[0].num_threads() > 1 or not importing)
 
         until(look)

@@ -19,6 +19,7 @@ from typing import Any
 import psutil
 import pytest
 from conftest import FAKE, PATIENCE, START_METHODS, Fifo, ranked, until
+from processes import command_line
 
 from mp_rerank import ModelSpec, PoolClosedError, RerankerPool, RerankError
 from mp_rerank._scheduling.dispatcher import Dispatcher
@@ -212,7 +213,7 @@ class Script:
         self.workers = [
             process
             for process in psutil.Process(self.process.pid).children(recursive=True)
-            if "resource_tracker" not in " ".join(cmdline(process))
+            if "resource_tracker" not in command_line(process)
         ]
         assert self.workers or state in ("broken", "restarting") or program in (SPAWNING, FORKED_WHILE_SPAWNING)
 
@@ -527,13 +528,6 @@ def test_the_parent_is_killed_and_a_fork_of_it_lives_on(run: Callable[..., Scrip
     script.process.wait(PATIENCE)
     script.gone()
     assert forked.is_running()
-
-
-def cmdline(process: psutil.Process) -> list[str]:
-    try:
-        return process.cmdline()
-    except psutil.Error:
-        return []
 
 
 FORKING = """

@@ -17,6 +17,7 @@ from pathlib import Path
 import psutil
 import pytest
 from conftest import PATIENCE, START_METHODS, until
+from processes import command_line
 
 from mp_rerank import RerankerPool
 
@@ -399,7 +400,7 @@ time.sleep(60)
     workers = [psutil.Process(int(pid)) for pid in process.stdout.readline().split()]
     everybody = psutil.Process(process.pid).children(recursive=True)
     try:
-        stopped = [p for p in everybody if "resource_tracker" not in " ".join(p.cmdline())]
+        stopped = [p for p in everybody if "resource_tracker" not in command_line(p)]
         assert set(workers) <= set(stopped)
         for worker in stopped:
             worker.suspend()
