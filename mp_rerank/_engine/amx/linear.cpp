@@ -12,7 +12,6 @@ enum Then { PLAIN = 0, GELU = 1, GELU_TANH = 2, SILU = 3, ADD = 4, MULTIPLY = 5,
 constexpr long CHUNK_ROWS = 256;   // that are packed at a time: they and their part of the weight stay in the L2 cache
 constexpr long ROW_BYTES = 4096;   // of a row that are packed at a time
 constexpr long COLUMN_DEPTH = 384; // numbers of 32 columns that stay in the L1 cache
-constexpr long FAR_OUTPUT = 768;   // from this depth on, the output's memory is asked for while sums are computed
 
 constexpr float GELU_FIT[] = {4.19733623e-11f,  -4.24891589e-09f, 1.90221471e-07f,  -5.00612759e-06f, 8.71172742e-05f,
                               -1.07138429e-03f, 9.69514251e-03f,  -6.61555827e-02f, 3.98802072e-01f};
@@ -81,6 +80,8 @@ struct Layer {
         const float *sums = nullptr;
         long next = 0, rows = 0, each = 0, place = 0, each_lines = 0;
         const char *coming = nullptr;
+        const Number *written = nullptr;
+        long unwritten = 0, each_written = 0;
         __mmask16 left = 0, right = 0;
 
         void begin(const float *block, long row, long count, long column, long steps) {
@@ -100,7 +101,19 @@ struct Layer {
             each_lines = lines;
         }
 
+        // Let those lines of the output come into the L1 cache that the sums computed meanwhile will be written to: a store
+        // that waits for memory holds up the loads of tiles behind it.
+        void expect_output(long at, long count, long steps) {
+            written = layer.output + at;
+            unwritten = count;
+            each_written = tiles_of(count, steps);
+        }
+
         void step() {
+            for (const long until = std::max<long>(0, unwritten - each_written); unwritten > until; --unwritten) {
+                for (long i = 0; i < BLOCK / SHARE; i += 64 / sizeof(Number)) __builtin_prefetch(written + i, 1);
+                written += layer.columns / SHARE;
+            }
             for (long i = 0; i < each_lines; ++i, coming += 64) _mm_prefetch(coming, _MM_HINT_T1);
             for (const long until = next + each < rows ? next + each : rows; next < until; ++next) one();
         }
@@ -191,9 +204,7 @@ struct Layer {
                         if (from + k) load_sums(here, Place::alone());
                         else if (direct && THEN == ADD) load_sums((const float *)other + at, Place::within(columns));
                         else begin_sums(bias ? bias + n * BLOCK : nullptr);
-                        if (last && depth >= FAR_OUTPUT)
-                            for (long r = 0; r < count; ++r)
-                                __builtin_prefetch(output + at + r * columns / SHARE, 1);
+                        if (last) finishing.expect_output(at, count, some);
                         add_products<PARTS>(packed + (m * steps + k) * 2 * TILE * PARTS, panel + k * 2 * TILE * PARTS,
                                             some, finishing);
                         if (last && direct) {
