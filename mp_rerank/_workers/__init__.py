@@ -21,6 +21,7 @@ In the parent:
 
 In the worker:
     child.py           what a worker runs: initialize, describe, score
+    heap.py            what the C library keeps of the memory that batches have used
     preload.py         what the fork server imports
     template_child.py  what a template runs: load, prove, fork
     dask_seat.py       what runs in a Dask worker: sessions, one slice at a time

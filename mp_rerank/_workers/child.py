@@ -37,6 +37,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, Protocol
 from mp_rerank._pairs import CANARY, Pair, PairOptions, Readings, estimate_pair, estimate_text, tolerance
 from mp_rerank._recipe import Recipe
 from mp_rerank._shadowing import shadowing
+from mp_rerank._workers import heap
 from mp_rerank._workers.lazy_import import deferred
 from mp_rerank._workers.logs import redirect_output
 from mp_rerank.config import ModelSpec
@@ -54,7 +55,6 @@ __all__ = [
     "WorkerFacts",
     "describe",
     "die_with_parent_thread",
-    "give_back_memory",
     "in_worker_process",
     "initialize_process",
     "keep_off_other_cpus",
@@ -386,24 +386,13 @@ def describe(recipe: Recipe | None) -> WorkerFacts:
 
 
 def score(pairs: Pairs, options: Options = None) -> Scored:
-    """In a worker process: ``LoadedModel.score``; now and then, give back what memory is free."""
+    """In a worker process: ``LoadedModel.score``. Memory is kept from slice to slice, and now and then given back."""
     global _slices
     assert _model is not None
-    scored = _model.score(pairs, options)
-    _slices += 1
     if _slices % SLICES_A_TRIM == 0:
-        give_back_memory()
-    return scored
-
-
-def give_back_memory() -> None:
-    """Let the C library return its free pages to the system; it keeps those of every batch (glibc)."""
-    import ctypes
-
-    try:
-        ctypes.CDLL(None).malloc_trim(0)
-    except (AttributeError, OSError):  # another C library
-        pass
+        heap.keep_memory()
+    _slices += 1
+    return _model.score(pairs, options)
 
 
 def set_threads(threads: int) -> None:

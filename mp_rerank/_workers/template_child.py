@@ -26,7 +26,7 @@ from pathlib import Path
 import psutil
 
 from mp_rerank._recipe import Recipe
-from mp_rerank._workers import child
+from mp_rerank._workers import child, heap
 from mp_rerank._workers.child import Launch
 from mp_rerank._workers.logs import redirect_output
 from mp_rerank.errors import ModelLoadError
@@ -142,7 +142,7 @@ def _prepare_to_fork() -> None:
     """Give back what memory is free, and let garbage collection leave alone what is in use."""
     gc.collect()
     gc.freeze()
-    child.give_back_memory()
+    heap.give_back_memory()
 
 
 def _leave_unless_alone() -> None:
