@@ -25,6 +25,7 @@ from mp_rerank._engine.amx.library import find_library
 from mp_rerank._engine.amx.linear import TiledProduct
 from mp_rerank._engine.packed import TOKEN_MULTIPLE
 from mp_rerank._engine.parity import Scores, keep_if_equal
+from mp_rerank._engine.together import Compute, compute_together
 
 __all__ = ["plus", "prepack", "times"]
 
@@ -40,10 +41,6 @@ FEW_TOKENS = 64
 WORTHWHILE = 0.97
 # The names under which models keep a layer and the activation that follows it; the last is ``fused``'s own.
 ACTIVATION_AFTER = {"dense": "intermediate_act_fn", "lin1": "activation", "gate_proj": "act_fn", "first": "act"}
-# Those of two layers with one input, where ``fused`` multiplies the second one's output with the first one's.
-GATES = (("gate_proj", "up_proj"), ("first", "gate"))
-# Two such layers are computed as one if their columns are a multiple of this.
-GATE_MULTIPLE = 16
 ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "gelu": torch.nn.functional.gelu,
     "gelu_tanh": partial(torch.nn.functional.gelu, approximate="tanh"),
@@ -86,7 +83,8 @@ def prepack(
                 packed.extend(_worthwhile(_candidates(model), activations))
             else:
                 packed.extend(_Packed(linear, activations.get(linear)) for linear in map(model.get_submodule, names))
-            _join_gates(model, packed)
+            if find_library() is not None:
+                compute_together(model, packed)
         for layer in packed:
             layer.replace()
 
@@ -146,47 +144,30 @@ class _Packed:
     """A linear layer with its weight packed, and the activation that follows it, if one does that is known here.
 
     ``replace`` puts it in the layer's place, and lets the activation's module return what it is given. Then comes
-    ``restore`` or ``free_plain_weight``.
-
-    Attributes:
-        is_joined: whether what it would be multiplied with is multiplied already: see ``join``.
+    ``restore`` or ``free_plain_weight``. Its attributes are `together.PackedLayer`'s.
     """
 
     def __init__(self, linear: torch.nn.Linear, activation: torch.nn.Module | None = None) -> None:
         self.linear = linear
-        self._activation = activation
+        self._activation_module = activation
         self._plain_weight: torch.Tensor | None = linear.weight.data
         bias = None if linear.bias is None else linear.bias.detach()
-        name = "" if activation is None else _known_activation(activation)
-        self._name = name
+        self.activation = "" if activation is None else _known_activation(activation)
         self.is_joined = False
-        self._product = (TiledProduct if find_library() else _OneDnnProduct)(linear.weight.detach(), bias, name)
+        kind: Any = TiledProduct if find_library() else _OneDnnProduct
+        self.product = kind(linear.weight.detach(), bias, self.activation)
+        self.compute: Compute = self.product
 
     def __call__(self, input: torch.Tensor, other: torch.Tensor | None = None, operation: str = "") -> torch.Tensor:
         """The layer's output; with ``other``, that output and ``other`` added (``"add"``) or multiplied (``"mul"``)."""
-        return self._product(input, other, operation)
-
-    def join(self, gate: _Packed) -> None:
-        """Multiply this layer's output, after its activation, with that of ``gate``, in one product of both weights."""
-        first, second = self.linear, gate.linear
-        alike = (
-            not gate.is_joined
-            and first.weight.shape == second.weight.shape
-            and (first.bias is None) == (second.bias is None)
-        )
-        if alike and self._name and not gate._name and len(first.weight) % GATE_MULTIPLE == 0:
-            weights = second.weight.detach(), None if second.bias is None else second.bias.detach()
-            bias = None if first.bias is None else first.bias.detach()
-            self._product = TiledProduct(first.weight.detach(), bias, self._name, weights)
-            del gate._product  # nobody asks for it
-            gate.is_joined = True
+        return self.compute(input, other, operation)
 
     def replace(self) -> None:
         weight = self.linear.weight.data
         self.linear.weight.data = weight.new_full((1, 1), math.nan).expand(weight.shape)
         self.linear.forward = self
-        if self._activation is not None:
-            self._activation.forward = _identity
+        if self._activation_module is not None:
+            self._activation_module.forward = _identity
 
     def free_plain_weight(self) -> None:
         """After this, there is no ``restore``."""
@@ -195,21 +176,9 @@ class _Packed:
     def restore(self) -> None:
         if self._plain_weight is not None:
             self.linear.weight.data = self._plain_weight
-        for module in (self.linear, self._activation):
+        for module in (self.linear, self._activation_module):
             if module is not None:
                 vars(module).pop("forward", None)
-
-
-def _join_gates(model: torch.nn.Module, packed: Sequence[_Packed]) -> None:
-    """Let a gate be computed with the layer that it opens, where both are packed into tiles and joined by `times`."""
-    if find_library() is None:
-        return
-    of = {layer.linear: layer for layer in packed}
-    for module in model.modules():
-        for names in GATES:
-            first, gate = (of.get(vars(module)["_modules"].get(name)) for name in names)
-            if first and gate and "forward" in vars(module):
-                first.join(gate)
 
 
 def _worthwhile(linears: list[torch.nn.Linear], activations: dict[torch.nn.Linear, torch.nn.Module]) -> list[_Packed]:

@@ -66,6 +66,49 @@ def test_a_gate_is_computed_with_what_it_opens(
             torch.testing.assert_close(found.double(), ACTIVATIONS[name](one) * two, rtol=limit, atol=4 * limit)
 
 
+@pytest.mark.usefixtures("threads")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
+@pytest.mark.parametrize(
+    ("rows", "depth", "inner", "columns"), [(1, 96, 64, 33), (33, 70, 96, 20), (600, 384, 160, 96), (300, 64, 2080, 40)]
+)
+def test_two_layers_some_rows_at_a_time_give_what_they_give_apart(
+    rows: int, depth: int, inner: int, columns: int, gated: bool, dtype: torch.dtype
+) -> None:
+    input, other = numbers(rows, depth, dtype=dtype), numbers(rows, columns, dtype=dtype)
+    first, gate = (numbers(inner, depth + more, dtype=dtype)[:, :depth] / 8 for more in (0, 1))
+    up = TiledProduct(first, None if gated else numbers(inner, dtype=dtype), "gelu", (gate, None) if gated else None)
+    down = TiledProduct(numbers(columns, inner, dtype=dtype) / 8, numbers(columns, dtype=dtype), "")
+    assert up.can_feed(down)
+    assert torch.equal(up.feed(down, input), down(up(input)))
+    assert torch.equal(up.feed(down, input, other), down(up(input), other, "add"))
+
+
+def test_which_layers_can_feed_others() -> None:
+    def layer(columns: int, depth: int, activation: str = "", dtype: torch.dtype = torch.float32) -> TiledProduct:
+        return TiledProduct(numbers(columns, depth, dtype=dtype), None, activation)
+
+    up = layer(64, 32, "gelu")
+    assert up.can_feed(layer(32, 64))
+    assert not up.can_feed(layer(32, 96)), "it takes other numbers than there are"
+    assert not up.can_feed(layer(32, 64, "silu")), "it does something else with its products"
+    assert not up.can_feed(layer(32, 64, dtype=torch.bfloat16))
+    assert not layer(48, 32, "gelu").can_feed(layer(32, 48)), "its numbers do not fill tiles"
+
+
+@pytest.mark.usefixtures("threads")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize(("rows", "depth"), [(1, 64), (33, 100), (600, 384), (70, 2100)])
+def test_layers_side_by_side_give_what_they_give_apart(rows: int, depth: int, dtype: torch.dtype) -> None:
+    input = numbers(rows, depth, dtype=dtype)
+    layers = [
+        TiledProduct(numbers(columns, depth, dtype=dtype), numbers(columns, dtype=dtype) if columns > 32 else None, "")
+        for columns in (64, 32, 50, 1)
+    ]
+    found = layers[0].side_by_side(layers[1:], input)
+    assert all(torch.equal(output, layer(input)) for output, layer in zip(found, layers, strict=True))
+
+
 def test_float32_products_are_as_exact_as_float32_arithmetic() -> None:
     """Six products of bfloat16 parts err no more than torch's own float32 product does: by its last bits."""
     input, weight = numbers(500, 1024, dtype=torch.float32), numbers(300, 1024, dtype=torch.float32)

@@ -134,7 +134,7 @@ def test_a_packed_weight_takes_no_memory_twice(way: str, tmp_path: Path) -> None
     assert weight.shape == (64, 32)
     assert weight.untyped_storage().nbytes() == weight.element_size()
     assert weight.isnan().all(), "whoever reads it should not mistake it for the weight"
-    owners = layer.forward, layer.forward._product
+    owners = layer.forward, layer.forward.product
     held = [part for owner in owners for part in vars(owner).values() if isinstance(part, torch.Tensor)]
     assert sum(part.numel() >= weight.numel() for part in held) == 1, "the packed one, and not the plain one as well"
 

@@ -83,10 +83,6 @@ void multiply_block(const bf16 *rows, const bf16 *columns, long steps, float *su
         return;
     }
     constexpr long PART = 2 * TILE;
-    auto multiply_upper = [] {
-        _tile_dpbf16ps(0, 4, 6);
-        _tile_dpbf16ps(1, 4, 7);
-    };
     _tile_zero(0);
     _tile_zero(1);
     for (long k = 0; k < steps; ++k, rows += PART * PARTS, columns += PART * PARTS)

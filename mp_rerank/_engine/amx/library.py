@@ -23,6 +23,8 @@ SIGNATURES = {
     "mp_packed_bytes": (COUNT, [COUNT, COUNT, FLAG]),
     "mp_pack": (None, [ADDRESS, ADDRESS, COUNT, COUNT, FLAG, FLAG]),
     "mp_linear": (None, [ADDRESS] * 5 + [COUNT] * 3 + [FLAG] * 3),
+    "mp_feed_forward": (None, [ADDRESS] * 7 + [COUNT] * 4 + [FLAG] * 3),
+    "mp_side_by_side": (None, [ADDRESS] * 5 + [COUNT] * 3 + [FLAG] * 2),
     "mp_norm": (None, [ADDRESS] * 6 + [COUNT] * 2 + [NUMBER] + [FLAG] * 3),
     "mp_rotate": (None, ([ADDRESS] + [COUNT] * 3) * 2 + [ADDRESS] * 2 + [COUNT] * 2 + [FLAG] * 2),
     "mp_attention": (None, [ADDRESS] * 6 + [COUNT, ADDRESS] + [COUNT] * 3 + [NUMBER] + [COUNT] * 2 + [FLAG] * 2),

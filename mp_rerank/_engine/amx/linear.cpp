@@ -9,12 +9,18 @@ namespace {
 // the other 16, so that the output is half as wide.
 enum Then { PLAIN = 0, GELU = 1, GELU_TANH = 2, SILU = 3, ADD = 4, MULTIPLY = 5, GATED = 16 };
 
-constexpr long CHUNK_ROWS = 256;   // that are packed at a time: they and their part of the weight stay in the L2 cache
+constexpr long CHUNK_ROWS = 256;   // that are packed at a time, at most
 constexpr long ROW_BYTES = 4096;   // of a row that are packed at a time
 constexpr long COLUMN_DEPTH = 384; // numbers of 32 columns that stay in the L1 cache
 
 constexpr float GELU_FIT[] = {4.19733623e-11f,  -4.24891589e-09f, 1.90221471e-07f,  -5.00612759e-06f, 8.71172742e-05f,
                               -1.07138429e-03f, 9.69514251e-03f,  -6.61555827e-02f, 3.98802072e-01f};
+
+// So that they and their part of the weight stay in the L2 cache, and each thread has some.
+long rows_at_a_time(long rows, int threads) {
+    const long chunks = std::max(tiles_of(rows, CHUNK_ROWS), std::min<long>(threads, tiles_of(rows, BLOCK)));
+    return tiles_of(tiles_of(rows, chunks), BLOCK) * BLOCK;
+}
 
 // Functions of 16 numbers, as exact as float32 is, or (`ROUGH`) as bfloat16 is.
 
@@ -62,7 +68,8 @@ __m512 gelu_tanh(__m512 x) {
     return sigmoid_times<ROUGH>(x, _mm512_mul_ps(_mm512_mul_ps(x, cubic), number(2 * 0.79788456080286536f)));
 }
 
-template <typename Number, Then THEN>
+// `TO_TILES`: the output is laid out as another layer's input.
+template <typename Number, Then THEN, bool TO_TILES = false>
 struct Layer {
     static constexpr int PARTS = sizeof(Number) == 2 ? 1 : FLOAT_PARTS;
     static constexpr int SHARE = THEN & GATED ? 2 : 1;  // of the columns that the output has, one in so many
@@ -73,24 +80,27 @@ struct Layer {
     const Number *other;  // (rows, columns), or null
     Number *output;       // (rows, columns / SHARE); may be `other`
     long depth, columns;
+    const bf16 *input_tiles = nullptr;  // instead of `input`: those rows that are computed at a time, as `pack_rows` makes them
+    bf16 *output_tiles = nullptr;       // instead of `output`: the same, for another layer
 
     // Blocks of sums become numbers of the output while other sums are computed.
     struct Finishing {
         const Layer &layer;
         const float *sums = nullptr;
         long next = 0, rows = 0, each = 0, place = 0, each_lines = 0;
+        const long apart = TO_TILES ? TILE_DEPTH : layer.columns / SHARE;  // how far the next row is
         const char *coming = nullptr;
         const Number *written = nullptr;
         long unwritten = 0, each_written = 0;
         __mmask16 left = 0, right = 0;
 
-        void begin(const float *block, long row, long count, long column, long steps) {
+        void begin(const float *block, long at, long count, long column, long steps) {
             rest();
             sums = block;
             next = 0;
             rows = count;
             each = tiles_of(count, steps);
-            place = layer.place(row, column);
+            place = at;
             left = first(layer.columns - column);
             right = first(layer.columns - column - 16);
         }
@@ -123,16 +133,23 @@ struct Layer {
         }
 
         void one() const {
-            const float *from = sums + (next / 16 * 2) * 256 + next % 16 * 16;
-            const long at = place + next * layer.columns / SHARE;
+            const float *from = sums + next * 16 + (next & 16) * 16;  // of the lower tiles from row 16 on
+            const long at = place + next * apart;
             __m512 one = _mm512_load_ps(from), two = _mm512_load_ps(from + 256);
             if constexpr (THEN & GATED) {
-                store16(layer.output + at, 0xffff, _mm512_mul_ps(value(one, at, left), two));
+                one = _mm512_mul_ps(value(one, at, left), two);
+                if constexpr (TO_TILES) store_parts<PARTS>(layer.output_tiles + at, 2 * TILE, one);
+                else store16(layer.output + at, 0xffff, one);
                 return;
             }
             one = value(one, at, left);
             two = value(two, at + 16, right);
-            if (PARTS == 1 && right == 0xffff) {
+            if constexpr (TO_TILES && PARTS == 1) {
+                _mm512_store_si512(layer.output_tiles + at, (__m512i)_mm512_cvtne2ps_pbh(two, one));
+            } else if constexpr (TO_TILES) {
+                store_parts<PARTS>(layer.output_tiles + at, 2 * TILE, one);
+                store_parts<PARTS>(layer.output_tiles + at + 16, 2 * TILE, two);
+            } else if (PARTS == 1 && right == 0xffff) {
                 _mm512_storeu_si512(layer.output + at, (__m512i)_mm512_cvtne2ps_pbh(two, one));
             } else {
                 store16(layer.output + at, left, one);
@@ -154,6 +171,12 @@ struct Layer {
 
     // Where in the output the sums of a row and a column are.
     long place(long row, long column) const { return (row * columns + column) / SHARE; }
+
+    // The same in the output's tiles: of a block of 32 rows, the first one.
+    long place_in_tiles(long block, long column) const {
+        const long of_output = column / SHARE;
+        return (block * tiles_of(columns / SHARE, TILE_DEPTH) + of_output / TILE_DEPTH) * 2 * TILE * PARTS + of_output % TILE_DEPTH;
+    }
 
     // Rows as tiles: for each 32 rows and each 32 of depth, for each part two tiles.
     void pack_rows(bf16 *to, long row, long rows, long from, long until) const {
@@ -185,7 +208,9 @@ struct Layer {
         for (long from = 0; from < depth; from += deep) {
             const long until = std::min(depth, from + deep), steps = tiles_of(until - from, TILE_DEPTH);
             const long step = tiles_of(steps, tiles_of(until - from, COLUMN_DEPTH));
-            pack_rows(packed, row, rows, from, until);
+            const bf16 *tiles = input_tiles ? input_tiles + from / TILE_DEPTH * 2 * TILE * PARTS : packed;
+            const long block_apart = (input_tiles ? all_steps : steps) * 2 * TILE * PARTS;
+            if (!input_tiles) pack_rows(packed, row, rows, from, until);
             for (long n = begin; n < end; ++n) {
                 finishing.expect(weight + ((n + 1) * all_steps + from / TILE_DEPTH) * 2 * TILE * PARTS,
                                  n + 1 < end ? tiles_of(BLOCK * PARTS, blocks) : 0);
@@ -200,18 +225,19 @@ struct Layer {
                         const long at = place(first_row, n * BLOCK);
                         // Sums that are float32 numbers of the output need no finishing.
                         const bool whole = PARTS > 1 && count == BLOCK && (n + 1) * BLOCK <= columns;
-                        const bool direct = whole && (THEN == PLAIN || (THEN == ADD && !bias));
+                        const bool direct = whole && !TO_TILES && (THEN == PLAIN || (THEN == ADD && !bias));
                         if (from + k) load_sums(here, Place::alone());
                         else if (direct && THEN == ADD) load_sums((const float *)other + at, Place::within(columns));
                         else begin_sums(bias ? bias + n * BLOCK : nullptr);
-                        if (last) finishing.expect_output(at, count, some);
-                        add_products<PARTS>(packed + (m * steps + k) * 2 * TILE * PARTS, panel + k * 2 * TILE * PARTS,
-                                            some, finishing);
+                        if (last && !TO_TILES) finishing.expect_output(at, count, some);
+                        add_products<PARTS>(tiles + m * block_apart + k * 2 * TILE * PARTS, panel + k * 2 * TILE * PARTS, some,
+                                            finishing);
                         if (last && direct) {
                             store_sums((float *)output + at, Place::within(columns));
                         } else {
                             store_sums(here, Place::alone());
-                            if (last) finishing.begin(here, first_row, count, n * BLOCK, some);
+                            if (last && TO_TILES) finishing.begin(here, place_in_tiles(m, n * BLOCK), BLOCK, n * BLOCK, some);
+                            else if (last) finishing.begin(here, at, count, n * BLOCK, some);
                         }
                     }
             }
@@ -221,20 +247,59 @@ struct Layer {
 
     void run(long rows, int threads) const {
         if (rows == 0) return;
-        const long chunks = std::max(tiles_of(rows, CHUNK_ROWS), std::min<long>(threads, tiles_of(rows, BLOCK)));
-        const long each = tiles_of(tiles_of(rows, chunks), BLOCK) * BLOCK;
+        const long each = rows_at_a_time(rows, threads), chunks = tiles_of(rows, each);
         const long blocks = tiles_of(columns, BLOCK), stripes = std::min(blocks, std::max<long>(1, threads / chunks));
 #pragma omp parallel for collapse(2) schedule(dynamic, 1) num_threads(threads) if (threads > 1)
         for (long chunk = 0; chunk < chunks; ++chunk)
             for (long stripe = 0; stripe < stripes; ++stripe) {
                 const long row = chunk * each;
-                if (row >= rows) continue;
                 begin_tiles();
                 compute(row, std::min(each, rows - row), blocks * stripe / stripes, blocks * (stripe + 1) / stripes);
                 end_tiles();
             }
     }
 };
+
+// Call `work` for some rows after the others, with memory for so many tiles of each 32 of them.
+template <typename Work>
+void by_chunks(long rows, long tiles, int threads, Work work) {
+    const long each = rows_at_a_time(rows, threads);
+#pragma omp parallel for schedule(dynamic, 1) num_threads(threads) if (threads > 1)
+    for (long row = 0; row < rows; row += each) {
+        bf16 *kept = (bf16 *)scratch(2, sizeof(bf16) * tiles_of(each, BLOCK) * tiles * TILE);
+        begin_tiles();
+        work(row, std::min(each, rows - row), kept);
+        end_tiles();
+    }
+}
+
+// A layer, and another one of its output: what is between them stays in the L2 cache.
+template <typename Number, Then UP, Then DOWN>
+void feed_forward(const Layer<Number, UP, true> &up, const Layer<Number, DOWN> &down, long rows, int threads) {
+    const long tiles = 2 * tiles_of(down.depth, TILE_DEPTH) * up.PARTS;
+    by_chunks(rows, tiles, threads, [&](long row, long count, bf16 *between) {
+        auto first = up;
+        auto second = down;
+        first.output_tiles = between;
+        second.input_tiles = between;
+        first.compute(row, count, 0, tiles_of(up.columns, BLOCK));
+        second.compute(row, count, 0, tiles_of(down.columns, BLOCK));
+    });
+}
+
+// Layers with one input, which is packed once.
+template <typename Number>
+void side_by_side(const Layer<Number, PLAIN> *layers, long count, long rows, int threads) {
+    const long depth = layers->depth, tiles = 2 * tiles_of(depth, TILE_DEPTH) * layers->PARTS;
+    by_chunks(rows, tiles, threads, [&](long row, long some, bf16 *packed) {
+        layers->pack_rows(packed, row, some, 0, depth);
+        for (long i = 0; i < count; ++i) {
+            auto layer = layers[i];
+            layer.input_tiles = packed;
+            layer.compute(row, some, 0, tiles_of(layer.columns, BLOCK));
+        }
+    });
+}
 
 template <typename Number>
 void pack(const Number *weight, bf16 *packed, long columns, long depth, int threads) {
@@ -263,6 +328,26 @@ void pack(const Number *weight, bf16 *packed, long columns, long depth, int thre
         }
 }
 
+// Call what is made for these numbers, and for what is done with sums of products.
+template <typename Work>
+void by_kind(int wide, int then, Work work) {
+    auto of = [&]<typename Number>(Number) {
+        switch (then) {
+            case GELU: return work.template operator()<Number, GELU>();
+            case GELU_TANH: return work.template operator()<Number, GELU_TANH>();
+            case SILU: return work.template operator()<Number, SILU>();
+            case ADD: return work.template operator()<Number, ADD>();
+            case MULTIPLY: return work.template operator()<Number, MULTIPLY>();
+            case GATED | GELU: return work.template operator()<Number, (Then)(GATED | GELU)>();
+            case GATED | GELU_TANH: return work.template operator()<Number, (Then)(GATED | GELU_TANH)>();
+            case GATED | SILU: return work.template operator()<Number, (Then)(GATED | SILU)>();
+            default: return work.template operator()<Number, PLAIN>();
+        }
+    };
+    if (wide) of(float());
+    else of(bf16());
+}
+
 }  // namespace
 
 extern "C" {
@@ -283,24 +368,36 @@ void mp_pack(const void *weight, bf16 *packed, long columns, long depth, int wid
 // columns.
 void mp_linear(const void *input, const bf16 *weight, const float *bias, const void *other, void *output, long rows,
                long depth, long columns, int wide, int then, int threads) {
-    auto run = [&]<typename Number>(Number) {
-        auto layer = [&]<Then THEN>() {
-            Layer<Number, THEN>{(const Number *)input, weight, bias, (const Number *)other, (Number *)output, depth, columns}
-                .run(rows, threads);
+    by_kind(wide, then, [&]<typename Number, Then THEN>() {
+        Layer<Number, THEN>{(const Number *)input, weight, bias, (const Number *)other, (Number *)output, depth, columns}
+            .run(rows, threads);
+    });
+}
+
+// output = then(input . up^T + up_bias) . down^T + down_bias, and `other`, if there is one. `inner` is the number of columns
+// between the two, a multiple of 32; a gated `up` has twice as many.
+void mp_feed_forward(const void *input, const bf16 *up, const float *up_bias, const bf16 *down, const float *down_bias,
+                     const void *other, void *output, long rows, long depth, long inner, long columns, int wide, int then,
+                     int threads) {
+    by_kind(wide, then, [&]<typename Number, Then THEN>() {
+        auto run = [&]<Then DOWN>() {
+            feed_forward(Layer<Number, THEN, true>{(const Number *)input, up, up_bias, nullptr, nullptr, depth, THEN & GATED ? 2 * inner : inner},
+                         Layer<Number, DOWN>{nullptr, down, down_bias, (const Number *)other, (Number *)output, inner, columns},
+                         rows, threads);
         };
-        switch (then) {
-            case GELU: return layer.template operator()<GELU>();
-            case GELU_TANH: return layer.template operator()<GELU_TANH>();
-            case SILU: return layer.template operator()<SILU>();
-            case ADD: return layer.template operator()<ADD>();
-            case MULTIPLY: return layer.template operator()<MULTIPLY>();
-            case GATED | GELU: return layer.template operator()<(Then)(GATED | GELU)>();
-            case GATED | GELU_TANH: return layer.template operator()<(Then)(GATED | GELU_TANH)>();
-            case GATED | SILU: return layer.template operator()<(Then)(GATED | SILU)>();
-            default: return layer.template operator()<PLAIN>();
-        }
-    };
-    if (wide) run(float());
-    else run(bf16());
+        if (other) run.template operator()<ADD>();
+        else run.template operator()<PLAIN>();
+    });
+}
+
+// Outputs of up to 4 plain layers with one input.
+void mp_side_by_side(const void *input, const bf16 *const *weights, const float *const *biases, void *const *outputs,
+                     const long *columns, long count, long rows, long depth, int wide, int threads) {
+    by_kind(wide, PLAIN, [&]<typename Number, Then THEN>() {
+        Layer<Number, PLAIN> layers[4];
+        for (long i = 0; i < count; ++i)
+            layers[i] = {(const Number *)input, weights[i], biases[i], nullptr, (Number *)outputs[i], depth, columns[i]};
+        side_by_side(layers, count, rows, threads);
+    });
 }
 }

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -43,18 +45,19 @@ class TiledProduct:
             weight = _in_turn(weight, gate[0])
             bias = None if bias is None else _in_turn(bias, gate[1])
         weight = weight.contiguous()
-        self._run = library.mp_linear
+        self._library = library
         self._columns, self._depth = weight.shape
         self._dtype = weight.dtype
         self._wide = is_wide(weight)
-        self._then = THEN[activation] + (0 if gate is None else GATED)
+        self.is_gated = gate is not None
+        self._then = THEN[activation] + (GATED if self.is_gated else 0)
         size = library.mp_packed_bytes(self._columns, self._depth, self._wide)
         self._memory = torch.empty(size + ALIGNMENT, dtype=torch.uint8)
-        self._packed = -(-self._memory.data_ptr() // ALIGNMENT) * ALIGNMENT
-        library.mp_pack(
-            weight.data_ptr(), self._packed, self._columns, self._depth, self._wide, torch.get_num_threads()
-        )
+        packed = -(-self._memory.data_ptr() // ALIGNMENT) * ALIGNMENT
+        library.mp_pack(weight.data_ptr(), packed, self._columns, self._depth, self._wide, torch.get_num_threads())
         self._bias = None if bias is None else torch.nn.functional.pad(bias.float(), (0, -self._columns % BLOCK))
+        #: as the library takes them
+        self._weight = packed, None if self._bias is None else self._bias.data_ptr()
 
     def __call__(self, input: torch.Tensor, other: torch.Tensor | None = None, operation: str = "") -> torch.Tensor:
         """The layer's output; with ``other``, that output and ``other`` added (``"add"``) or multiplied (``"mul"``).
@@ -63,20 +66,12 @@ class TiledProduct:
             input: shape (..., depth).
             other: shape (..., columns); none where there is a gate.
         """
-        if input.shape[-1] != self._depth or input.dtype is not self._dtype:
-            raise ValueError(f"{tuple(input.shape)} of {input.dtype} for a layer of {self._depth} of {self._dtype}")
         if operation and self._then:
             raise ValueError("a layer with an activation or a gate adds and multiplies nothing else")
-        input = input.contiguous()
-        output = input.new_empty((*input.shape[:-1], self._width))
-        if other is not None:
-            other = other.contiguous()
-            if other.shape != output.shape or other.dtype is not self._dtype:
-                raise ValueError(f"{tuple(output.shape)} of {self._dtype} and {tuple(other.shape)} of {other.dtype}")
-        self._run(
+        input, other, output = self._operands(input, other, self._width)
+        self._library.mp_linear(
             input.data_ptr(),
-            self._packed,
-            None if self._bias is None else self._bias.data_ptr(),
+            *self._weight,
             None if other is None else other.data_ptr(),
             output.data_ptr(),
             input.shape[:-1].numel(),
@@ -87,6 +82,76 @@ class TiledProduct:
             torch.get_num_threads(),
         )
         return output
+
+    def can_feed(self, down: TiledProduct) -> bool:
+        """Whether ``feed`` takes ``down``: a plain layer of as many numbers as this one gives, a multiple of 32."""
+        return self._width == down._depth and self._width % BLOCK == 0 and self._dtype is down._dtype and not down._then
+
+    def feed(self, down: TiledProduct, input: torch.Tensor, other: torch.Tensor | None = None) -> torch.Tensor:
+        """``down`` of this layer's output, and ``other`` added: some rows at a time, and what is between in the cache.
+
+        Args:
+            input: shape (..., depth).
+            other: shape (..., columns of ``down``).
+        """
+        threads = torch.get_num_threads()
+        rows = input.shape[:-1].numel()
+        if rows < BLOCK * threads:  # too few for each thread to have some: threads share columns, too
+            return down(self(input), other, "" if other is None else "add")
+        input, other, output = self._operands(input, other, down._width)
+        self._library.mp_feed_forward(
+            input.data_ptr(),
+            *self._weight,
+            *down._weight,
+            None if other is None else other.data_ptr(),
+            output.data_ptr(),
+            rows,
+            self._depth,
+            self._width,
+            down._width,
+            self._wide,
+            self._then,
+            threads,
+        )
+        return output
+
+    def side_by_side(self, others: Sequence[TiledProduct], input: torch.Tensor) -> list[torch.Tensor]:
+        """The outputs of this layer and of at most three others, all plain, of one input, which is laid out once."""
+        threads = torch.get_num_threads()
+        rows = input.shape[:-1].numel()
+        layers = [self, *others]
+        if rows < BLOCK * threads:  # as in ``feed``
+            return [layer(input) for layer in layers]
+        input, _, _ = self._operands(input, None, 0)
+        outputs = [input.new_empty((*input.shape[:-1], layer._width)) for layer in layers]
+        addresses = ctypes.c_void_p * len(layers)
+        self._library.mp_side_by_side(
+            input.data_ptr(),
+            addresses(*(layer._weight[0] for layer in layers)),
+            addresses(*(layer._weight[1] for layer in layers)),
+            addresses(*(output.data_ptr() for output in outputs)),
+            (ctypes.c_long * len(layers))(*(layer._columns for layer in layers)),
+            len(layers),
+            rows,
+            self._depth,
+            self._wide,
+            threads,
+        )
+        return outputs
+
+    def _operands(
+        self, input: torch.Tensor, other: torch.Tensor | None, width: int
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
+        """``input`` and ``other`` as the library takes them, and where the output goes, of so many columns."""
+        if input.shape[-1] != self._depth or input.dtype is not self._dtype:
+            raise ValueError(f"{tuple(input.shape)} of {input.dtype} for a layer of {self._depth} of {self._dtype}")
+        input = input.contiguous()
+        output = input.new_empty((*input.shape[:-1], width))
+        if other is not None:
+            other = other.contiguous()
+            if other.shape != output.shape or other.dtype is not self._dtype:
+                raise ValueError(f"{tuple(output.shape)} of {self._dtype} and {tuple(other.shape)} of {other.dtype}")
+        return input, other, output
 
 
 def _in_turn(first: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:

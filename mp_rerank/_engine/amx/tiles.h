@@ -100,11 +100,19 @@ static inline void load_columns(const bf16 *columns) {
     _tile_loadd(7, columns + TILE, 64);
 }
 
-static inline void multiply() {
+static inline void multiply_upper() {
     _tile_dpbf16ps(0, 4, 6);
     _tile_dpbf16ps(1, 4, 7);
+}
+
+static inline void multiply_lower() {
     _tile_dpbf16ps(2, 5, 6);
     _tile_dpbf16ps(3, 5, 7);
+}
+
+static inline void multiply() {
+    multiply_upper();
+    multiply_lower();
 }
 
 // Add to the block of sums the products of 32 rows and 32 columns.
@@ -118,7 +126,9 @@ static inline void add_products(const bf16 *rows, const bf16 *columns, long step
         if constexpr (PARTS == 1) {
             stream_rows(rows);
             load_columns(columns);
-            multiply();
+            multiply_upper();
+            beside.step();
+            multiply_lower();
         } else {
             load_rows(rows);
             load_columns(columns + 4 * TILE);
@@ -132,9 +142,10 @@ static inline void add_products(const bf16 *rows, const bf16 *columns, long step
             load_rows(rows + 4 * TILE);
             multiply();  // the third with the first
             load_rows(rows);
-            multiply();  // the first with the first
+            multiply_upper();  // the first with the first
+            beside.step();
+            multiply_lower();
         }
-        beside.step();
     }
 }
 
@@ -190,9 +201,11 @@ static inline __m512 exponential(__m512 x) {
 }
 
 // Ask for large pages, of which the CPU need look up few: large layers are 10 to 20 % faster.
+constexpr uintptr_t LARGE_PAGE = 2 << 20;
+
 static inline void large_pages(void *memory, size_t bytes) {
-    constexpr uintptr_t PAGE = 2 << 20;
-    const uintptr_t begin = ((uintptr_t)memory + PAGE - 1) / PAGE * PAGE, end = ((uintptr_t)memory + bytes) / PAGE * PAGE;
+    const uintptr_t begin = ((uintptr_t)memory + LARGE_PAGE - 1) / LARGE_PAGE * LARGE_PAGE;
+    const uintptr_t end = ((uintptr_t)memory + bytes) / LARGE_PAGE * LARGE_PAGE;
     if (begin < end) madvise((void *)begin, end - begin, MADV_HUGEPAGE);
 }
 
@@ -225,9 +238,11 @@ static inline void *scratch(int which, size_t bytes) {
     Scratch *mine = Scratch::of_this_thread();
     if (mine->sizes[which] < bytes) {
         free(mine->kept[which]);
-        mine->sizes[which] = (bytes + 65535) / 65536 * 65536;
-        mine->kept[which] = aligned_alloc(4096, mine->sizes[which]);
+        const size_t page = bytes < LARGE_PAGE ? 65536 : LARGE_PAGE;
+        mine->sizes[which] = (bytes + page - 1) / page * page;
+        mine->kept[which] = aligned_alloc(page, mine->sizes[which]);
         if (!mine->kept[which]) abort();  // no memory: a worker that dies is replaced
+        large_pages(mine->kept[which], mine->sizes[which]);
     }
     return mine->kept[which];
 }
