@@ -81,8 +81,7 @@ THREAD_VARIABLES = (
 # one thread then sits on CPU 0.
 BINDING_VARIABLES = ("GOMP_CPU_AFFINITY", "KMP_AFFINITY", "OMP_PLACES")
 PR_SET_PDEATHSIG = 1  # of linux/prctl.h
-# To give memory back takes a millisecond. Without that, a forked worker with the built-in model has 116 MiB of its own
-# after 1,500 texts, and 87 with it.
+# After so many slices what memory is free is given back, which takes a millisecond; the next slice clears pages anew.
 SLICES_A_TRIM = 32
 # The exit code of a worker whose process can use its GPU no more: another process can.
 EXIT_DEVICE_LOST = 75

@@ -54,8 +54,14 @@ def check(pool: RerankerPool, query: str = "query") -> None:
 
 def nanny_child(nanny: psutil.Popen) -> psutil.Process:
     """The worker that a nanny watches, once it has one."""
-    until(lambda: len(workers_of(nanny)) == 1)
-    return workers_of(nanny)[0]
+    found: list[psutil.Process] = []
+
+    def look() -> bool:
+        found[:] = workers_of(nanny)
+        return len(found) == 1
+
+    until(look)
+    return found[0]
 
 
 def test_a_worker_that_joins_later_has_a_seat(make_cluster_pool: MakePool, cluster: Processes) -> None:

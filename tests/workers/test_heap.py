@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import subprocess
 import sys
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import pytest
 from conftest import PATIENCE, START_METHODS
 
 from mp_rerank import ModelSpec, RerankerPool
+from mp_rerank._workers import child, heap
 from mp_rerank._workers.child import SLICES_A_TRIM
 
 pytestmark = pytest.mark.skipif(
@@ -33,6 +36,16 @@ def test_memory_is_kept_from_slice_to_slice(start_method: str, make_pool: Callab
     assert set(cleared) <= {0, SLICES_A_TRIM}  # the first one of all, and the first after memory was given back
 
 
+def test_what_is_kept_is_given_back_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
+    scored, kept_at = [], []
+    monkeypatch.setattr(child, "_model", SimpleNamespace(score=lambda pairs, options: scored.append(pairs)))
+    monkeypatch.setattr(child, "_slices", 0)
+    monkeypatch.setattr(heap, "keep_memory", lambda: kept_at.append(len(scored)))
+    for _ in range(3 * SLICES_A_TRIM):
+        child.score([("query", "document")])
+    assert kept_at == [0, SLICES_A_TRIM, 2 * SLICES_A_TRIM]
+
+
 SCRIPT = """
 import psutil
 from mp_rerank._workers import heap
@@ -45,6 +58,9 @@ before = used()
 blocks = [bytearray(4 << 20) for _ in range(8)]
 del blocks
 assert used() >= before + 30, (before, used())
+huge = bytearray(300 << 20)
+del huge
+assert used() < before + 60, (before, used())
 heap.give_back_memory()
 assert used() < before + 8, (before, used())
 """
@@ -52,3 +68,9 @@ assert used() < before + 8, (before, used())
 
 def test_free_memory_is_given_back() -> None:
     subprocess.run([sys.executable, "-c", SCRIPT], check=True, timeout=PATIENCE)
+
+
+def test_who_has_set_up_the_c_library_is_left_in_peace() -> None:
+    script = SCRIPT.replace(">= before + 30", "< before + 8")
+    environ = {**os.environ, "MALLOC_TRIM_THRESHOLD_": "131072"}
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=PATIENCE, env=environ)
