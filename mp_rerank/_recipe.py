@@ -26,6 +26,7 @@ class Recipe:
         score_logits: of a vocabulary's logits only those are computed that the score is made of.
         prepacked: the names of its linear layers whose weights are prepacked.
         amx: those are computed in AMX tiles, by kernels of this package. Informs only: each worker sees for itself.
+        computes_together: layers that stand together are computed together, in those tiles.
         pipeline: how texts become tokens without ``CrossEncoder.predict``: by the tokenizer's ``"backend"``, by the
             ``"tokenizer"``, or by the library's ``"preprocess"``; empty: pairs go through ``predict``.
         cuda_graphs: a batch on a GPU is one row, computed by a CUDA graph for its size. Its head reads each pair's
@@ -41,6 +42,7 @@ class Recipe:
     score_logits: bool = False
     prepacked: tuple[str, ...] = ()
     amx: bool = False
+    computes_together: bool = False
     pipeline: str = ""
     cuda_graphs: str = ""
     equal_lengths: bool = False
@@ -60,6 +62,7 @@ class Recipe:
                 "score_logits",
                 "prepacked",
                 "amx",
+                "computes_together",
             )
             if getattr(self, name)
         )

@@ -59,6 +59,7 @@ from mp_rerank._engine.pipeline import (
     without_surrogates,
 )
 from mp_rerank._engine.prepack import prepack
+from mp_rerank._engine.together import compute_together
 from mp_rerank._engine.unpad import (
     attend_in_tiles,
     has_vocabulary_score,
@@ -300,6 +301,8 @@ class Engine:
             self.recipe = replace(self.recipe, prepacked=tuple(packed), amx=bool(packed and find_library()))
             self._note("prepacked", why_not)
             self._note("amx", why_no_library())
+            if self.recipe.amx and (recipe is None or recipe.computes_together):
+                self._try("computes_together", compute_together(module, self.dtype, proof))
 
     def _take_varlen(self, recipe: Recipe | None) -> None:
         """On a GPU, let the network take a batch as one row, with a CUDA graph for its size."""

@@ -25,9 +25,8 @@ from mp_rerank._engine.amx.library import find_library
 from mp_rerank._engine.amx.linear import TiledProduct
 from mp_rerank._engine.packed import TOKEN_MULTIPLE
 from mp_rerank._engine.parity import Scores, keep_if_equal
-from mp_rerank._engine.together import Compute, compute_together
 
-__all__ = ["plus", "prepack", "times"]
+__all__ = ["PackedLinear", "plus", "prepack", "times"]
 
 # Tokens of input that the layout is chosen for and timed with: about half a batch.
 TIMED_TOKENS = 512
@@ -41,6 +40,10 @@ FEW_TOKENS = 64
 WORTHWHILE = 0.97
 # The names under which models keep a layer and the activation that follows it; the last is ``fused``'s own.
 ACTIVATION_AFTER = {"dense": "intermediate_act_fn", "lin1": "activation", "gate_proj": "act_fn", "first": "act"}
+# Those of two layers with one input, where ``fused`` multiplies the second one's output with the first one's.
+GATES = (("gate_proj", "up_proj"), ("first", "gate"))
+# Two such layers are computed as one if their columns are a multiple of this.
+GATE_MULTIPLE = 16
 ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "gelu": torch.nn.functional.gelu,
     "gelu_tanh": partial(torch.nn.functional.gelu, approximate="tanh"),
@@ -74,7 +77,7 @@ def prepack(
     """
     if not torch.backends.mkldnn.is_available():
         return [], "this torch is built without oneDNN"
-    packed: list[_Packed] = []
+    packed: list[PackedLinear] = []
 
     def change() -> None:
         with torch.inference_mode():
@@ -82,9 +85,10 @@ def prepack(
             if names is None:
                 packed.extend(_worthwhile(_candidates(model), activations))
             else:
-                packed.extend(_Packed(linear, activations.get(linear)) for linear in map(model.get_submodule, names))
-            if find_library() is not None:
-                compute_together(model, packed)
+                packed.extend(
+                    PackedLinear(linear, activations.get(linear)) for linear in map(model.get_submodule, names)
+                )
+            _join_gates(model, packed)
         for layer in packed:
             layer.replace()
 
@@ -104,7 +108,7 @@ def prepack(
 def times(linear: torch.nn.Module, input: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
     """``linear(input) * factor``, without a pass over memory of its own where ``linear`` is prepacked."""
     packed = vars(linear).get("forward")
-    if isinstance(packed, _Packed):
+    if isinstance(packed, PackedLinear):
         return factor if packed.is_joined else packed(input, factor, "mul")
     return linear(input).mul_(factor)
 
@@ -112,7 +116,7 @@ def times(linear: torch.nn.Module, input: torch.Tensor, factor: torch.Tensor) ->
 def plus(linear: torch.nn.Module, input: torch.Tensor, summand: torch.Tensor) -> torch.Tensor:
     """``linear(input) + summand``, without a pass over memory of its own where ``linear`` is prepacked."""
     packed = vars(linear).get("forward")
-    return packed(input, summand, "add") if isinstance(packed, _Packed) else linear(input).add_(summand)
+    return packed(input, summand, "add") if isinstance(packed, PackedLinear) else linear(input).add_(summand)
 
 
 class _OneDnnProduct:
@@ -140,11 +144,18 @@ class _OneDnnProduct:
         return product
 
 
-class _Packed:
+class PackedLinear:
     """A linear layer with its weight packed, and the activation that follows it, if one does that is known here.
 
     ``replace`` puts it in the layer's place, and lets the activation's module return what it is given. Then comes
-    ``restore`` or ``free_plain_weight``. Its attributes are `together.PackedLayer`'s.
+    ``restore`` or ``free_plain_weight``.
+
+    Attributes:
+        linear: the layer.
+        activation: the name of what is applied to its products; empty: nothing.
+        product: of its weight, and of a gate's where that is joined: a `TiledProduct`, or oneDNN's.
+        compute: what a call does. It is ``product``, unless the layer is computed together with others (``together``).
+        is_joined: whether what it would be multiplied with is multiplied already: see ``join``.
     """
 
     def __init__(self, linear: torch.nn.Linear, activation: torch.nn.Module | None = None) -> None:
@@ -156,11 +167,26 @@ class _Packed:
         self.is_joined = False
         kind: Any = TiledProduct if find_library() else _OneDnnProduct
         self.product = kind(linear.weight.detach(), bias, self.activation)
-        self.compute: Compute = self.product
+        self.compute: Callable[..., torch.Tensor] = self.product
 
     def __call__(self, input: torch.Tensor, other: torch.Tensor | None = None, operation: str = "") -> torch.Tensor:
         """The layer's output; with ``other``, that output and ``other`` added (``"add"``) or multiplied (``"mul"``)."""
         return self.compute(input, other, operation)
+
+    def join(self, gate: PackedLinear) -> None:
+        """Multiply this layer's output, after its activation, with that of ``gate``, in one product of both weights."""
+        first, second = self.linear, gate.linear
+        alike = (
+            not gate.is_joined
+            and first.weight.shape == second.weight.shape
+            and (first.bias is None) == (second.bias is None)
+        )
+        if alike and self.activation and not gate.activation and len(first.weight) % GATE_MULTIPLE == 0:
+            weights = second.weight.detach(), None if second.bias is None else second.bias.detach()
+            bias = None if first.bias is None else first.bias.detach()
+            self.compute = self.product = TiledProduct(first.weight.detach(), bias, self.activation, weights)
+            del gate.product, gate.compute  # nobody asks for them
+            gate.is_joined = True
 
     def replace(self) -> None:
         weight = self.linear.weight.data
@@ -181,20 +207,34 @@ class _Packed:
                 vars(module).pop("forward", None)
 
 
-def _worthwhile(linears: list[torch.nn.Linear], activations: dict[torch.nn.Linear, torch.nn.Module]) -> list[_Packed]:
+def _join_gates(model: torch.nn.Module, packed: Sequence[PackedLinear]) -> None:
+    """Let a gate be computed with the layer that it opens, where both are packed into tiles and joined by `times`."""
+    if find_library() is None:
+        return
+    of = {layer.linear: layer for layer in packed}
+    for module in model.modules():
+        for names in GATES:
+            first, gate = (of.get(vars(module)["_modules"].get(name)) for name in names)
+            if first and gate and "forward" in vars(module):
+                first.join(gate)
+
+
+def _worthwhile(
+    linears: list[torch.nn.Linear], activations: dict[torch.nn.Linear, torch.nn.Module]
+) -> list[PackedLinear]:
     """The layers of those shapes that are faster packed, as a few layers of each shape show; in bfloat16 all."""
     alike: dict[tuple[Any, ...], list[torch.nn.Linear]] = defaultdict(list)
     for linear in linears:
         shape = linear.in_features, linear.out_features
         alike[linear.weight.dtype, shape, linear.bias is None, linear in activations].append(linear)
-    chosen: list[_Packed] = []
+    chosen: list[PackedLinear] = []
     for (dtype, *_), group in alike.items():
         layers = [(linear, activations.get(linear)) for linear in group]
-        packed = [_Packed(*layer) for layer in layers[:TIMED_LAYERS]]
+        packed = [PackedLinear(*layer) for layer in layers[:TIMED_LAYERS]]
         plain = [torch.nn.Sequential(*filter(None, layer)) for layer in layers[:TIMED_LAYERS]]
         input = torch.randn(TIMED_TOKENS, group[0].in_features, dtype=dtype)
         if dtype is torch.bfloat16 or _share_of_time(packed, plain, input) < WORTHWHILE:
-            chosen += packed + [_Packed(*layer) for layer in layers[TIMED_LAYERS:]]
+            chosen += packed + [PackedLinear(*layer) for layer in layers[TIMED_LAYERS:]]
     return chosen
 
 

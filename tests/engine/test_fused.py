@@ -41,7 +41,7 @@ def test_what_a_product_is_added_to_or_multiplied_with(packed: bool, tokens: int
         states, other = torch.randn(1, tokens, 8), torch.randn(1, tokens, 4)
         expected = linear(states)
         if packed:
-            prepack._Packed(linear).replace()
+            prepack.PackedLinear(linear).replace()
         torch.testing.assert_close(prepack.times(linear, states, other), expected * other, rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(prepack.plus(linear, states, other), expected + other, rtol=1e-5, atol=1e-5)
 

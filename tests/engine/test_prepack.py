@@ -149,8 +149,8 @@ def test_layers_that_are_not_faster_are_left_alone(tmp_path: Path, monkeypatch: 
 @pytest.mark.usefixtures("always")
 def test_layers_that_compute_something_else_are_put_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = models.build("bert", tmp_path)
-    multiply = module._Packed.__call__
-    monkeypatch.setattr(module._Packed, "__call__", lambda self, input, *rest: 1.01 * multiply(self, input, *rest))
+    multiply = module.PackedLinear.__call__
+    monkeypatch.setattr(module.PackedLinear, "__call__", lambda self, input, *rest: 1.01 * multiply(self, input, *rest))
     plain = engine(folder)
     assert len(plain.recipe.prepacked) == 0
     assert not replaced(plain.model.model)
@@ -164,7 +164,7 @@ def test_layers_that_cannot_be_packed_are_put_back(tmp_path: Path, monkeypatch: 
     def fail(self: Any, input: Any) -> None:
         raise RuntimeError("no such operator")
 
-    monkeypatch.setattr(module._Packed, "__call__", fail)
+    monkeypatch.setattr(module.PackedLinear, "__call__", fail)
     plain = engine(folder)
     assert len(plain.recipe.prepacked) == 0
     np.testing.assert_allclose(plain.predict(PAIRS), models.load(folder, "cpu").predict(PAIRS), atol=1e-6)

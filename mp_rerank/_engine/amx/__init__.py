@@ -1,7 +1,7 @@
 """Kernels for CPUs with AMX: products of matrices in tiles, and what stands beside them, in C++.
 
     tiles.h         what all kernels are made of: tiles, float32 numbers as three bfloat16 ones, 16 numbers at a time
-    linear.cpp      linear layers, with bias, activation, sum or product
+    linear.cpp      linear layers, with bias, activation, sum or product; two, or several of one input, at once
     rows.cpp        norms and rotary positions
     attention.cpp   attention within each pair of a row of tokens: both products and the softmax, in one pass
     support.cpp     whether this process can compute in tiles

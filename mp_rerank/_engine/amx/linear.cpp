@@ -273,7 +273,7 @@ void by_chunks(long rows, long tiles, int threads, Work work) {
     }
 }
 
-// A layer, and another one of its output: what is between them stays in the L2 cache.
+// A layer, and another one of its output: what is between them is used again before it leaves the caches.
 template <typename Number, Then UP, Then DOWN>
 void feed_forward(const Layer<Number, UP, true> &up, const Layer<Number, DOWN> &down, long rows, int threads) {
     const long tiles = 2 * tiles_of(down.depth, TILE_DEPTH) * up.PARTS;

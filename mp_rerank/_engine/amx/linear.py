@@ -29,6 +29,11 @@ class TiledProduct:
         activation: ``"gelu"``, ``"gelu_tanh"``, ``"silu"``, or empty.
         gate: another weight and bias of the same shapes, whose products those after the activation are multiplied with.
             Columns are then a multiple of 16, and both have a bias or neither.
+
+    Attributes:
+        depth: numbers of a row of the input.
+        dtype: of the weight, the input and the output.
+        is_gated: whether there is a gate.
     """
 
     def __init__(
@@ -46,15 +51,15 @@ class TiledProduct:
             bias = None if bias is None else _in_turn(bias, gate[1])
         weight = weight.contiguous()
         self._library = library
-        self._columns, self._depth = weight.shape
-        self._dtype = weight.dtype
+        self._columns, self.depth = weight.shape
+        self.dtype = weight.dtype
         self._wide = is_wide(weight)
         self.is_gated = gate is not None
         self._then = THEN[activation] + (GATED if self.is_gated else 0)
-        size = library.mp_packed_bytes(self._columns, self._depth, self._wide)
+        size = library.mp_packed_bytes(self._columns, self.depth, self._wide)
         self._memory = torch.empty(size + ALIGNMENT, dtype=torch.uint8)
         packed = -(-self._memory.data_ptr() // ALIGNMENT) * ALIGNMENT
-        library.mp_pack(weight.data_ptr(), packed, self._columns, self._depth, self._wide, torch.get_num_threads())
+        library.mp_pack(weight.data_ptr(), packed, self._columns, self.depth, self._wide, torch.get_num_threads())
         self._bias = None if bias is None else torch.nn.functional.pad(bias.float(), (0, -self._columns % BLOCK))
         #: as the library takes them
         self._weight = packed, None if self._bias is None else self._bias.data_ptr()
@@ -75,7 +80,7 @@ class TiledProduct:
             None if other is None else other.data_ptr(),
             output.data_ptr(),
             input.shape[:-1].numel(),
-            self._depth,
+            self.depth,
             self._columns,
             self._wide,
             THEN[operation] if operation else self._then,
@@ -83,17 +88,24 @@ class TiledProduct:
         )
         return output
 
+    @property
+    def shape(self) -> tuple[int, int, int, torch.dtype]:
+        """Equal for products that the same kernel computes: depth, columns, what is done with sums, dtype."""
+        return self.depth, self._columns, self._then, self.dtype
+
     def can_feed(self, down: TiledProduct) -> bool:
         """Whether ``feed`` takes ``down``: a plain layer of as many numbers as this one gives, a multiple of 32."""
-        return self._width == down._depth and self._width % BLOCK == 0 and self._dtype is down._dtype and not down._then
+        return self._width == down.depth and self._width % BLOCK == 0 and self.dtype is down.dtype and not down._then
 
     def feed(self, down: TiledProduct, input: torch.Tensor, other: torch.Tensor | None = None) -> torch.Tensor:
-        """``down`` of this layer's output, and ``other`` added: some rows at a time, and what is between in the cache.
+        """``down`` of this layer's output, and ``other`` added, for some rows at a time: less is written out.
 
         Args:
             input: shape (..., depth).
             other: shape (..., columns of ``down``).
         """
+        if not self.can_feed(down):
+            raise ValueError(f"a layer of {self.shape} cannot feed one of {down.shape}")
         threads = torch.get_num_threads()
         rows = input.shape[:-1].numel()
         if rows < BLOCK * threads:  # too few for each thread to have some: threads share columns, too
@@ -106,7 +118,7 @@ class TiledProduct:
             None if other is None else other.data_ptr(),
             output.data_ptr(),
             rows,
-            self._depth,
+            self.depth,
             self._width,
             down._width,
             self._wide,
@@ -115,8 +127,16 @@ class TiledProduct:
         )
         return output
 
+    def can_stand_beside(self, others: Sequence[TiledProduct]) -> bool:
+        """Whether ``side_by_side`` takes ``others``: at most three, plain, of as many numbers of the same dtype."""
+        layers = [self, *others]
+        alike = len({(layer.depth, layer.dtype, layer._then) for layer in layers}) == 1
+        return alike and not self._then and len(layers) <= 4
+
     def side_by_side(self, others: Sequence[TiledProduct], input: torch.Tensor) -> list[torch.Tensor]:
-        """The outputs of this layer and of at most three others, all plain, of one input, which is laid out once."""
+        """The outputs of this layer and of others that `can_stand_beside` it, of one input, which is laid out once."""
+        if not self.can_stand_beside(others):
+            raise ValueError(f"layers of {[layer.shape for layer in (self, *others)]} have no input in common")
         threads = torch.get_num_threads()
         rows = input.shape[:-1].numel()
         layers = [self, *others]
@@ -133,7 +153,7 @@ class TiledProduct:
             (ctypes.c_long * len(layers))(*(layer._columns for layer in layers)),
             len(layers),
             rows,
-            self._depth,
+            self.depth,
             self._wide,
             threads,
         )
@@ -143,14 +163,14 @@ class TiledProduct:
         self, input: torch.Tensor, other: torch.Tensor | None, width: int
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
         """``input`` and ``other`` as the library takes them, and where the output goes, of so many columns."""
-        if input.shape[-1] != self._depth or input.dtype is not self._dtype:
-            raise ValueError(f"{tuple(input.shape)} of {input.dtype} for a layer of {self._depth} of {self._dtype}")
+        if input.shape[-1] != self.depth or input.dtype is not self.dtype:
+            raise ValueError(f"{tuple(input.shape)} of {input.dtype} for a layer of {self.depth} of {self.dtype}")
         input = input.contiguous()
         output = input.new_empty((*input.shape[:-1], width))
         if other is not None:
             other = other.contiguous()
-            if other.shape != output.shape or other.dtype is not self._dtype:
-                raise ValueError(f"{tuple(output.shape)} of {self._dtype} and {tuple(other.shape)} of {other.dtype}")
+            if other.shape != output.shape or other.dtype is not self.dtype:
+                raise ValueError(f"{tuple(output.shape)} of {self.dtype} and {tuple(other.shape)} of {other.dtype}")
         return input, other, output
 
 

@@ -200,9 +200,9 @@ static inline __m512 exponential(__m512 x) {
     return _mm512_scalef_ps(p, n);
 }
 
-// Ask for large pages, of which the CPU need look up few: large layers are 10 to 20 % faster.
 constexpr uintptr_t LARGE_PAGE = 2 << 20;
 
+// Ask for large pages, of which the CPU need look up few: large layers are 10 to 20 % faster.
 static inline void large_pages(void *memory, size_t bytes) {
     const uintptr_t begin = ((uintptr_t)memory + LARGE_PAGE - 1) / LARGE_PAGE * LARGE_PAGE;
     const uintptr_t end = ((uintptr_t)memory + bytes) / LARGE_PAGE * LARGE_PAGE;
