@@ -118,6 +118,7 @@ struct Attention {
         const __mmask32 both = (uint32_t)right << 16 | left;
         for (long r = 0; r < count; ++r) {
             const Number *row = source + which[r] * states.token;
+            __builtin_prefetch(row + states.head);  // the next head of this token, which is wanted next, from far memory
             if constexpr (PARTS == 1) {
                 _mm512_store_si512(to + r * TILE_DEPTH, _mm512_maskz_loadu_epi16(both, row));
             } else {
