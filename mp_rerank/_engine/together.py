@@ -15,7 +15,7 @@ from functools import partial
 
 import torch
 
-from mp_rerank._engine.amx.linear import TiledProduct
+from mp_rerank._engine.amx.linear import BLOCK, TiledProduct
 from mp_rerank._engine.parity import Scores, keep_if_equal
 from mp_rerank._engine.prepack import PackedLinear
 
@@ -25,8 +25,6 @@ __all__ = ["compute_together"]
 FEED_FORWARD = (("lin1", "lin2"), ("intermediate.dense", "output.dense"))
 GATED_FEED_FORWARD = (("gate_proj", "down_proj"), ("first", "Wo"))
 SIDE_BY_SIDE = (("query", "key", "value"), ("q_proj", "k_proj", "v_proj"), ("q_lin", "k_lin", "v_lin"))
-# Rows for each thread that kernels are compared with: fewer are computed layer by layer.
-ROWS = 32
 
 
 def compute_together(model: torch.nn.Module, dtype: str, predict: Callable[[], Scores] | None) -> str:
@@ -126,7 +124,7 @@ class _Group:
         A canary has too few tokens for many threads to compute layers together.
         """
         depth, dtype = self._products[0].depth, self._products[0].dtype
-        rows = ROWS * torch.get_num_threads() + 1
+        rows = BLOCK * torch.get_num_threads() + 1
         input = torch.randn(rows, depth, generator=torch.Generator().manual_seed(0)).to(dtype)
         if not all(torch.equal(one, other) for one, other in self._both(input)):
             raise ValueError(f"layers of {self.shape[1:]} differ when they are computed together")

@@ -10,10 +10,10 @@ import torch
 
 from mp_rerank._engine.amx.library import find_library, is_wide
 
-__all__ = ["TiledProduct"]
+__all__ = ["BLOCK", "TiledProduct"]
 
 ALIGNMENT = 64  # bytes of a line of the cache
-BLOCK = 32  # columns that are computed together
+BLOCK = 32  # rows, and columns, that are computed together: fewer rows for each thread are computed layer by layer
 #: what the kernel does with a sum of products
 THEN = {"": 0, "gelu": 1, "gelu_tanh": 2, "silu": 3, "add": 4, "mul": 5}
 GATED = 16
