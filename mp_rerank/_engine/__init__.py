@@ -3,7 +3,8 @@
     engine.py        the model on its device: loaded, proved, made fast, fed with batches
     loading.py       loads a ``CrossEncoder``, proves it is whole, and knows what library versions differ in
     fitting.py       cuts a long document, refuses it, or divides it into chunks
-    pipeline.py      from texts to scores: tokenize once, cut batches, collate, forward
+    pipeline.py      from texts to scores: tokenize once, collate batches, forward
+    batches.py       which pairs of a slice go through the network together
     parity.py        keeps an optimization only if scores stay within tolerance
     packed.py        a batch as one row of real tokens
     attention.py     attention within each pair of a packed batch

@@ -28,6 +28,7 @@ from transformers.utils import logging as transformers_logging
 from mp_rerank._engine.amx.library import find_library
 from mp_rerank._engine.amx.library import why_not as why_no_library
 from mp_rerank._engine.backends.base import find_backend, replace_network
+from mp_rerank._engine.batches import equal_batches, even_batches, padded_batches, shared_batches
 from mp_rerank._engine.fitting import Fitter, fit_all, place_before, without_tails
 from mp_rerank._engine.fused import fewer_passes
 from mp_rerank._engine.loading import (
@@ -49,12 +50,8 @@ from mp_rerank._engine.parity import Scores, record_calls
 from mp_rerank._engine.pipeline import (
     Pipeline,
     Tokenized,
-    equal_batches,
-    even_batches,
     find_pipeline,
     has_modules,
-    padded_batches,
-    shared_batches,
     take_varlen,
     without_surrogates,
 )

@@ -1,4 +1,4 @@
-"""From texts to scores: tokenize a slice once, cut it into batches, and run each through the network.
+"""From texts to scores: tokenize a slice once, and run each of its batches through the network.
 
 ``CrossEncoder.predict`` tokenizes and pads a batch at once. To put pairs of about the same length into one batch, one
 would have to guess the lengths, or tokenize twice. A ``Pipeline`` tokenizes a slice once and pads each batch by itself.
@@ -9,10 +9,9 @@ many kinds, and gives the same scores.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -21,7 +20,6 @@ from sentence_transformers import CrossEncoder
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from mp_rerank._engine.loading import default_prompt
-from mp_rerank._engine.packed import common_beginning
 from mp_rerank._engine.parity import Pairs, Scores, record_calls
 from mp_rerank._engine.varlen import VarlenForward, VarlenNetwork
 from mp_rerank._pairs import CANARY, tolerance
@@ -29,12 +27,8 @@ from mp_rerank._pairs import CANARY, tolerance
 __all__ = [
     "Pipeline",
     "Tokenized",
-    "equal_batches",
-    "even_batches",
     "find_pipeline",
     "has_modules",
-    "padded_batches",
-    "shared_batches",
     "take_varlen",
     "without_surrogates",
 ]
@@ -370,91 +364,3 @@ def without_surrogates(text: str) -> str:
     except UnicodeEncodeError:
         return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
     return text
-
-
-def padded_batches(lengths: list[int], budget: int, overhead: float) -> Iterator[list[int]]:
-    """Cut pairs into batches, for a network that computes padding too: so that all take the least time.
-
-    Args:
-        lengths: tokens of each pair.
-        budget: tokens of one batch, each pair padded to its longest; a longer pair is a batch of its own.
-        overhead: of a further batch, as tokens that take as long.
-
-    Yields:
-        Indices of ``lengths``, longest first.
-    """
-    order = sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True)
-    # From the shortest pair on: what the pairs from ``start`` on cost at least, and where their first batch ends.
-    least, ends = [0.0] * (len(order) + 1), [0] * len(order)
-    for start in reversed(range(len(order))):
-        longest = lengths[order[start]]
-        last = min(len(order), start + max(1, budget // longest))
-        least[start], ends[start] = min(
-            ((stop - start) * longest + overhead + least[stop], stop) for stop in range(start + 1, last + 1)
-        )
-    start = 0
-    while start < len(order):
-        yield order[start : ends[start]]
-        start = ends[start]
-
-
-def even_batches(lengths: list[int], budget: int) -> list[list[int]]:
-    """Cut pairs into batches of about equally many tokens, for a network that computes no padding.
-
-    Args:
-        lengths: tokens of each pair.
-        budget: tokens that a batch comes as near to as it can.
-
-    Returns:
-        Indices of ``lengths``, longest first.
-    """
-    order = sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True)
-    return [[order[k] for k in batch] for batch in _cut([lengths[i] for i in order], budget)]
-
-
-def shared_batches(tokens: list[list[int]], budget: int) -> list[list[int]]:
-    """Cut pairs into batches of about equally many tokens to compute, for a network that shares common beginnings.
-
-    Args:
-        tokens: of each pair.
-        budget: tokens that a batch comes as near to as it can; a beginning that its pairs have in common counts once.
-
-    Returns:
-        Indices of ``tokens``, pairs that begin alike side by side.
-    """
-    order = sorted(range(len(tokens)), key=tokens.__getitem__)
-    shared = [common_beginning(tokens[a], tokens[b]) for a, b in pairwise(order)]
-    new = [len(tokens[i]) - common for i, common in zip(order, [0, *shared], strict=True)]
-    return [[order[k] for k in batch] for batch in _cut(new, budget)]
-
-
-def equal_batches(lengths: list[int], budget: int) -> list[list[int]]:
-    """Cut pairs into batches of one length each, for a network whose scores padding would change.
-
-    Args:
-        lengths: tokens of each pair.
-        budget: tokens of one batch; a longer pair is a batch of its own.
-
-    Returns:
-        Indices of ``lengths``.
-    """
-    alike: dict[int, list[int]] = {}
-    for i, length in enumerate(lengths):
-        alike.setdefault(length, []).append(i)
-    found = []
-    for length, pairs in alike.items():
-        size = max(1, budget // length)
-        found += [pairs[start : start + size] for start in range(0, len(pairs), size)]
-    return found
-
-
-def _cut(lengths: list[int], budget: int) -> list[list[int]]:
-    """Consecutive numbers of ``lengths``, cut so that the sums are about equal and near to ``budget``."""
-    total = sum(lengths)
-    count = max(1, round(total / budget))
-    found: list[list[int]] = [[] for _ in range(count)]
-    before = 0
-    for i, length in enumerate(lengths):
-        found[int((before + length / 2) / total * count)].append(i)
-        before += length
-    return [batch for batch in found if batch]

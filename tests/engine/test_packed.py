@@ -18,7 +18,6 @@ from hypothesis import strategies as st  # noqa: E402
 
 from mp_rerank._engine.engine import Engine  # noqa: E402
 from mp_rerank._engine.packed import TOKEN_MULTIPLE, PackedBatch, common_beginning  # noqa: E402
-from mp_rerank._engine.pipeline import equal_batches, shared_batches  # noqa: E402
 
 pytestmark = pytest.mark.real
 
@@ -110,25 +109,6 @@ def test_common_beginnings() -> None:
     assert common_beginning([2, 1], [1, 1]) == 0
     long = list(range(1000))
     assert common_beginning(long, [*long[:617], 0, *long[618:]]) == 617
-
-
-def test_batches_of_pairs_that_begin_alike() -> None:
-    system = list(range(100, 150))
-    tokens = [[*system, query, *range(document, document + 10)] for query in (1, 2) for document in (10, 30, 50)]
-    assert shared_batches(tokens, 10_000) == [[0, 1, 2, 3, 4, 5]]
-    shuffled = list(range(6))
-    random.Random(1).shuffle(shuffled)
-    batches = shared_batches([tokens[i] for i in shuffled], 60)
-    assert len(batches) == 2, "50 + 2 * (1 + 3 * 10) tokens are to be computed"
-    assert [shuffled[i] for batch in batches for i in batch] == [0, 1, 2, 3, 4, 5]
-
-
-def test_batches_of_one_length() -> None:
-    lengths = [3, 5, 3, 3, 9, 5]
-    batches = equal_batches(lengths, 6)
-    assert sorted(i for batch in batches for i in batch) == list(range(6))
-    assert all(len({lengths[i] for i in batch}) == 1 for batch in batches)
-    assert [len(batch) for batch in batches] == [2, 1, 1, 1, 1]
 
 
 @pytest.fixture(scope="module")

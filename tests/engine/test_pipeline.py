@@ -1,4 +1,4 @@
-"""A pipeline scores as ``CrossEncoder.predict`` does, or ``predict`` is called; and how pairs are cut into batches."""
+"""A pipeline scores as ``CrossEncoder.predict`` does, or ``predict`` is called."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ torch = pytest.importorskip("torch")
 models = pytest.importorskip("models")
 from mp_rerank._engine import engine as module  # noqa: E402
 from mp_rerank._engine.engine import Engine  # noqa: E402
-from mp_rerank._engine.pipeline import even_batches, padded_batches, without_surrogates  # noqa: E402
+from mp_rerank._engine.pipeline import without_surrogates  # noqa: E402
 
 pytestmark = pytest.mark.real
 
@@ -199,26 +199,3 @@ def both_ways(text: str) -> list[tuple[str, str]]:
 def test_text_without_surrogates_is_left_as_it_is() -> None:
     for text in ("", "ascii", "Köln", "東京 🙂", "\ufffd", "\0"):
         assert without_surrogates(text) is text
-
-
-def test_even_batches_hold_about_equally_many_tokens_and_every_pair_once() -> None:
-    lengths = [3, 90, 10, 10, 40, 7, 512, 30, 30, 60]
-    batches = even_batches(lengths, 256)
-    assert sorted(i for batch in batches for i in batch) == list(range(len(lengths)))
-    assert [sum(lengths[i] for i in batch) for batch in batches] == [512, 280]
-    assert even_batches([5], 256) == [[0]]
-    assert even_batches([9, 300], 256) == [[1, 0]], "a batch of nine tokens costs more than it saves"
-
-
-def test_padded_batches_hold_every_pair_once_and_cost_least() -> None:
-    lengths = [3, 90, 10, 10, 40, 7, 512, 30, 30, 60]
-
-    def cut(overhead: float) -> list[list[int]]:
-        batches = list(padded_batches(lengths, 256, overhead))
-        assert sorted(i for batch in batches for i in batch) == list(range(len(lengths)))
-        return [[lengths[i] for i in batch] for batch in batches]
-
-    assert cut(256) == [[512], [90, 60], [40, 30, 30], [10, 10, 7, 3]], "as few as can be, and then with least padding"
-    assert cut(16) == [[512], [90], [60], [40], [30, 30], [10, 10, 7, 3]]
-    assert cut(0) == [[number] for number in sorted(lengths, reverse=True)]
-    assert list(padded_batches([9] * 5, 36, 0.1)) == [[0], [1, 2, 3, 4]]
