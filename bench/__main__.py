@@ -19,6 +19,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "ModernBERT, Ettin, XLM-R, DeBERTa and Qwen3 beside a locked model, in float32 and bfloat16",
     ),
     "kernels": ("bench.speed.kernels", "the kernels for CPUs with AMX beside torch's fastest way, on one core"),
+    "tokens": ("bench.speed.tokens", "texts as tokens, from words seen before and by the tokenizer's library alone"),
     "prefix": (
         "bench.speed.prefix",
         "what a decoder gains where pairs begin alike, by the lengths of beginning and document",

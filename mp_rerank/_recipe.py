@@ -27,8 +27,9 @@ class Recipe:
         prepacked: the names of its linear layers whose weights are prepacked.
         amx: those are computed in AMX tiles, by kernels of this package. Informs only: each worker sees for itself.
         computes_together: layers that stand together are computed together, in those tiles.
-        pipeline: how texts become tokens without ``CrossEncoder.predict``: by the tokenizer's ``"backend"``, by the
-            ``"tokenizer"``, or by the library's ``"preprocess"``; empty: pairs go through ``predict``.
+        pipeline: how texts become tokens without ``CrossEncoder.predict``: by the tokens of ``"words"``, by the
+            tokenizer's ``"backend"``, by the ``"tokenizer"``, or by the library's ``"preprocess"``; empty: pairs go
+            through ``predict``.
         cuda_graphs: a batch on a GPU is one row, computed by a CUDA graph for its size. Its head reads each pair's
             ``"first"`` or ``"last"`` token; empty: there are none.
         equal_lengths: padding would change its scores, so that a batch is of pairs of one length.

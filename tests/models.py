@@ -16,7 +16,7 @@ with warnings.catch_warnings():  # the libraries' own affair
     import torch
     import transformers
     from sentence_transformers import CrossEncoder
-    from tokenizers import Tokenizer, decoders, normalizers, pre_tokenizers, processors, trainers
+    from tokenizers import AddedToken, Tokenizer, decoders, normalizers, pre_tokenizers, processors, trainers
     from tokenizers import models as algorithms
 
 MAX_LENGTH = 128
@@ -295,10 +295,14 @@ def _tokenizer(family: str) -> transformers.PreTrainedTokenizerFast:
         trainer = trainers.UnigramTrainer(**options, unk_token=unk)
     else:
         tokenizer = Tokenizer(algorithms.BPE())
-        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+        words = family in ("modernbert", MODULAR)  # no space is put before their texts, as in the real ones
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=not words)
         tokenizer.decoder = decoders.ByteLevel()
         trainer = trainers.BpeTrainer(**options, initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
     tokenizer.train_from_iterator(TEXT * 4, trainer)
+    if family in ("modernbert", MODULAR):
+        tokenizer.normalizer = normalizers.NFC()
+        tokenizer.add_tokens([AddedToken(" " * count, normalized=True) for count in (2, 3, 4)])
     names: dict[str, str] = {"pad_token": pad, "unk_token": unk}
     inputs = ["input_ids", "attention_mask"]
     if family in DECODERS or family == LOGIT_SCORE:

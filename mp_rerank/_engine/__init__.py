@@ -5,6 +5,7 @@
     fitting.py       cuts a long document, refuses it, or divides it into chunks
     pipeline.py      from texts to scores: tokenize once, collate batches, forward
     batches.py       which pairs of a slice go through the network together
+    words.py         the tokens of words seen before, for tokenizers that take a text word by word
     parity.py        keeps an optimization only if scores stay within tolerance
     packed.py        a batch as one row of real tokens
     attention.py     attention within each pair of a packed batch

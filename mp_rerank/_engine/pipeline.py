@@ -22,6 +22,7 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 from mp_rerank._engine.loading import default_prompt
 from mp_rerank._engine.parity import Pairs, Scores, record_calls
 from mp_rerank._engine.varlen import VarlenForward, VarlenNetwork
+from mp_rerank._engine.words import PairTokens, WordTokenizer
 from mp_rerank._pairs import CANARY, tolerance
 
 __all__ = [
@@ -42,8 +43,13 @@ PROBES: list[Pairs] = [
     [("  spaces ", "\ttabs\nand lines\u00a0")],
     [("Wie viele Menschen leben in 東京?", "Население Токио — 14 миллионов 🙂 n\u0303 \u200b")],
     [("<s> [CLS] [SEP] </s>", "[MASK] <mask> <|endoftext|>")],
+    [
+        (
+            "What's he'll",
+            'It isn\'t -- 3.14e-5 (of a_b), "x1y2"...  two\n\n\tlines\x1fand\x0b control\x7f\r\ncharacters \n',
+        )
+    ],
 ]
-
 
 # A tokenizer without a limit has a larger number than this for one.
 UNLIMITED = 10**9
@@ -93,23 +99,27 @@ class Pipeline:
         """``pairs`` as tokens, truncated, each query with ``prompt`` before it."""
         queries = [query if prompt is None else prompt + query for query, _ in pairs]
         documents = [document for _, document in pairs]
-        inputs, encodings = self._encode(queries, documents)
+        return self._encode(queries, documents)
+
+    def _encode(self, queries: list[str], documents: list[str]) -> Tokenized:
+        """Pairs as tokens, truncated."""
+        encoding = self._tokenizer(queries, documents, truncation=True)
+        inputs = {name: encoding[name] for name in encoding}
         lengths = [len(tokens) for tokens in inputs["input_ids"]]
-        truncated = bytearray(len(lengths))
-        limit = self._tokenizer.model_max_length
+        if encoding.encodings is not None:
+            return Tokenized(inputs, lengths, self._truncated(lengths, encoding.encodings))
+        truncated = bytearray(len(lengths))  # by a tokenizer in Python, which does not say
         for i, length in enumerate(lengths):
-            if length >= limit:
-                if encodings is not None:
-                    truncated[i] = bool(encodings[i].overflowing)
-                else:  # a tokenizer in Python
-                    whole = self._tokenizer(queries[i], documents[i], truncation=False, verbose=False)
-                    truncated[i] = len(whole["input_ids"]) > length
+            if length >= self._tokenizer.model_max_length:
+                whole = self._tokenizer(queries[i], documents[i], truncation=False, verbose=False)
+                truncated[i] = len(whole["input_ids"]) > length
         return Tokenized(inputs, lengths, truncated)
 
-    def _encode(self, queries: list[str], documents: list[str]) -> tuple[dict[str, list[list[int]]], Any]:
-        """Truncated pairs, under the names by which the network takes them; and what a tokenizer not in Python says."""
-        encoding = self._tokenizer(queries, documents, truncation=True)
-        return {name: encoding[name] for name in encoding}, encoding.encodings
+    def _truncated(self, lengths: list[int], encodings: list[Any]) -> bytearray:
+        limit = self._tokenizer.model_max_length
+        return bytearray(
+            length >= limit and bool(encoding.overflowing) for length, encoding in zip(lengths, encodings, strict=True)
+        )
 
     def score(self, tokenized: Tokenized, batch: Sequence[int]) -> Scores:
         """Scores of the pairs at ``batch``, in one forward pass: shape (n,) or (n, num_labels)."""
@@ -146,7 +156,8 @@ class Pipeline:
             max_length: tokens it truncates a pair to, if it does.
             dtype: of the model's weights.
         """
-        overlong = [] if max_length is None else [[("long", "long " * max_length)], [("long " * max_length, "long")]]
+        long = "" if max_length is None else "long " * max_length
+        overlong = [] if max_length is None else [[("long", long)], [(long, "long")], [(long, long)]]
         for batch in (*PROBES, *overlong):
             self.prove_tensors(predict, batch)
         expected, found = predict(CANARY), self.score(self.tokenize(CANARY), range(len(CANARY)))
@@ -222,8 +233,9 @@ class BackendPipeline(Pipeline):
     def __init__(self, model: Any) -> None:
         super().__init__(model)
         self._backend = self._tokenizer.backend_tokenizer
+        self._has_types = "token_type_ids" in self._tokenizer.model_input_names
 
-    def _encode(self, queries: list[str], documents: list[str]) -> tuple[dict[str, list[list[int]]], Any]:
+    def _encode(self, queries: list[str], documents: list[str]) -> Tokenized:
         limit = self._tokenizer.model_max_length
         if limit < UNLIMITED:  # set anew, for others set it otherwise
             self._backend.enable_truncation(limit, direction=self._tokenizer.truncation_side)
@@ -231,13 +243,38 @@ class BackendPipeline(Pipeline):
             self._backend.no_truncation()
         self._backend.no_padding()
         encodings = self._backend.encode_batch_fast(list(zip(queries, documents, strict=True)))
-        inputs = {
-            "input_ids": [encoding.ids for encoding in encodings],
-            "attention_mask": [[1] * len(encoding) for encoding in encodings],
-        }
-        if "token_type_ids" in self._tokenizer.model_input_names:
-            inputs["token_type_ids"] = [encoding.type_ids for encoding in encodings]
-        return inputs, encodings
+        lengths = [len(encoding) for encoding in encodings]
+        types = [encoding.type_ids for encoding in encodings] if self._has_types else None
+        return Tokenized(
+            _inputs([encoding.ids for encoding in encodings], types), lengths, self._truncated(lengths, encodings)
+        )
+
+
+class WordPipeline(BackendPipeline):
+    """A pipeline that asks that library for the tokens of words, each once: texts are of the same ones again and again.
+
+    What it cannot say of a pair by its words, it leaves to that library.
+    """
+
+    name = "words"
+
+    def __init__(self, model: Any) -> None:
+        super().__init__(model)
+        self._words = WordTokenizer(self._backend)
+
+    def _encode(self, queries: list[str], documents: list[str]) -> Tokenized:
+        limit, side = self._tokenizer.model_max_length, self._tokenizer.truncation_side
+        pairs = self._words.pairs(queries, documents, limit, side)
+        left = [i for i, pair in enumerate(pairs) if pair is None]
+        if left:
+            rest = super()._encode([queries[i] for i in left], [documents[i] for i in left])
+            types = rest.inputs.get("token_type_ids", rest.inputs["input_ids"])
+            for place, i in enumerate(left):
+                pairs[i] = PairTokens(rest.inputs["input_ids"][place], types[place], bool(rest.truncated[place]))
+        whole = [pair for pair in pairs if pair is not None]
+        ids = [pair.ids for pair in whole]
+        inputs = _inputs(ids, [pair.types for pair in whole] if self._has_types else None)
+        return Tokenized(inputs, [len(row) for row in ids], bytearray(pair.truncated for pair in whole))
 
 
 class PreprocessingPipeline(Pipeline):
@@ -270,6 +307,12 @@ class PreprocessingPipeline(Pipeline):
         return Tokenized(inputs, lengths, truncated)
 
 
+def _inputs(ids: list[list[int]], types: list[list[int]] | None) -> dict[str, list[list[int]]]:
+    """What a network takes of pairs with these tokens, of these types."""
+    inputs = {"input_ids": ids, "attention_mask": [[1] * len(row) for row in ids]}
+    return inputs if types is None else {**inputs, "token_type_ids": types}
+
+
 def has_modules(model: Any) -> bool:
     """Whether ``model`` is a row of modules that take and return a dict, as since sentence-transformers 6."""
     return isinstance(model, torch.nn.Module) and callable(getattr(model, "preprocess", None))
@@ -294,9 +337,10 @@ def find_pipeline(
     if any(module._forward_hooks or module._forward_pre_hooks for module in model.modules()):
         return None, "the model has hooks"
     why_not = ""
-    kinds = [BackendPipeline, Pipeline, PreprocessingPipeline]
-    for kind in kinds if has_modules(model) else kinds[:2]:
-        if name not in (None, kind.name):
+    # Beside a GPU the library below the tokenizer has threads for a slice's texts; words are one thread's.
+    kinds: list[type[Pipeline]] = [WordPipeline, BackendPipeline, Pipeline, PreprocessingPipeline]
+    for kind in kinds if has_modules(model) else kinds[:3]:
+        if name not in (None, kind.name) or (kind is WordPipeline and model.model.device.type != "cpu"):
             continue
         try:
             pipeline = kind(model)
