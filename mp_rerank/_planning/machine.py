@@ -7,6 +7,7 @@ these files (another system, or a sandbox without ``/proc``) psutil is asked, th
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import math
 import os
@@ -164,6 +165,7 @@ def _cpu_model(root: Path) -> str:
     return found[1].strip() if found else platform.processor() or platform.machine()
 
 
+@functools.cache  # asked for with each slice, and a CPU stays what it is
 def has_amx(root: Path = ROOT) -> bool:
     """Whether the CPU multiplies matrices in tiles, as far as Linux says, and this package has kernels that do so."""
     return KERNELS.exists() and bool(re.search(r"^flags\s*:.*\bamx_bf16\b", _text(root / "proc/cpuinfo"), re.MULTILINE))
