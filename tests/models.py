@@ -57,14 +57,14 @@ def has_logit_score() -> bool:
 FAMILIES = (*ENCODERS, *DECODERS, *((MODULAR, LOGIT_SCORE) if has_logit_score() else ()))
 
 
-def build(family: str, folder: Path, num_labels: int = 1) -> str:
-    """Make a model of ``family`` in ``folder``; its path."""
+def build(family: str, folder: Path, num_labels: int = 1, layers: int = 2) -> str:
+    """Make a model of ``family`` in ``folder``, with so many layers where it is of one network alone; its path."""
     if family == LOGIT_SCORE:
         return _build_logit_score(folder)
     if family == MODULAR:
         return _build_modular(folder, num_labels)
     tokenizer = _tokenizer(family)
-    model = _model(family, tokenizer, num_labels)
+    model = _model(family, tokenizer, num_labels, layers)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return str(folder)
@@ -142,12 +142,12 @@ class Lengthwise(torch.nn.Module):
         return [self.weight.item() * len(document) for _, document in pairs]
 
 
-def _model(family: str, tokenizer: Any, num_labels: int) -> Any:
+def _model(family: str, tokenizer: Any, num_labels: int, layers: int = 2) -> Any:
     size = {
         "vocab_size": len(tokenizer),
         "hidden_size": 32,
         "intermediate_size": 64,
-        "num_hidden_layers": 2,
+        "num_hidden_layers": layers,
         "num_attention_heads": 4,
         "max_position_embeddings": MAX_LENGTH,
         "pad_token_id": tokenizer.pad_token_id,

@@ -16,6 +16,7 @@
     fused.py         norms, rotations and gates in fewer passes over memory
     prepack.py       linear layers laid out for the CPU: in AMX tiles, or by oneDNN
     together.py      layers that are computed together: gates, feed-forward parts, queries with keys and values
+    whole_layers.py  a layer of BERT's or ModernBERT's family as one function that calls its kernels
     weights.py       weights as pages of the checkpoint's file, shared by all workers
     amx/             kernels in C++ for CPUs with AMX; built with the wheel, and done without
     backends/        other runtimes: ONNX Runtime and OpenVINO

@@ -18,7 +18,7 @@ from mp_rerank._engine.amx import attention as tiles
 from mp_rerank._engine.amx.attention import ANY, Band
 from mp_rerank._engine.packed import LengthBucket, current_batch
 
-__all__ = ["NAME", "UNKNOWN", "check_call", "register", "register_attention"]
+__all__ = ["NAME", "UNKNOWN", "Rule", "check_call", "register", "register_attention"]
 
 #: the name under which transformers finds this attention
 NAME = "mp_rerank_packed"
@@ -29,7 +29,7 @@ UNKNOWN = ("s_aux", "position_bias")
 
 
 @dataclass(eq=False)
-class _Rule:
+class Rule:
     """Which tokens of a pair may attend to which, by their positions in it: the model's own mask function.
 
     Layers of one kind (global, or with a sliding window) are given the same rule.
@@ -128,9 +128,9 @@ def check_call(module: torch.nn.Module, mask: object, kind: type, rest: dict[str
             raise ValueError(f"{type(module).__name__} asks for attention with {name}")
 
 
-def _make_rule(*args: Any, mask_function: Callable[..., Any], **rest: Any) -> _Rule:
+def _make_rule(*args: Any, mask_function: Callable[..., Any], **rest: Any) -> Rule:
     """In place of a mask: what it is made of."""
-    return _Rule(mask_function)
+    return Rule(mask_function)
 
 
 def _attend(
@@ -144,7 +144,7 @@ def _attend(
     **rest: Any,
 ) -> tuple[torch.Tensor, None]:
     """Attention within each pair: tensors of shape (1, heads, tokens, width) to one of (1, tokens, heads, width)."""
-    check_call(module, attention_mask, _Rule, rest, UNKNOWN)
+    check_call(module, attention_mask, Rule, rest, UNKNOWN)
     packed = current_batch()
     if packed.all_states is not None and query.shape[2] != packed.all_states.shape[1]:
         heads, width = query.shape[1], query.shape[3]

@@ -67,6 +67,7 @@ from mp_rerank._engine.unpad import (
     varlen_forward,
 )
 from mp_rerank._engine.weights import make_private, mapped_bytes
+from mp_rerank._engine.whole_layers import whole_layers
 from mp_rerank._pairs import CANARY, Pair, PairOptions, Readings, estimate_pair, estimate_text, tolerance
 from mp_rerank._recipe import Recipe
 from mp_rerank.config import ModelSpec
@@ -300,6 +301,8 @@ class Engine:
             self._note("amx", why_no_library())
             if self.recipe.amx and (recipe is None or recipe.computes_together):
                 self._try("computes_together", compute_together(module, self.dtype, proof))
+            if self.recipe.amx and self.recipe.attends_in_tiles and (recipe is None or recipe.whole_layers):
+                self._try("whole_layers", whole_layers(network, self.dtype, proof))
 
     def _take_varlen(self, recipe: Recipe | None) -> None:
         """On a GPU, let the network take a batch as one row, with a CUDA graph for its size."""

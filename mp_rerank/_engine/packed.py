@@ -24,7 +24,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -188,6 +188,7 @@ class PackedBatch:
         used_tiles: whether it did.
         rotates: whether rotary positions are computed in fewer passes (``fused``).
         rotations: the id of a cosine -> that cosine, and what states are multiplied with.
+        buffers: memory that one layer leaves to the next (``whole_layers``).
     """
 
     def __init__(self, mask: torch.Tensor, tokens: torch.Tensor | None = None, shortest: int = 0) -> None:
@@ -233,6 +234,7 @@ class PackedBatch:
         self.used_tiles = False
         self.rotates = False
         self.rotations: dict[int, tuple[torch.Tensor, tuple[torch.Tensor, ...]]] = {}
+        self.buffers: dict[object, Any] = {}
 
     def _bucket(self, before: int, padded_length: int, segments: list[Segment]) -> LengthBucket:
         lengths = np.array([segment.length for segment in segments])

@@ -115,7 +115,7 @@ def test_products_far_apart(dtype: Any) -> None:
 def test_which_rules_are_bands(allows: Any, band: Band | None) -> None:
     batch = PackedBatch(torch.ones(2, 40, dtype=torch.long))
     with attending_by(batch):
-        assert buckets._Rule(allows).band() == band
+        assert buckets.Rule(allows).band() == band
     assert batch.looks_ahead == (band is not None and band.after > 0)
 
 
@@ -168,6 +168,18 @@ def test_what_is_no_number_is_seen_in_its_own_pair_alone(dtype: Any) -> None:
     found = attend(query, key, value, segments, Band(ANY, ANY))
     assert found[5].isnan().all()
     assert not found[[*range(5), *range(6, 40)]].isnan().any()
+
+
+@pytest.mark.parametrize("dtype", LIMITS, ids=str)
+def test_what_is_found_goes_where_it_is_told_to(dtype: Any) -> None:
+    query, key, value = states_of((2, 2, 32), dtype, 40)
+    segments = Segments(np.array([(0, 20, 0, 0, 1), (20, 20, 0, 1, 1)]), np.array([(0, 20), (20, 20)]))
+    memory = torch.full((40, 4, 32), torch.nan, dtype=dtype)[:, ::2]
+    assert attend(query, key, value, segments, Band(ANY, ANY), into=memory) is memory
+    assert torch.equal(memory, attend(query, key, value, segments, Band(ANY, ANY)))
+    for wrong in (memory[1:], memory[:, :1], memory.double(), torch.empty(32, 2, 40, dtype=dtype).permute(2, 1, 0)):
+        with pytest.raises(ValueError, match="into"):
+            attend(query, key, value, segments, Band(ANY, ANY), into=wrong)
 
 
 def test_a_pair_without_tokens_asks_for_nothing() -> None:

@@ -168,3 +168,25 @@ def test_nothing_gives_nothing_and_unlike_shapes_are_refused() -> None:
         product(torch.empty(4, 31))
     with pytest.raises(ValueError, match="multiplies nothing else"):
         TiledProduct(numbers(16, 32, dtype=torch.float32), None, "gelu")(torch.empty(4, 32), torch.empty(4, 16), "mul")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("rows", [3, 70])
+def test_outputs_go_where_they_are_told_to(rows: int, dtype: torch.dtype) -> None:
+    up, down = (TiledProduct(numbers(64, 64, dtype=dtype), None, name) for name in ("gelu", ""))
+    input, other = numbers(rows, 64, dtype=dtype), numbers(rows, 64, dtype=dtype)
+    memory = [torch.full((rows, 64), torch.nan, dtype=dtype) for _ in range(2)]
+    assert down(input, other, "add", memory[0]) is memory[0]
+    assert torch.equal(memory[0], down(input, other, "add"))
+    assert up.feed(down, input, other, memory[1]) is memory[1]
+    assert torch.equal(memory[1], up.feed(down, input, other))
+    found = down.side_by_side([down], input, memory)
+    assert [output.data_ptr() for output in found] == [output.data_ptr() for output in memory]
+    assert all(torch.equal(output, down(input)) for output in memory)
+    for wrong in (memory[0][:, :32], memory[0][:-1], memory[0].double(), torch.empty(64, rows, dtype=dtype).T):
+        with pytest.raises(ValueError, match="an output of"):
+            down(input, into=wrong)
+        with pytest.raises(ValueError, match="an output of"):
+            up.feed(down, input, into=wrong)
+        with pytest.raises(ValueError, match="an output of"):
+            down.side_by_side([down], input, [memory[0], wrong])

@@ -66,6 +66,20 @@ def test_norm_of_a_sum(dtype: torch.dtype, width: int) -> None:
     torch.testing.assert_close(found.double(), expected, rtol=limit, atol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_norm_goes_where_it_is_told_to(dtype: torch.dtype) -> None:
+    norm = Norm(torch.randn(40), torch.randn(40), 1e-5, centred=True)
+    states, memory = torch.randn(70, 40).to(dtype), torch.full((70, 40), torch.nan, dtype=dtype)
+    expected = norm(states)
+    assert norm(states, into=memory) is memory
+    assert torch.equal(memory, expected)
+    for wrong in (memory[1:], memory.double(), torch.empty(40, 70, dtype=dtype).T):
+        with pytest.raises(ValueError, match="into"):
+            norm(states, into=wrong)
+    assert norm(states, into=states) is states
+    assert torch.equal(states, expected)
+
+
 def test_states_that_a_norm_is_not_for() -> None:
     norm = Norm(torch.ones(32), None, 1e-5, centred=True)
     with pytest.raises(ValueError, match="32 numbers"):

@@ -60,6 +60,7 @@ def attend(
     segments: Segments,
     band: Band,
     scale: float | None = None,
+    into: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """What each segment's queries find among its keys.
 
@@ -67,6 +68,7 @@ def attend(
         query, key, value: of one dtype, float32 or bfloat16, shape (tokens, heads, width). Keys and values may have
             fewer heads, of which each is then for some heads of queries that follow one another.
         scale: products of queries and keys are multiplied with it; ``None``: 1 / the root of the width.
+        into: where that is written to, of the queries' shape and dtype; not where any of them is. ``None``: new memory.
 
     Returns:
         Shape (tokens, heads, width). Where no segment has a query, it is whatever was in memory.
@@ -74,7 +76,9 @@ def attend(
     library = find_library()
     assert library is not None
     query, key, value = (states if states.stride(2) == 1 else states.contiguous() for states in (query, key, value))
-    output = torch.empty(query.shape, dtype=query.dtype)
+    output = torch.empty(query.shape, dtype=query.dtype) if into is None else into
+    if output.shape != query.shape or output.dtype is not query.dtype or output.stride(2) != 1:
+        raise ValueError(f"what queries of {tuple(query.shape)} find, into {tuple(output.shape)} of {output.dtype}")
     strides = _Strides(
         *(distance for states in (query, key, value, output) for distance in (states.stride(0), states.stride(1)))
     )

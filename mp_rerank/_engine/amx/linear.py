@@ -64,16 +64,23 @@ class TiledProduct:
         #: as the library takes them
         self._weight = packed, None if self._bias is None else self._bias.data_ptr()
 
-    def __call__(self, input: torch.Tensor, other: torch.Tensor | None = None, operation: str = "") -> torch.Tensor:
+    def __call__(
+        self,
+        input: torch.Tensor,
+        other: torch.Tensor | None = None,
+        operation: str = "",
+        into: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """The layer's output; with ``other``, that output and ``other`` added (``"add"``) or multiplied (``"mul"``).
 
         Args:
             input: shape (..., depth).
             other: shape (..., columns); none where there is a gate.
+            into: where the output is written to, of its shape and dtype; not where ``input`` is. ``None``: new memory.
         """
         if operation and self._then:
             raise ValueError("a layer with an activation or a gate adds and multiplies nothing else")
-        input, other, output = self._operands(input, other, self._width)
+        input, other, output = self._operands(input, other, self._width, into)
         self._library.mp_linear(
             input.data_ptr(),
             *self._weight,
@@ -97,20 +104,27 @@ class TiledProduct:
         """Whether ``feed`` takes ``down``: a plain layer of as many numbers as this one gives, a multiple of 32."""
         return self._width == down.depth and self._width % BLOCK == 0 and self.dtype is down.dtype and not down._then
 
-    def feed(self, down: TiledProduct, input: torch.Tensor, other: torch.Tensor | None = None) -> torch.Tensor:
+    def feed(
+        self,
+        down: TiledProduct,
+        input: torch.Tensor,
+        other: torch.Tensor | None = None,
+        into: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """``down`` of this layer's output, and ``other`` added, for some rows at a time: less is written out.
 
         Args:
             input: shape (..., depth).
             other: shape (..., columns of ``down``).
+            into: as in a call.
         """
         if not self.can_feed(down):
             raise ValueError(f"a layer of {self.shape} cannot feed one of {down.shape}")
         threads = torch.get_num_threads()
         rows = input.shape[:-1].numel()
         if rows < BLOCK * threads:  # too few for each thread to have some: threads share columns, too
-            return down(self(input), other, "" if other is None else "add")
-        input, other, output = self._operands(input, other, down._width)
+            return down(self(input), other, "" if other is None else "add", into)
+        input, other, output = self._operands(input, other, down._width, into)
         self._library.mp_feed_forward(
             input.data_ptr(),
             *self._weight,
@@ -133,17 +147,26 @@ class TiledProduct:
         alike = len({(layer.depth, layer.dtype, layer._then) for layer in layers}) == 1
         return alike and not self._then and len(layers) <= 4
 
-    def side_by_side(self, others: Sequence[TiledProduct], input: torch.Tensor) -> list[torch.Tensor]:
-        """The outputs of this layer and of others that `can_stand_beside` it, of one input, which is laid out once."""
+    def side_by_side(
+        self, others: Sequence[TiledProduct], input: torch.Tensor, into: Sequence[torch.Tensor | None] | None = None
+    ) -> list[torch.Tensor]:
+        """The outputs of this layer and of others that `can_stand_beside` it, of one input, which is laid out once.
+
+        Args:
+            into: for each output, as in a call.
+        """
         if not self.can_stand_beside(others):
             raise ValueError(f"layers of {[layer.shape for layer in (self, *others)]} have no input in common")
         threads = torch.get_num_threads()
         rows = input.shape[:-1].numel()
         layers = [self, *others]
+        into = into or [None] * len(layers)
         if rows < BLOCK * threads:  # as in ``feed``
-            return [layer(input) for layer in layers]
-        input, _, _ = self._operands(input, None, 0)
-        outputs = [input.new_empty((*input.shape[:-1], layer._width)) for layer in layers]
+            return [layer(input, into=output) for layer, output in zip(layers, into, strict=True)]
+        outputs = [
+            layer._operands(input, None, layer._width, output)[2] for layer, output in zip(layers, into, strict=True)
+        ]
+        input = input.contiguous()
         addresses = ctypes.c_void_p * len(layers)
         self._library.mp_side_by_side(
             input.data_ptr(),
@@ -160,13 +183,16 @@ class TiledProduct:
         return outputs
 
     def _operands(
-        self, input: torch.Tensor, other: torch.Tensor | None, width: int
+        self, input: torch.Tensor, other: torch.Tensor | None, width: int, into: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
         """``input`` and ``other`` as the library takes them, and where the output goes, of so many columns."""
         if input.shape[-1] != self.depth or input.dtype is not self.dtype:
             raise ValueError(f"{tuple(input.shape)} of {input.dtype} for a layer of {self.depth} of {self.dtype}")
         input = input.contiguous()
-        output = input.new_empty((*input.shape[:-1], width))
+        shape = (*input.shape[:-1], width)
+        output = input.new_empty(shape) if into is None else into
+        if into is not None and (into.shape != shape or into.dtype is not self.dtype or not into.is_contiguous()):
+            raise ValueError(f"an output of {shape} into {tuple(into.shape)} of {into.dtype}")
         if other is not None:
             other = other.contiguous()
             if other.shape != output.shape or other.dtype is not self.dtype:

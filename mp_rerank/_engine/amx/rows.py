@@ -29,11 +29,14 @@ class Norm:
         self._epsilon = epsilon
         self._centred = centred
 
-    def __call__(self, states: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
+    def __call__(
+        self, states: torch.Tensor, residual: torch.Tensor | None = None, into: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """The norm of ``states``, shape (..., width), float32 or bfloat16.
 
         Args:
             residual: is added to ``states`` first, in place; of the same shape and dtype, and both contiguous.
+            into: where the norm is written to, as ``states`` in shape and dtype; may be these. ``None``: new memory.
         """
         if residual is None:
             states = states.contiguous()
@@ -46,7 +49,9 @@ class Norm:
             and states.is_contiguous()
         ):
             raise ValueError(f"a sum of shapes {tuple(states.shape)} and {tuple(residual.shape)}, in place")
-        output = torch.empty_like(states)
+        output = torch.empty_like(states) if into is None else into
+        if output.shape != states.shape or output.dtype is not states.dtype or not output.is_contiguous():
+            raise ValueError(f"a norm of {tuple(states.shape)} into {tuple(output.shape)} of {output.dtype}")
         self._run(
             states.data_ptr(),
             None if residual is None else residual.data_ptr(),
