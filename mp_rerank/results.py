@@ -148,7 +148,7 @@ class WorkerInfo:
             those of a vocabulary's logits that the score is made of; ``"attends_in_tiles"``: attention is computed by
             a kernel of this package in the CPU's AMX tiles; ``"prepacked"``: weights are laid out for the CPU;
             ``"amx"``: kernels of this package multiply by them in its AMX tiles; ``"computes_together"``: some layers
-            at once; ``"whole_layers"``: a layer is one function. What is missing, and why, is logged as a worker starts.
+            at once; ``"whole_layers"``: a layer is one function. What is missing, and why, is logged as it starts.
         canary: the scores of the canary pairs; equal on every worker of a pool.
         tokens_per_second: estimated tokens scored per second, as last measured in this worker.
         last_exit: how the worker before it on this seat ended; ``None`` while it is the first.
