@@ -12,7 +12,8 @@ Numbers that are rotated as complex ones are then in another order, the same in 
 products know nothing.
 
 On a CPU with AMX, rotary positions, RMS norms and layer norms are one pass each, in kernels of our own (``amx.rows``),
-and so is a norm with the sum before it.
+and so is a norm with the sum before it. Embeddings of positions and of types are then added up once, for every position
+and type that there is, and those of words are the sum's other part.
 """
 
 from __future__ import annotations
@@ -33,6 +34,8 @@ from mp_rerank._engine.unpad import packing_forward
 __all__ = ["fewer_passes"]
 
 ROTATION = "apply_rotary_pos_emb"  # a function's name, in transformers' modules of models
+#: the parts of embeddings in BERT's family, DeBERTa's apart
+EMBEDDINGS = {"word_embeddings", "position_embeddings", "token_type_embeddings", "LayerNorm"}
 #: the parts of a layer that adds to its states what attention gives of their norm, and then what a gated network does
 LAYER_PARTS = (
     ("attn_norm", "attn", "mlp_norm", "mlp"),
@@ -176,6 +179,52 @@ class _HalvedChange(_Change):
             self._part.Wi = self._whole
 
 
+class _EmbeddingsChange(_Change):
+    """Embeddings of words, and the sums of those of positions and types; their sum in the pass of the norm."""
+
+    def __init__(self, part: Any, norm: Norm) -> None:
+        self._plain = part.forward
+        self._norm = norm
+        positions, types = (table.weight.detach() for table in (part.position_embeddings, part.token_type_embeddings))
+        self._types = len(types)
+        # A type's rows are not together: a position beyond the last is then an error, and no other type's first.
+        self._others = (positions[:, None].float() + types.float()).flatten(0, 1).to(positions.dtype)
+        super().__init__(part, self._embed)
+
+    def _embed(
+        self,
+        input_ids: torch.Tensor | None = None,
+        token_type_ids: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        **rest: Any,
+    ) -> torch.Tensor:
+        if input_ids is None or position_ids is None or rest.get("inputs_embeds") is not None:
+            plain: torch.Tensor = self._plain(
+                input_ids=input_ids, token_type_ids=token_type_ids, position_ids=position_ids, **rest
+            )
+            return plain
+        places = position_ids if self._types == 1 else position_ids * self._types
+        if self._types > 1 and token_type_ids is not None:
+            places = places + token_type_ids
+        states = torch.nn.functional.embedding(input_ids, self._part.word_embeddings.weight)
+        return self._norm(states, torch.nn.functional.embedding(places, self._others).expand_as(states).contiguous())
+
+    def is_alike(self) -> bool:
+        last = min(len(table.weight) for table in self._part.children() if isinstance(table, torch.nn.Embedding)) - 1
+        ids = torch.tensor([[0, last, 0, last]])
+        probe = {"input_ids": ids.flip(1), "token_type_ids": ids % self._types, "position_ids": torch.arange(4)[None]}
+        with torch.inference_mode():
+            try:
+                found = [self._embed(**probe), self._embed(**{**probe, "token_type_ids": None})]
+                plain = [self._plain(**probe), self._plain(**{**probe, "token_type_ids": None})]
+            except Exception:  # a module that is built otherwise
+                return False
+        return all(
+            torch.allclose(one.float(), other.float(), rtol=2e-2, atol=2e-2)
+            for one, other in zip(found, plain, strict=True)
+        )
+
+
 class _LayerChange(_Change):
     """A layer's first sum in the pass of the norm behind it, and its second one in the product before it."""
 
@@ -249,6 +298,9 @@ def _guess(part: Any) -> _Change | None:
         return _Change(part, norm, len(part.weight))
     if has_kernel and hasattr(part, "_norm") and hasattr(part, "eps"):  # Gemma's, whose weight is what 1 is added to
         return _Change(part, Norm(1 + part.weight.float(), None, part.eps, centred=False), len(part.weight))
+    if names >= EMBEDDINGS and _are_plain(part) and find_library() is not None:
+        norm = part.LayerNorm
+        return _EmbeddingsChange(part, Norm(norm.weight, norm.bias, norm.eps, centred=True))
     if {"gate_proj", "up_proj", "down_proj", "act_fn"} <= names:
         return _Change(
             part,
@@ -267,6 +319,18 @@ def _guess(part: Any) -> _Change | None:
             part.dense.out_features,
         )
     return None
+
+
+def _are_plain(embeddings: Any) -> bool:
+    """Whether all that ``embeddings`` adds up is rows of tables as wide as its layer norm."""
+    norm = embeddings.LayerNorm
+    tables = [embeddings.get_submodule(name) for name in EMBEDDINGS - {"LayerNorm"}]
+    return (
+        type(norm) is torch.nn.LayerNorm
+        and norm.weight.dtype in DTYPES
+        and all(type(table) is torch.nn.Embedding and table.max_norm is None for table in tables)
+        and {(table.embedding_dim,) for table in tables} == {norm.normalized_shape}
+    )
 
 
 def _rms_norm(part: Any) -> Callable[[torch.Tensor], torch.Tensor]:

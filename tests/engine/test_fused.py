@@ -12,6 +12,7 @@ import pytest
 from mp_rerank import ModelSpec
 
 torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
 models = pytest.importorskip("models")
 from test_unpad import PAIRS, needs_interface  # noqa: E402
 
@@ -95,7 +96,9 @@ def changed(network: Any) -> set[str]:
 @pytest.mark.parametrize(
     ("family", "parts"),
     [
-        ("bert", {"bert.embeddings.LayerNorm", "bert.encoder.layer.0.output.LayerNorm"}),
+        ("bert", {"bert.embeddings", "bert.encoder.layer.0.output.LayerNorm"}),
+        ("roberta", {"roberta.embeddings"}),
+        ("electra", {"electra.embeddings"}),
         ("modernbert", {"model.layers.0", "model.layers.0.mlp_norm", "model.final_norm"}),
         ("qwen3", {"model.layers.0", "model.layers.0.self_attn.q_norm", "model.layers.0.input_layernorm"}),
         ("gemma2", {"model.layers.0.pre_feedforward_layernorm"}),
@@ -135,3 +138,49 @@ def test_a_layer_that_adds_otherwise_is_left_alone(tmp_path: Path, monkeypatch: 
     assert engine.recipe.fewer_passes
     assert "model.layers.0.mlp" in changed(engine.model.model)
     assert "model.layers.0" not in changed(engine.model.model)
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("types", [1, 3])
+def test_embeddings_of_positions_and_types_are_added_up_once(types: int, dtype: Any) -> None:
+    embeddings = embeddings_of(types).to(dtype)
+    change = fused._change_of(embeddings)
+    assert isinstance(change, fused._EmbeddingsChange)
+    with torch.inference_mode():
+        asked = {
+            "input_ids": torch.randint(50, (1, 40)),
+            "token_type_ids": torch.randint(types, (1, 40)),
+            "position_ids": torch.randint(20, (1, 40)),
+        }
+        for given in (asked, {**asked, "token_type_ids": None}, {"input_ids": asked["input_ids"][:, :20]}):
+            expected = embeddings(**given)
+            change.apply()
+            limit = 1e-5 if dtype is torch.float32 else 2e-2
+            torch.testing.assert_close(embeddings(**given), expected, rtol=limit, atol=limit)
+            change.undo()
+        change.apply()
+        for name, beyond in (("input_ids", 50), ("position_ids", 20)):
+            with pytest.raises(IndexError):
+                embeddings(**{**asked, name: torch.full((1, 40), beyond)})
+
+
+@needs_kernels
+def test_embeddings_that_are_made_otherwise_are_left_as_they_are() -> None:
+    embeddings = embeddings_of(2)
+    embeddings.word_embeddings = torch.nn.Embedding(50, 32, max_norm=1.0)
+    assert fused._change_of(embeddings) is None, "looking a row up would change it"
+    embeddings = embeddings_of(2)
+    embeddings.register_module("LayerNorm", torch.nn.Identity())
+    assert fused._change_of(embeddings) is None
+    embeddings = embeddings_of(2)
+    plain = embeddings.forward
+    embeddings.__class__ = type("Scaled", (type(embeddings),), {"forward": lambda self, **given: 1.5 * plain(**given)})
+    assert fused._change_of(embeddings) is None
+
+
+def embeddings_of(types: int) -> Any:
+    config = transformers.BertConfig(
+        vocab_size=50, hidden_size=32, max_position_embeddings=20, type_vocab_size=types, num_attention_heads=2
+    )
+    return transformers.models.bert.modeling_bert.BertEmbeddings(config).eval()
