@@ -268,7 +268,7 @@ class WordPipeline(BackendPipeline):
         left = [i for i, pair in enumerate(pairs) if pair is None]
         if left:
             rest = super()._encode([queries[i] for i in left], [documents[i] for i in left])
-            types = rest.inputs.get("token_type_ids", rest.inputs["input_ids"])
+            types = rest.inputs.get("token_type_ids", [[]] * len(left))
             for place, i in enumerate(left):
                 pairs[i] = PairTokens(rest.inputs["input_ids"][place], types[place], bool(rest.truncated[place]))
         whole = [pair for pair in pairs if pair is not None]

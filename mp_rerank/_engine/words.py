@@ -3,11 +3,15 @@
 A tokenizer first cuts a text into words, and then each word into tokens, whatever stands around it. Texts are made of
 the same words again and again. So a text is cut here, only where its tokenizer cuts it too; what a word's tokens are is
 asked of the tokenizer, once. MiniLM-L6 in 16 bits is so fast that its tokenizer took 8 % of a worker's time.
+
+A word that is new takes twice the time that it takes within its text. Where most words are new, as in texts of numbers
+or of hashes, whole texts are given to the tokenizer for a while.
 """
 
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import chain
@@ -17,12 +21,19 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 
 __all__ = ["PairTokens", "WordTokenizer"]
 
-#: words that are remembered, in about 8 MiB; then all are forgotten
+#: words that are remembered, in about 10 MiB; once there are more, all are forgotten
 MOST_WORDS = 1 << 15
 #: characters of a word that is remembered
-LONGEST_WORD = 64
-# A text with so many first characters of an added token ("[CLS]") is tokenized whole: such tokens are no words.
+LONGEST_WORD = 32
+#: Of so many words the share of new ones is looked at. If it is more than can be worth while, texts with so many times
+#: as many words are then tokenized whole.
+WORDS_OF_A_LOOK = 10_000
+MOST_NEW = 0.4
+LOOKS_WITHOUT = 8
+# A text with so many first characters of an added token ("[CLS]") is tokenized whole: such tokens are no words. There
+# may be a few such beginnings, since each is looked for in each text.
 MARK = 4
+MOST_MARKS = 32
 
 # BERT's words end at white space, and each punctuation mark is one. Of white space, its normalizer leaves these four:
 # other control characters vanish, and what stood on both sides of them is one word. What is not in ASCII stays within
@@ -48,9 +59,6 @@ class _Cutter:
     lower: bool
     ascii_only: bool
 
-    def __call__(self, text: str) -> list[str]:
-        return self.word.findall(text.lower() if self.lower and text.isascii() else text)
-
 
 class PairTokens(NamedTuple):
     """A pair as tokens.
@@ -58,7 +66,7 @@ class PairTokens(NamedTuple):
     Attributes:
         ids: of its tokens, special ones included.
         types: of its tokens: which text each belongs to, as the network knows them.
-        truncated: whether something of its document was cut off.
+        truncated: whether something of it was cut off.
     """
 
     ids: list[int]
@@ -67,10 +75,11 @@ class PairTokens(NamedTuple):
 
 
 class WordTokenizer:
-    """Makes of pairs what ``backend`` makes of them, from the tokens of words.
+    """Makes of pairs what ``backend`` makes of them, from the tokens of words. For one thread at a time.
 
     Args:
-        backend: the Rust library's part of a fast tokenizer. Its truncation and padding are switched off here.
+        backend: the Rust library's part of a fast tokenizer, which stays what it is now: no tokens are added to it, and
+            none of its parts is replaced. Each call switches its truncation and padding off.
 
     Raises:
         ValueError: it is not known to tokenize a text word by word.
@@ -82,8 +91,15 @@ class WordTokenizer:
         added = backend.get_added_tokens_decoder().values()
         if not self._cut.ascii_only and any(token.normalized for token in added):
             raise ValueError("an added token is looked for in normalized text")
-        self._marks = {token.content[:MARK] for token in added}
+        contents = {
+            content for token in added for content in (token.content, unicodedata.normalize("NFC", token.content))
+        }
+        self._marks = {content[:MARK] for content in contents}
+        if len(self._marks) > MOST_MARKS:
+            raise ValueError(f"it has added tokens of {len(self._marks)} kinds")
         self._known: dict[str, list[int]] = {}
+        self._looked = self._new = 0  # words, and new ones among them, since the last look at their share
+        self._without = 0  # words that are yet to go by without such a look, in whole texts
         self._special, self._types = self._template()
 
     def pairs(
@@ -125,12 +141,24 @@ class WordTokenizer:
         words: dict[str, list[str]] = {}
         whole = []
         for text in texts:
-            if any(mark in text for mark in self._marks) or (self._cut.ascii_only and not text.isascii()):
+            small = text.lower() if self._cut.lower and text.isascii() else text
+            if (
+                self._without > 0
+                or (self._cut.ascii_only and not text.isascii())
+                # The small text too: a word of it may be an added token that the text itself has not.
+                or any(mark in text or mark in small for mark in self._marks)
+            ):
                 whole.append(text)
+                self._without = max(0, self._without - text.count(" ") - 1)
             else:
-                words[text] = self._cut(text)
-        if len(self._known) > MOST_WORDS:
-            self._known.clear()
+                words[text] = self._cut.word.findall(small)
+        found = self._of_words(words)
+        encodings = self._backend.encode_batch_fast(whole, add_special_tokens=False)
+        found.update(zip(whole, (encoding.ids for encoding in encodings), strict=True))
+        return found
+
+    def _of_words(self, words: dict[str, list[str]]) -> dict[str, list[int]]:
+        """The tokens of each text of ``words``."""
         new = list(set().union(*words.values()).difference(self._known))
         if new:
             self._known.update(zip(new, self._ask(new), strict=True))
@@ -139,16 +167,27 @@ class WordTokenizer:
         for word in new:
             if len(word) > LONGEST_WORD:
                 del self._known[word]
-        encodings = self._backend.encode_batch_fast(whole, add_special_tokens=False)
-        found.update(zip(whole, (encoding.ids for encoding in encodings), strict=True))
+        if len(self._known) > MOST_WORDS:
+            self._known.clear()
+        self._look(sum(map(len, words.values())), len(new))
         return found
+
+    def _look(self, words: int, new: int) -> None:
+        """See whether it is worth while: of so many ``words`` so many were ``new``."""
+        self._looked += words
+        self._new += new
+        if self._looked >= WORDS_OF_A_LOOK:
+            if self._new > MOST_NEW * self._looked:
+                self._without = LOOKS_WITHOUT * WORDS_OF_A_LOOK
+            self._looked = self._new = 0
 
     def _ask(self, words: list[str]) -> list[list[int]]:
         """The tokens of each of ``words``: given together, since each call takes as long as some words do."""
         encoding = self._backend.encode(words, is_pretokenized=True, add_special_tokens=False)
         found: list[list[int]] = [[] for _ in words]
         for number, token in zip(encoding.word_ids, encoding.ids, strict=True):
-            assert number is not None  # only special tokens are of no word
+            if number is None:  # as special tokens have it
+                raise ValueError("a token is of no word")
             found[number].append(token)
         return found
 
@@ -176,6 +215,10 @@ def _cutter(backend: Tokenizer) -> _Cutter:
             normalizers.BertNormalizer(clean_text=True) as normalizer,
         ):
             return _Cutter(BERT_WORD, normalizer.lowercase, ascii_only=False)
-        case models.BPE(), pre_tokenizers.ByteLevel(use_regex=True, add_prefix_space=False), normalizers.NFC() | None:
+        case (
+            models.BPE(dropout=None),
+            pre_tokenizers.ByteLevel(use_regex=True, add_prefix_space=False),
+            normalizers.NFC() | None,
+        ):
             return _Cutter(GPT2_WORD, lower=False, ascii_only=True)
     raise ValueError("its tokenizer is not known to tokenize word by word")

@@ -165,10 +165,14 @@ def _cpu_model(root: Path) -> str:
     return found[1].strip() if found else platform.processor() or platform.machine()
 
 
-@functools.cache  # asked for with each slice, and a CPU stays what it is
 def has_amx(root: Path = ROOT) -> bool:
     """Whether the CPU multiplies matrices in tiles, as far as Linux says, and this package has kernels that do so."""
-    return KERNELS.exists() and bool(re.search(r"^flags\s*:.*\bamx_bf16\b", _text(root / "proc/cpuinfo"), re.MULTILINE))
+    return _cpu_has_amx(root) and KERNELS.exists()
+
+
+@functools.cache  # asked for with each slice, and a CPU stays what it is
+def _cpu_has_amx(root: Path) -> bool:
+    return bool(re.search(r"^flags\s*:.*\bamx_bf16\b", _text(root / "proc/cpuinfo"), re.MULTILINE))
 
 
 # Memory.
