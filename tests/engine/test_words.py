@@ -121,6 +121,7 @@ def both(request: pytest.FixtureRequest) -> tuple[WordTokenizer, Tokenizer]:
 @given(
     st.lists(st.tuples(texts, texts), min_size=1, max_size=4), st.integers(3, 24), st.sampled_from(["right", "left"])
 )
+@example([("OK bread", "K b COVID and Covid")], 24, "left")
 @example([("a\x1cb", "c\u0338 d"), ("", ""), ("İ ΑΣ", "  \n x")], 24, "right")
 def test_any_text_has_the_library_s_tokens(
     both: tuple[WordTokenizer, Tokenizer], pairs: list[tuple[str, str]], limit: int, side: str
