@@ -301,7 +301,8 @@ class Engine:
             self._note("amx", why_no_library())
             if self.recipe.amx and (recipe is None or recipe.computes_together):
                 self._try("computes_together", compute_together(module, self.dtype, proof))
-            if self.recipe.amx and self.recipe.attends_in_tiles and (recipe is None or recipe.whole_layers):
+            together = self.recipe.computes_together and self.recipe.attends_in_tiles
+            if together and (recipe is None or recipe.whole_layers):
                 self._try("whole_layers", whole_layers(network, self.dtype, proof))
 
     def _take_varlen(self, recipe: Recipe | None) -> None:

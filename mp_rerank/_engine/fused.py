@@ -187,7 +187,8 @@ class _EmbeddingsChange(_Change):
         self._norm = norm
         positions, types = (table.weight.detach() for table in (part.position_embeddings, part.token_type_embeddings))
         self._types = len(types)
-        # A type's rows are not together: a position beyond the last is then an error, and no other type's first.
+        # A type's rows are not together: a position beyond the last is then an error, and no other type's first. Types
+        # are those of the tokenizer's template, which the canary's pairs have all.
         self._others = (positions[:, None].float() + types.float()).flatten(0, 1).to(positions.dtype)
         super().__init__(part, self._embed)
 
@@ -210,9 +211,12 @@ class _EmbeddingsChange(_Change):
         return self._norm(states, torch.nn.functional.embedding(places, self._others).expand_as(states).contiguous())
 
     def is_alike(self) -> bool:
-        last = min(len(table.weight) for table in self._part.children() if isinstance(table, torch.nn.Embedding)) - 1
-        ids = torch.tensor([[0, last, 0, last]])
-        probe = {"input_ids": ids.flip(1), "token_type_ids": ids % self._types, "position_ids": torch.arange(4)[None]}
+        words, positions = len(self._part.word_embeddings.weight), len(self._others) // self._types
+        probe = {
+            "input_ids": torch.linspace(0, words - 1, 32).long()[None],
+            "token_type_ids": (torch.arange(32) % self._types)[None],
+            "position_ids": torch.linspace(positions - 1, 0, 32).long()[None],
+        }
         with torch.inference_mode():
             try:
                 found = [self._embed(**probe), self._embed(**{**probe, "token_type_ids": None})]

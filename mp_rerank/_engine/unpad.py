@@ -28,6 +28,7 @@ from mp_rerank._engine.parity import Scores, keep_if_equal
 
 __all__ = [
     "attend_in_tiles",
+    "encoder_layers",
     "has_vocabulary_score",
     "head_only",
     "packing_forward",
@@ -203,8 +204,8 @@ def head_only(network: torch.nn.Module, dtype: str, predict: Callable[[], Scores
     packing = packing_forward(network)
     if packing is None:
         return "it computes padding"
-    layers = _layers(_find_encoder(network.base_model))
-    if layers is None or len(layers) < 2 or "forward" in vars(layers[-1]):
+    layers = encoder_layers(network)
+    if len(layers) < 2 or "forward" in vars(layers[-1]):
         return "it has no list of layers"
     last = layers[-1]
     parts = dict(last.named_modules())
@@ -368,6 +369,8 @@ def _find_encoder(base: torch.nn.Module) -> torch.nn.Module:
     return next((part for part in parts if isinstance(part, torch.nn.Module)), base)
 
 
-def _layers(encoder: torch.nn.Module) -> torch.nn.ModuleList | None:
+def encoder_layers(network: torch.nn.Module) -> list[torch.nn.Module]:
+    """The layers of ``network``, first to last; none, if it has no list of them under a name known here."""
+    encoder = _find_encoder(network.base_model)
     found = (getattr(encoder, name, None) for name in LAYERS_NAMES)
-    return next((layers for layers in found if isinstance(layers, torch.nn.ModuleList)), None)
+    return list(next((layers for layers in found if isinstance(layers, torch.nn.ModuleList)), []))

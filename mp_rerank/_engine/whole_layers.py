@@ -1,29 +1,39 @@
 """A layer of BERT's or of ModernBERT's family as one function: some calls of kernels, and next to nothing between them.
 
 transformers computes a layer in a dozen modules and thirty operators. Beside kernels for AMX, those took a tenth of the
-time of MiniLM-L6 in bfloat16. Here a layer calls its kernels itself, those that its parts would call, so that its
-numbers are the same to the last bit; and all layers of a batch write to the same memory, which the core still has near.
+time of MiniLM-L6 in bfloat16. Here a layer calls its kernels itself, those that its parts call where layers are
+computed together, so that its numbers are the same to the last bit: each layer is proved to give them. The last layer
+is left as it is, of which `head_only` computes few tokens.
 
-Where a layer is not called as within a packed batch, it does what it did before.
+All layers of a batch write to the same memory, which the core still has near: what one gives lives until the next one
+is computed. Where a layer is called otherwise than within a packed batch, or somebody listens to it, it does what it
+did before.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
+from mp_rerank._engine import fused
 from mp_rerank._engine.amx import attention as tiles
-from mp_rerank._engine.amx.linear import TiledProduct
+from mp_rerank._engine.amx.linear import BLOCK, TiledProduct
 from mp_rerank._engine.amx.rows import Norm, rotate
 from mp_rerank._engine.attention import Rule
-from mp_rerank._engine.packed import PackedBatch, batch_here
+from mp_rerank._engine.packed import PackedBatch, attending_by, batch_here
 from mp_rerank._engine.parity import Scores, keep_if_equal
 from mp_rerank._engine.prepack import PackedLinear
+from mp_rerank._engine.unpad import encoder_layers
 
 __all__ = ["whole_layers"]
 
+logger = logging.getLogger(__name__)
+
+#: what a layer may be called with besides, and then is not computed as a whole
+UNKNOWN = ("encoder_hidden_states", "cache", "past_key_values", "past_key_value")
 Memory = dict[str, torch.Tensor]
 
 
@@ -31,21 +41,22 @@ def whole_layers(network: torch.nn.Module, dtype: str, predict: Callable[[], Sco
     """Let each layer of ``network`` be computed as a whole, if scores stay the same.
 
     Args:
-        network: one whose attention, linear layers and norms are kernels for AMX; changed in place, or not at all.
+        network: one whose attention, linear layers and norms are kernels for AMX, and whose layers are computed
+            together; changed in place, or not at all.
         dtype: of its weights.
         predict: scores some fixed pairs with it; ``None``: scores are known to stay the same.
 
     Returns:
         Why they are not; empty: they are.
     """
-    found = [(kind, part) for part in network.modules() if (kind := _kind(part))]
-    # Not the last one: of that, `head_only` may ask for few tokens.
-    layers = [layer for kind, part in found[:-1] if (layer := _whole(kind, part))]
+    layers = [layer for part in encoder_layers(network)[:-1] if (layer := _whole(part))]
     if not layers:
         return "it has no layers of BERT's or ModernBERT's family with all their parts in kernels"
 
     def change() -> None:
         for layer in layers:
+            if predict:
+                layer.prove()
             layer.apply()
 
     def undo() -> None:
@@ -62,19 +73,18 @@ def whole_layers(network: torch.nn.Module, dtype: str, predict: Callable[[], Sco
     return keep_if_equal("whole layers", change, undo, predict and predict_whole, dtype)
 
 
-def _kind(part: torch.nn.Module) -> type[_BertLayer | _ModernBertLayer] | None:
-    """Which kind of layer ``part`` is, by the names of its parts; ``None``: it is no layer known here."""
+def _whole(part: torch.nn.Module) -> _Layer | None:
+    """``part`` as a whole layer; ``None``: it is of no kind known here, or not all its parts are kernels."""
     names = {name for name, _ in part.named_children()}
-    return next((kind for kind in (_BertLayer, _ModernBertLayer) if names == kind.PARTS), None)
-
-
-def _whole(kind: type[_BertLayer | _ModernBertLayer], part: torch.nn.Module) -> _Layer | None:
-    """``part`` as a whole layer, if all its parts are kernels, and nobody listens to them."""
-    if any(inner._forward_hooks or inner._forward_pre_hooks for inner in part.modules()):
+    kind = next((kind for kind in (_BertLayer, _ModernBertLayer) if names == kind.PARTS), None)
+    if kind is None or any(inner._forward_hooks or inner._forward_pre_hooks for inner in part.modules()):
+        return None
+    if getattr(vars(part).get("forward"), "__module__", fused.__name__) != fused.__name__:  # somebody else's
         return None
     try:
         return kind(part)
-    except (AttributeError, ValueError):  # built otherwise
+    except Exception:  # a module that is built otherwise
+        logger.debug("no whole layer", exc_info=True)
         return None
 
 
@@ -105,8 +115,9 @@ class _Layer:
 
     PARTS: frozenset[str]
 
-    def __init__(self, part: Any, heads: int, scaling: float) -> None:
+    def __init__(self, part: Any, first: TiledProduct, heads: int, scaling: float) -> None:
         self._part = part
+        self._width, self._dtype = first.depth, first.dtype
         self._heads = heads
         self._scaling = scaling
         self._replaced = vars(part).get("forward")
@@ -123,28 +134,50 @@ class _Layer:
         if self._replaced is not None:
             self._part.forward = self._replaced
 
+    def prove(self) -> None:
+        """Raise ``ValueError`` unless this gives what the layer did, on tokens enough for all threads."""
+        rows = BLOCK * torch.get_num_threads()
+        batch = PackedBatch(torch.arange(rows) < torch.tensor([[rows - 7], [8]]))
+        batch.in_tiles = batch.rotates = True
+        rule = Rule(lambda pair, head, asking, key: asking - key >= 1 - rows)
+        generator = torch.Generator().manual_seed(0)
+        states = torch.randn(1, len(batch.sources), self._width, generator=generator).to(self._dtype)
+        with torch.inference_mode(), attending_by(batch):
+            rest = self._probe(batch.positions)
+            expected = self._plain(states.clone(), attention_mask=rule, **rest)
+            found = self(states, attention_mask=rule, **rest)
+        if not self.used or not torch.equal(found[:, : batch.count], expected[:, : batch.count]):
+            raise ValueError("a layer as a whole gives other numbers")
+        self.used = False
+
     def __call__(self, hidden_states: torch.Tensor, *args: Any, **rest: Any) -> torch.Tensor:
         batch = batch_here()
         mask, *others = args or (rest.get("attention_mask"),)
         if (
             isinstance(batch, PackedBatch)
+            and batch.in_tiles
             and batch.all_states is None
-            and all(value is None for value in (*others, rest.get("cache"), rest.get("past_key_values")))
+            and not self._part._forward_hooks
+            and all(value is None for value in (*others, *(rest.get(name) for name in UNKNOWN)))
             and isinstance(mask, Rule)
             and (band := mask.band())
         ):
             states = hidden_states[0]
             key = type(self), states.shape, states.dtype, self._heads
             if key not in batch.buffers:
-                batch.buffers[key] = self._memory(states)
+                batch.buffers[key] = self._memory(states, batch.count)
             output = self._compute(states, batch.buffers[key], batch, band, rest)
             if output is not None:
                 self.used = batch.used_tiles = True
                 return output[None]
         return self._plain(hidden_states, *args, **rest)
 
-    def _memory(self, states: torch.Tensor) -> Memory:
-        """Where layers of this kind write, for a batch of ``states``."""
+    def _probe(self, positions: torch.Tensor) -> dict[str, torch.Tensor | tuple[torch.Tensor, ...]]:
+        """What else the layer is called with, for tokens at these positions."""
+        return {}
+
+    def _memory(self, states: torch.Tensor, count: int) -> Memory:
+        """Where layers of this kind write, for a batch of ``states``, of which the first ``count`` mean something."""
         raise NotImplementedError
 
     def _compute(
@@ -153,9 +186,9 @@ class _Layer:
         """What the layer makes of ``states``, shape (tokens, width), in ``memory["states"]``; ``None``: it cannot."""
         raise NotImplementedError
 
-    def _common_memory(self, states: torch.Tensor) -> Memory:
-        # What fills the row up finds nothing: whatever was in memory. Outside of attention each token is by itself.
+    def _common_memory(self, states: torch.Tensor, count: int) -> Memory:
         found = torch.empty_like(states)
+        found[count:] = 0  # nobody writes there, and of a pair without tokens one of these is read
         return {"states": torch.empty_like(states), "found": found, "found by heads": self._by_heads(found)}
 
     def _attend(self, memory: Memory, batch: PackedBatch, band: tiles.Band) -> None:
@@ -174,7 +207,8 @@ class _BertLayer(_Layer):
 
     def __init__(self, part: Any) -> None:
         attention, output = part.attention.self, part.attention.output
-        super().__init__(part, int(attention.num_attention_heads), float(attention.scaling))
+        first = _product(attention.query)
+        super().__init__(part, first, int(attention.num_attention_heads), float(attention.scaling))
         self._query, self._key, self._value, self._dense, self._up, self._down = map(
             _product,
             [
@@ -189,8 +223,8 @@ class _BertLayer(_Layer):
         if not together or not vars(part.intermediate.dense)["forward"].activation:
             raise ValueError("its parts do not fit together")
 
-    def _memory(self, states: torch.Tensor) -> Memory:
-        memory = self._common_memory(states)
+    def _memory(self, states: torch.Tensor, count: int) -> Memory:
+        memory = self._common_memory(states, count)
         for name in ("query", "key", "value"):
             memory[name] = torch.empty_like(states)
             memory[f"{name} by heads"] = self._by_heads(memory[name])
@@ -215,8 +249,9 @@ class _ModernBertLayer(_Layer):
 
     def __init__(self, part: Any) -> None:
         attention, gated = part.attn, part.mlp
-        width = int(attention.head_dim)
-        super().__init__(part, attention.Wo.in_features // width, width**-0.5)
+        self._head_width = int(attention.head_dim)
+        heads = attention.Wo.in_features // self._head_width
+        super().__init__(part, _product(attention.Wqkv), heads, self._head_width**-0.5)
         self._projections, self._dense, self._up, self._down = map(
             _product, (attention.Wqkv, attention.Wo, gated.first, gated.Wo)
         )
@@ -225,8 +260,13 @@ class _ModernBertLayer(_Layer):
         if not self._up.is_gated or not self._up.can_feed(self._down):
             raise ValueError("its parts do not fit together")
 
-    def _memory(self, states: torch.Tensor) -> Memory:
-        memory = self._common_memory(states)
+    def _probe(self, positions: torch.Tensor) -> dict[str, torch.Tensor | tuple[torch.Tensor, ...]]:
+        angles = positions[:, None] * torch.linspace(1, 0.01, self._head_width // 2)
+        turns = torch.cat([angles, angles], dim=1)[None]
+        return {"position_embeddings": (turns.cos().to(self._dtype), turns.sin().to(self._dtype))}
+
+    def _memory(self, states: torch.Tensor, count: int) -> Memory:
+        memory = self._common_memory(states, count)
         tokens, width = states.shape
         memory["projections"] = projections = states.new_empty(tokens, 3 * width)
         for name, part in zip(("query", "key", "value"), projections.chunk(3, dim=1), strict=True):
@@ -240,7 +280,8 @@ class _ModernBertLayer(_Layer):
     ) -> torch.Tensor | None:
         normal = states if self._norm is None else self._norm(states, into=memory["normal"])
         self._projections(normal, into=memory["projections"])
-        if not rotate(memory["query as rotated"], memory["key as rotated"], *rest["position_embeddings"]):
+        turns = rest.get("position_embeddings")
+        if turns is None or not rotate(memory["query as rotated"], memory["key as rotated"], *turns):
             return None
         self._attend(memory, batch, band)
         sums = self._dense(memory["found"], into=memory["sums"])
