@@ -27,7 +27,7 @@ MOST_WORDS = 1 << 15
 LONGEST_WORD = 32
 #: Of so many words the share of new ones is looked at. If it is more than can be worth while, texts with so many times
 #: as many words are then tokenized whole.
-WORDS_OF_A_LOOK = 10_000
+WORDS_OF_A_LOOK = 30_000
 MOST_NEW = 0.4
 LOOKS_WITHOUT = 8
 # A text with so many first characters of an added token ("[CLS]") is tokenized whole: such tokens are no words. There
