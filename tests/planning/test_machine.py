@@ -62,6 +62,16 @@ def test_a_machine_is_read_whole(laid: Laid, monkeypatch: pytest.MonkeyPatch) ->
     assert "8 logical CPUs, 8 allowed to this process, 4 physical cores on 2 NUMA nodes, no CPU quota" in str(found)
 
 
+def test_what_the_cpu_can_is_read_once(laid: Laid, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The dispatcher asks for each slice."""
+    read: list[Path] = []
+    text = machine._text
+    monkeypatch.setattr(machine, "KERNELS", laid.root)
+    monkeypatch.setattr(machine, "_text", lambda path: read.append(path) or text(path))
+    assert [machine.has_amx(laid.root) for _ in range(3)] == [True] * 3
+    assert read == [laid.root / "proc/cpuinfo"]
+
+
 def test_cpus_that_are_not_allowed_do_not_count(laid: Laid) -> None:
     laid.allow("0,4-6")
     found = laid.read()
