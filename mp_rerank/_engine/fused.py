@@ -212,10 +212,11 @@ class _EmbeddingsChange(_Change):
 
     def is_alike(self) -> bool:
         words, positions = len(self._part.word_embeddings.weight), len(self._others) // self._types
+        count = min(32, positions)
         probe = {
-            "input_ids": torch.linspace(0, words - 1, 32).long()[None],
-            "token_type_ids": (torch.arange(32) % self._types)[None],
-            "position_ids": torch.linspace(positions - 1, 0, 32).long()[None],
+            "input_ids": torch.linspace(0, words - 1, count).long()[None],
+            "token_type_ids": (torch.arange(count) % self._types)[None],
+            "position_ids": torch.linspace(positions - 1, 0, count).long()[None],
         }
         with torch.inference_mode():
             try:
