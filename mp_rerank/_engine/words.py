@@ -12,9 +12,10 @@ from __future__ import annotations
 
 import re
 import unicodedata
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import chain
+from itertools import accumulate, chain
 from typing import NamedTuple
 
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
@@ -97,7 +98,7 @@ class WordTokenizer:
         self._marks = {content[:MARK] for content in contents}
         if len(self._marks) > MOST_MARKS:
             raise ValueError(f"it has added tokens of {len(self._marks)} kinds")
-        self._known: dict[str, list[int]] = {}
+        self._known: dict[str, tuple[int, ...]] = {}
         self._looked = self._new = 0  # words, and new ones among them, since the last look at their share
         self._without = 0  # words that are yet to go by without such a look, in whole texts
         self._special, self._types = self._template()
@@ -181,15 +182,18 @@ class WordTokenizer:
                 self._without = LOOKS_WITHOUT * WORDS_OF_A_LOOK
             self._looked = self._new = 0
 
-    def _ask(self, words: list[str]) -> list[list[int]]:
-        """The tokens of each of ``words``: given together, since each call takes as long as some words do."""
+    def _ask(self, words: list[str]) -> list[tuple[int, ...]]:
+        """The tokens of each of ``words``: given together, since each call takes as long as some words do.
+
+        Tuples of numbers are nothing to the garbage collector: as many lists would have it look through all that a
+        worker has imported, for a second.
+        """
         encoding = self._backend.encode(words, is_pretokenized=True, add_special_tokens=False)
-        found: list[list[int]] = [[] for _ in words]
-        for number, token in zip(encoding.word_ids, encoding.ids, strict=True):
-            if number is None:  # as special tokens have it
-                raise ValueError("a token is of no word")
-            found[number].append(token)
-        return found
+        ids, counts = tuple(encoding.ids), Counter(encoding.word_ids)
+        ends = list(accumulate(counts[number] for number in range(len(words))))
+        if ends[-1] != len(ids):
+            raise ValueError("a token is of no word")
+        return [ids[start:end] for start, end in zip([0, *ends], ends, strict=False)]
 
     def _template(self) -> tuple[tuple[list[int], list[int], list[int]], tuple[int, int]]:
         """The special tokens before, between and after the texts of a pair; the types of its two halves."""
