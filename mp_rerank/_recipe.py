@@ -27,7 +27,7 @@ class Recipe:
         prepacked: the names of its linear layers whose weights are prepacked.
         amx: those are computed in AMX tiles, by kernels of this package. Informs only: each worker sees for itself.
         computes_together: layers that stand together are computed together, in those tiles.
-        whole_layers: each of its layers is one function, which calls those kernels itself.
+        whole_layers: each of its layers but the last is one function, which calls those kernels itself.
         pipeline: how texts become tokens without ``CrossEncoder.predict``: by the tokens of ``"words"``, by the
             tokenizer's ``"backend"``, by the ``"tokenizer"``, or by the library's ``"preprocess"``; empty: pairs go
             through ``predict``.
