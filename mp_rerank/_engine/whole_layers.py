@@ -109,7 +109,6 @@ class _Layer:
 
     Attributes:
         PARTS: the names of its parts.
-        applied: whether it is in that place.
         used: whether it was ever computed as a whole.
     """
 
@@ -122,14 +121,17 @@ class _Layer:
         self._scaling = scaling
         self._replaced = vars(part).get("forward")
         self._plain: Callable[..., torch.Tensor] = part.forward
-        self.applied = self.used = False
+        self.used = False
+
+    @property
+    def applied(self) -> bool:
+        """Whether it is in that place."""
+        return vars(self._part).get("forward") is self
 
     def apply(self) -> None:
         self._part.forward = self
-        self.applied = True
 
     def undo(self) -> None:
-        self.applied = False
         vars(self._part).pop("forward", None)
         if self._replaced is not None:
             self._part.forward = self._replaced

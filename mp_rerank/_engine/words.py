@@ -76,7 +76,7 @@ class PairTokens(NamedTuple):
 
 
 class WordTokenizer:
-    """Makes of pairs what ``backend`` makes of them, from the tokens of words. For one thread at a time.
+    """Makes of pairs what ``backend`` makes of them, from the tokens of words. It is one thread's at a time.
 
     Args:
         backend: the Rust library's part of a fast tokenizer, which stays what it is now: no tokens are added to it, and
